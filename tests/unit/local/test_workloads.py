@@ -1,0 +1,225 @@
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from mlmesh_local.addresses import Block
+from mlmesh_local.instances import Folders, InstancePlan, plan
+from mlmesh_local.workloads import expand, read_deployment
+from mlmesh_runtime.errors import InvalidInput
+
+DEPLOYMENT = yaml.safe_load("""
+apiVersion: apps/v1
+kind: Deployment
+metadata: {name: registry, namespace: mlmesh}
+spec:
+  replicas: 2
+  strategy: {type: Recreate}
+  selector: {matchLabels: {app: registry}}
+  template:
+    metadata: {labels: {app: registry, version: v1}}
+    spec:
+      serviceAccountName: registry
+      terminationGracePeriodSeconds: 45
+      securityContext: {runAsNonRoot: true}
+      containers:
+        - name: registry
+          image: mlmesh/registry:1
+          command: [python, -m, mlmesh_registry]
+          args: ["--name=$(POD_NAME)"]
+          ports: [{name: grpc, containerPort: 9000}, {name: http-metrics, containerPort: 9090}]
+          env:
+            - {name: MLMESH_LISTEN, value: "0.0.0.0:9000"}
+            - {name: MLMESH_METRICS_LISTEN, value: "0.0.0.0:9090"}
+            - {name: MLMESH_DATA_DIR, value: /data}
+            - {name: MLMESH_DRAIN_S, value: "5"}
+            - {name: GREETING, value: "$(POD_NAMESPACE)/$(POD_NAME)"}
+            - {name: ACCOUNT, valueFrom: {fieldRef: {fieldPath: spec.serviceAccountName}}}
+            - {name: VERSION, valueFrom: {fieldRef: {fieldPath: "metadata.labels['version']"}}}
+            - {name: BOTH, value: "$(ACCOUNT)-$$(VERSION)-$(MISSING)"}
+          startupProbe: {grpc: {port: 9000}, periodSeconds: 2, failureThreshold: 30}
+          readinessProbe: {grpc: {port: 9000, service: ready}, periodSeconds: 5, timeoutSeconds: 2}
+          livenessProbe: {grpc: {port: 9000}, initialDelaySeconds: 3}
+          resources: {requests: {cpu: "1"}}
+          volumeMounts: [{name: data, mountPath: /data}]
+      volumes: [{name: data, persistentVolumeClaim: {claimName: data}}]
+""")
+
+
+def planned(deployment: dict[str, Any], inherited: dict[str, str] | None = None) -> InstancePlan:
+    return plan(
+        read_deployment(deployment),
+        1,
+        7,
+        block=Block(second=80),
+        folders=Folders(state=Path("/state"), working=Path("/work")),
+        inherited=inherited or {},
+    )
+
+
+def container(deployment: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = deployment["spec"]["template"]["spec"]["containers"][0]
+    return found
+
+
+def changed(change: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    document = copy.deepcopy(DEPLOYMENT)
+    change(document)
+    return document
+
+
+def test_a_deployment_is_read() -> None:
+    workload = read_deployment(DEPLOYMENT)
+    assert (workload.name, workload.namespace, workload.service_account) == ("registry", "mlmesh", "registry")
+    assert (workload.replicas, workload.grace_s, workload.is_gateway) == (2, 45, False)
+    assert workload.labels == {"app": "registry", "version": "v1"}
+    assert workload.ports == {"grpc": 9000, "http-metrics": 9090}
+    assert workload.startup is not None
+    assert (workload.startup.period_s, workload.startup.failures_max) == (2, 30)
+    assert workload.readiness is not None
+    assert (workload.readiness.service, workload.readiness.timeout_s) == ("ready", 2)
+    assert workload.liveness is not None
+    # Kubernetes' defaults.
+    assert (workload.liveness.initial_delay_s, workload.liveness.period_s) == (3, 10)
+    assert (workload.liveness.timeout_s, workload.liveness.failures_max, workload.liveness.successes_min) == (1, 3, 1)
+
+
+def test_an_instance_gets_its_addresses_identity_and_folders() -> None:
+    instance = planned(DEPLOYMENT)
+    assert instance.name == "registry-1"
+    assert instance.identity == "spiffe://cluster.local/ns/mlmesh/sa/registry"
+    assert instance.argv == (sys.executable, "-m", "mlmesh_registry", "--name=registry-1")
+    expected = {
+        "MLMESH_LISTEN": "127.80.2.7:9000",
+        "MLMESH_METRICS_LISTEN": "127.80.2.7:9090",
+        "MLMESH_DATA_DIR": "/state/data/registry-1",
+        "MLMESH_OUTBOUND_HOST": "127.80.3.7",
+        "MLMESH_DRAIN_S": "0",
+        "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.80.0.1:4317",
+        "OTEL_SERVICE_NAME": "registry",
+        "POD_NAME": "registry-1",
+        "POD_NAMESPACE": "mlmesh",
+        "ACCOUNT": "registry",
+        "VERSION": "v1",
+        "BOTH": "registry-$(VERSION)-$(MISSING)",
+    }
+    assert {key: instance.environ.get(key) for key in expected} == expected
+
+
+def test_the_shell_of_the_person_does_not_leak_into_workloads() -> None:
+    inherited = {
+        "PATH": "/bin",
+        "HTTPS_PROXY": "http://proxy",
+        "MLMESH_LISTEN": "x",
+        "OTEL_TRACES_SAMPLER": "always_on",
+    }
+    environ = planned(DEPLOYMENT, inherited).environ
+    assert environ["PATH"] == "/bin"
+    assert "HTTPS_PROXY" not in environ
+    assert "OTEL_TRACES_SAMPLER" not in environ
+    assert environ["MLMESH_LISTEN"] == "127.80.2.7:9000"
+
+
+def test_a_gateway_has_no_process_of_its_own() -> None:
+    def to_gateway(document: dict[str, Any]) -> None:
+        document["spec"]["template"]["metadata"]["annotations"] = {"inject.istio.io/templates": "gateway"}
+        document["spec"]["template"]["spec"]["containers"] = [
+            {"name": "istio-proxy", "image": "auto", "ports": [{"containerPort": 8443}]}
+        ]
+
+    instance = planned(changed(to_gateway))
+    assert instance.workload.is_gateway
+    assert instance.workload.ports == {"8443": 8443}
+    assert instance.argv == ()
+
+
+def test_other_commands_stay_as_they_are() -> None:
+    document = changed(lambda d: container(d).update(command=["sleep", "infinity"], args=[]))
+    assert planned(document).argv == ("sleep", "infinity")
+
+
+CONTAINER = "spec.template.spec.containers[0]"
+
+
+@pytest.mark.parametrize(
+    ("path", "change"),
+    [
+        ("spec.paused", lambda d: d["spec"].update(paused=True)),
+        ("spec.replicas", lambda d: d["spec"].update(replicas=-1)),
+        ("spec.replicas", lambda d: d["spec"].update(replicas=1.5)),
+        ("spec.replicas", lambda d: d["spec"].update(replicas="two")),
+        ("spec.selector.matchLabels.app", lambda d: d["spec"]["selector"]["matchLabels"].update(app="other")),
+        ("spec.template", lambda d: d["spec"].pop("template")),
+        ("spec.template.spec.hostNetwork", lambda d: d["spec"]["template"]["spec"].update(hostNetwork=True)),
+        ("spec.template.spec.initContainers", lambda d: d["spec"]["template"]["spec"].update(initContainers=[])),
+        ("spec.template.spec.containers", lambda d: d["spec"]["template"]["spec"].update(containers=[])),
+        (
+            "spec.template.spec.volumes[0].configMap",
+            lambda d: d["spec"]["template"]["spec"].update(volumes=[{"name": "c", "configMap": {}}]),
+        ),
+        (f"{CONTAINER}.command", lambda d: container(d).pop("command")),
+        (f"{CONTAINER}.envFrom", lambda d: container(d).update(envFrom=[])),
+        (
+            f"{CONTAINER}.env[0].valueFrom",
+            lambda d: container(d).update(env=[{"name": "A", "valueFrom": {"secretKeyRef": {}}}]),
+        ),
+        (f"{CONTAINER}.readinessProbe.httpGet", lambda d: container(d).update(readinessProbe={"httpGet": {}})),
+        (
+            f"{CONTAINER}.readinessProbe.grpc.port",
+            lambda d: container(d).update(readinessProbe={"grpc": {"port": "x"}}),
+        ),
+        (
+            f"{CONTAINER}.livenessProbe.failureThreshold",
+            lambda d: container(d)["livenessProbe"].update(failureThreshold=0),
+        ),
+        (f"{CONTAINER}.ports[0].protocol", lambda d: container(d)["ports"][0].update(protocol="UDP")),
+    ],
+)
+def test_what_is_not_supported_is_refused_with_its_path(path: str, change: Callable[[dict[str, Any]], None]) -> None:
+    with pytest.raises(InvalidInput) as refused:
+        read_deployment(changed(change), where="registry.yaml")
+    assert refused.value.field == path
+    assert refused.value.reason == "INVALID_RESOURCE"
+    assert str(refused.value).startswith(f"registry.yaml: Deployment registry: {path}: ")
+
+
+def test_a_field_of_the_pod_that_does_not_exist_here_is_refused() -> None:
+    document = changed(
+        lambda d: container(d)["env"].append({"name": "A", "valueFrom": {"fieldRef": {"fieldPath": "metadata.uid"}}})
+    )
+    with pytest.raises(InvalidInput, match=r"metadata\.uid"):
+        planned(document)
+
+
+@pytest.mark.parametrize(
+    ("text", "expanded"),
+    [
+        ("$(A)", "1"),
+        ("x$(A)y$(A)", "x1y1"),
+        ("$$(A)", "$(A)"),
+        ("$(B)", "$(B)"),
+        ("$A", "$A"),
+        ("a$", "a$"),
+        ("$(A", "$(A"),
+    ],
+)
+def test_references_are_replaced_as_kubernetes_does(text: str, expanded: str) -> None:
+    assert expand(text, {"A": "1"}) == expanded
+
+
+def test_the_manifests_of_the_project_are_understood() -> None:
+    folder = Path(__file__).parents[3] / "manifests" / "base"
+    found = {
+        document["metadata"]["name"]: read_deployment(document, where=path.name)
+        for path in sorted(folder.glob("*.yaml"))
+        for document in yaml.safe_load_all(path.read_text())
+        if document["kind"] == "Deployment"
+    }
+    assert {"registry", "training", "inference-v1", "inference-v2", "toolbox", "ingressgateway"} <= set(found)
+    assert found["ingressgateway"].is_gateway
+    assert found["toolbox"].argv == ("sleep", "infinity")
