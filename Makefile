@@ -1,0 +1,71 @@
+# Everything a person does here. It needs Python 3.11 or newer and nothing else; `make tools` also needs Go.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+VENV := .venv
+BIN := $(VENV)/bin
+TEST_VENV := build/test-venv
+# torch's CPU build is a fraction of the size where its index can be reached: make install TORCH_BACKEND=cpu
+TORCH_BACKEND ?=
+UV := $(if $(TORCH_BACKEND),UV_TORCH_BACKEND=$(TORCH_BACKEND)) $(BIN)/uv
+PACKAGES := mlmesh_runtime mlmesh_registry mlmesh_training mlmesh_inference mlmesh_local mlmesh_cli
+PROTOS := $(shell find protos -name '*.proto')
+SOURCES := $(shell find protos services mesh manifests/base -type f -not -name '*.pyc' -not -name '*_pb2*' -not -name '*.binpb') pyproject.toml README.md
+# More arguments for what is run: make test ARGS="-k registry", make demo ARGS=--fast
+ARGS ?=
+
+.PHONY: help install gen check test tools bench demo up
+
+help: ## Show this
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  \033[1mmake %-8s\033[0m %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+install: $(VENV)/.installed ## Make .venv with everything in it, stubs generated
+
+$(BIN)/uv:
+	@python=$$(for name in python3 python3.14 python3.13 python3.12 python3.11; do \
+	  if $$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo $$name; break; fi; done); \
+	[[ -n $$python ]] || { echo "make: no Python 3.11 or newer found" >&2; exit 1; }; \
+	$$python -m venv $(VENV) || { echo "make: $$python cannot make environments; on Debian: apt install python3-venv" >&2; exit 1; }
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+
+$(VENV)/.installed: $(BIN)/uv pyproject.toml protos/generate.py $(PROTOS)
+	@echo "Installing into $(VENV): some gigabytes (torch) the first time, seconds after that"
+	@$(UV) pip install --python $(BIN)/python --editable '.[all]' --group dev
+	@touch $@
+
+gen: install ## Generate the stubs in place, as a build does
+	@mkdir -p build
+	@$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' > build/generators.txt
+	@$(UV) run --quiet --isolated --no-project --with-requirements build/generators.txt python protos/generate.py
+
+check: install ## Formatting, lint, types, import rules, protos, manifests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy $(addprefix -p ,$(PACKAGES))
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/python tools/protos.py lint
+	$(BIN)/python tools/protos.py breaking
+	$(BIN)/python -m pytest -q tests/contract/manifests
+
+$(TEST_VENV)/.installed: install $(SOURCES)
+	@rm -rf build/wheel && $(UV) build --quiet --wheel --out-dir build/wheel
+	@[[ -x $(TEST_VENV)/bin/python ]] || $(UV) venv --quiet --python $(BIN)/python $(TEST_VENV)
+	@$(UV) pip install --quiet --python $(TEST_VENV)/bin/python --reinstall-package mlmesh "$$(echo build/wheel/*.whl)[all]" --group dev
+	@touch $@
+
+test: $(TEST_VENV)/.installed ## Run the test suite against the built wheel
+	MLMESH_TEST_WHEEL=1 $(TEST_VENV)/bin/python -m pytest $(ARGS)
+
+tools: ## Build grpcurl, kustomize and istioctl with Go into .tools/bin
+	@tools/build.sh
+
+bench: install ## Measure, and write JSON under benchmarks/results
+	$(BIN)/python -m benchmarks $(ARGS)
+
+demo: install ## The whole story: train, register, serve, shift traffic; leaves nothing running
+	$(BIN)/mlmesh demo $(ARGS)
+
+up: install ## Start the mesh and leave it running
+	$(BIN)/mlmesh up $(ARGS)
