@@ -5,9 +5,10 @@ The rooms, and the one thing to know of each:
 - `errors`: what domain code raises; the caller's status and reason follow from the class. Imports nothing.
 - `limits`: every bound, in one frozen value.
 - `config`: `Settings.from_environment` and `VARIABLES`, the table of all environment variables.
-- `server`: `Server` and `Service`: ``async with Server(settings, services=[...]) as server: await
-  server.serve_until_signal()``. Health, reflection (v1 and v1alpha), TLS with rotation, limits, deadlines, errors, metrics,
-  traces and draining come with it. `run` is a process's entry.
+- `server`: `Server` and `Service`:
+  ``async with Server(settings, services=[...]) as server: await server.serve_until_signal()``. Health, reflection (v1
+  and v1alpha), TLS with rotation, limits, deadlines, errors, metrics, traces and draining come with it. `run` is a
+  process's entry.
 - `channel`: `open_channel`: bounds, keepalive that notices a hung peer, a deadline on every call, trace context passed
   on, no retries. `mesh_error` turns a failed call into an error of `errors`.
 - `calls`: the RPC being handled: `remaining_s`, `metadata_value`, `detached` for work that outlives it.

@@ -45,6 +45,7 @@ class Service:
         validate: check requests by their protovalidate rules; off on the inference hot path.
         deadline_exempt: methods that may be called without a deadline: watches. They are ended, with UNAVAILABLE, when
             the server drains.
+        deadline_optional: methods that clients of a public protocol call without a deadline. They end like any other.
     """
 
     add: Callable[[Any, Any], None]
@@ -52,6 +53,7 @@ class Service:
     descriptor: ServiceDescriptor
     validate: bool = True
     deadline_exempt: frozenset[str] | set[str] = field(default_factory=frozenset)
+    deadline_optional: frozenset[str] | set[str] = field(default_factory=frozenset)
 
 
 class Server:
@@ -279,7 +281,8 @@ def _add(server: Any, wrapper: Wrapper, service: Service, *, internal: bool) -> 
     handlers = collector.handlers.get(name)
     if handlers is None:
         raise ValueError(f"{service.add.__name__} adds {sorted(collector.handlers)}, not {name}")
-    if unknown := set(service.deadline_exempt) - set(handlers):
+    without_deadline = service.deadline_exempt | service.deadline_optional
+    if unknown := set(without_deadline) - set(handlers):
         raise ValueError(f"{name} has no method {sorted(unknown)}")
     check = None
     if service.validate:
@@ -294,7 +297,7 @@ def _add(server: Any, wrapper: Wrapper, service: Service, *, internal: bool) -> 
             name=method_name,
             path=f"/{name}/{method_name}",
             streams=handler.request_streaming or handler.response_streaming,
-            deadline_required=not internal and method_name not in service.deadline_exempt,
+            deadline_required=not internal and method_name not in without_deadline,
             endless=method_name in service.deadline_exempt,
             internal=internal,
             check=check,
