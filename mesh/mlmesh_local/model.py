@@ -1,10 +1,12 @@
 """Values that the laptop mesh's rooms pass to each other: the supervisor builds a `World`, translation reads it.
 
-    resources = load_resources(read_documents([Path("manifests/base"), Path("mesh/istio")]))   # mlmesh_local.resources
-    world = World(resources=resources, proxies=..., endpoints=service_endpoints(resources, proxies, ready={"registry-0"}))
-    for proxy in world.proxies:
-        ads.update(proxy.id, build_snapshot(world, proxy))                                        # mlmesh_local.snapshot
-    await ads.wait_acked(world.version, timeout_s=5.0)                                            # mlmesh_local.xds
+    documents = read_documents([Path("manifests/base"), Path("mesh/istio")])
+    resources = ResourceSet().apply(load_resources(documents)).resources              # mlmesh_local.resources
+    endpoints = service_endpoints(resources, proxies, ready={"registry-0"})           # mlmesh_local.translate
+    world = World(resources=resources, proxies=proxies, endpoints=endpoints)
+    for node_id, snapshot in build_snapshots(world).items():                          # mlmesh_local.snapshot
+        ads.update(node_id, snapshot)                                                 # mlmesh_local.xds
+    await ads.wait_acked(world.version, timeout_s=5.0)
 
 Nothing here knows Envoy, gRPC or processes.
 """
@@ -41,7 +43,7 @@ class ProxyNode:
         labels: labels of the pod template; Services, subsets, policies and Gateways select by them.
         pod_address: IP on which the sidecar listens for the mesh, on each container port.
         application_address: IP on which the application listens, on the same container ports. Empty for a gateway.
-        outbound_address: IP on which the sidecar listens for its application, on each service port. Empty for a gateway.
+        outbound_address: IP on which the sidecar listens for its application, on each service port. Gateways have none.
         container_ports: name to number, for a Service's named targetPort; an unnamed port has its number as name.
         extra_addresses: for a gateway, (server port, "host:port") at which that server listens in addition.
         access_log_path: file of access logs when Telemetry turns them on; empty for standard output.
@@ -69,7 +71,7 @@ class Endpoint:
     """Where one port of a service is served by one instance.
 
     ``host`` is the service's full name, ``port`` the service port (not the target port), ``address`` an IP,
-    ``target_port`` where to dial it, ``labels`` those of the pod, ``mesh_tls`` whether a sidecar with mutual TLS answers.
+    ``target_port`` where to dial it, ``labels`` those of the pod, ``mesh_tls`` whether a sidecar takes mutual TLS.
     Endpoints that are not ``ready`` get no new requests; open streams to them go on.
     """
 

@@ -1,0 +1,216 @@
+"""Checks resources against each other: what one names, another must define."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mlmesh_local.resources.catalog import (
+    MESH_GATEWAY,
+    CatalogService,
+    catalog,
+    full_gateway,
+    full_host,
+    host_policy,
+    selects,
+    workloads_of,
+)
+from mlmesh_local.resources.model import (
+    AuthorizationPolicy,
+    Deployment,
+    Destination,
+    DestinationRule,
+    Gateway,
+    HttpRule,
+    PeerAuthentication,
+    Service,
+    ServiceAccount,
+    Telemetry,
+    VirtualService,
+)
+from mlmesh_local.resources.problems import At, Problems, did_you_mean
+
+if TYPE_CHECKING:
+    from mlmesh_local.resources.resource_set import ResourceSet
+
+DOMAIN = "cluster.local"
+ROOT_NAMESPACE = "istio-system"
+
+
+def crosscheck(resources: ResourceSet) -> tuple[str, ...]:
+    """Check a whole set. Returns warnings, in the form of problems; raises InvalidResource with every problem."""
+    check = _Check(resources)
+    check.virtual_services()
+    check.destination_rules()
+    check.workloads()
+    check.policies()
+    check.problems.refuse()
+    return tuple(str(warning) for warning in check.warnings.found())
+
+
+class _Check:
+    def __init__(self, resources: ResourceSet) -> None:
+        self.problems = Problems()
+        self.warnings = Problems()
+        self._resources = resources
+        self._services = catalog(resources, DOMAIN)
+        self._gateways = {f"{g.meta.namespace}/{g.meta.name}": g for g in resources.specs(Gateway)}
+        self._rules = resources.specs(DestinationRule)
+        self._deployments = resources.specs(Deployment)
+
+    # VirtualService
+
+    def virtual_services(self) -> None:
+        owners: dict[str, VirtualService] = {}
+        for service in self._resources.specs(VirtualService):
+            gateways = self._gateways_of(service)
+            if MESH_GATEWAY in {full_gateway(name, service.meta.namespace) for name in service.gateways}:
+                self._owned_once(service, owners)
+            unreachable = False
+            for rule in service.http:
+                if unreachable:
+                    self.warnings.add(rule.at, "is never reached: a rule before it matches everything")
+                unreachable = unreachable or not rule.matches
+                self._rule(service, rule, gateways)
+
+    def _gateways_of(self, service: VirtualService) -> list[Gateway]:
+        found: list[Gateway] = []
+        named = [(name, service.meta.at) for name in service.gateways]
+        named += [(name, match.at) for rule in service.http for match in rule.matches for name in match.gateways]
+        for name, at in named:
+            full = full_gateway(name, service.meta.namespace)
+            if full == MESH_GATEWAY:
+                continue
+            if full in self._gateways:
+                found.append(self._gateways[full])
+            else:
+                self.problems.add(at, f'there is no Gateway "{full}"{did_you_mean(full, self._gateways)}')
+        return found
+
+    def _owned_once(self, service: VirtualService, owners: dict[str, VirtualService]) -> None:
+        for host in service.hosts:
+            full = full_host(host, service.meta.namespace, DOMAIN)
+            owner = owners.setdefault(full, service)
+            if owner is not service:
+                place = f"{owner.meta.at.source}:{owner.meta.at.line}"
+                self.problems.add(
+                    service.meta.at, f'the host "{full}" already belongs to {owner.meta} ({place}); merge the two'
+                )
+
+    def _rule(self, service: VirtualService, rule: HttpRule, gateways: list[Gateway]) -> None:
+        destinations = [weighted.destination for weighted in rule.destinations]
+        for destination in [*destinations, *(mirror.destination for mirror in rule.mirrors)]:
+            self._destination(service, destination, gateways)
+
+    def _destination(self, service: VirtualService, destination: Destination, gateways: list[Gateway]) -> None:
+        namespace = service.meta.namespace
+        host = full_host(destination.host, namespace, DOMAIN)
+        target = self._services.get(host)
+        at = destination.at
+        if target is None:
+            hint = did_you_mean(host, self._services)
+            self.problems.add(at.field("host"), f'"{host}" is the host of no Service and no ServiceEntry{hint}')
+            return
+        numbers = [port.number for port in target.ports]
+        if destination.port and destination.port not in numbers:
+            known = ", ".join(map(str, numbers))
+            self.problems.add(at.field("port"), f'"{host}" has no port {destination.port}; it has {known}')
+        if not destination.port and len(numbers) > 1:
+            for gateway in gateways:
+                for server in gateway.servers:
+                    if server.port not in numbers:
+                        self.problems.add(
+                            at,
+                            f'"port" is required: "{host}" has several ports, and none is the port {server.port} of '
+                            f"{gateway.meta}",
+                        )
+                        return
+        if destination.subset:
+            self._subset(target, destination, namespace)
+
+    def _subset(self, target: CatalogService, destination: Destination, namespace: str) -> None:
+        policy = host_policy(self._rules, target, namespace, domain=DOMAIN, root_namespace=ROOT_NAMESPACE)
+        if policy.subset(destination.subset) is None:
+            names = [subset.name for subset in policy.subsets]
+            where = " or ".join(policy.rules) if policy.rules else "there is no DestinationRule of that host"
+            known = f"{where} has {', '.join(names) or 'none'}" if policy.rules else where
+            self.problems.add(
+                destination.at.field("subset"),
+                f'"{target.host}" has no subset "{destination.subset}": {known}'
+                f"{did_you_mean(destination.subset, names)}",
+            )
+
+    # DestinationRule
+
+    def destination_rules(self) -> None:
+        for rule in self._rules:
+            host = full_host(rule.host, rule.meta.namespace, DOMAIN)
+            target = self._services.get(host)
+            if target is None:
+                if "*" not in host:
+                    self.warnings.add(rule.meta.at, f'"{host}" is the host of no Service and no ServiceEntry')
+                continue
+            if target.is_entry:
+                continue
+            workloads = workloads_of(target, self._deployments)
+            for subset in rule.subsets:
+                if not any(selects(subset.labels, workload.labels) for workload in workloads):
+                    self.warnings.add(
+                        subset.at, f'no workload of "{host}" has the labels of the subset "{subset.name}"'
+                    )
+
+    # Workloads
+
+    def workloads(self) -> None:
+        accounts = {(a.meta.namespace, a.meta.name) for a in self._resources.specs(ServiceAccount)}
+        for deployment in self._deployments:
+            account = (deployment.meta.namespace, deployment.service_account)
+            if account[1] != "default" and account not in accounts:
+                names = [name for namespace, name in accounts if namespace == account[0]]
+                self.problems.add(
+                    deployment.meta.at,
+                    f'there is no ServiceAccount "{account[0]}/{account[1]}"{did_you_mean(account[1], names)}',
+                )
+        for service in self._resources.specs(Service):
+            self._service(service)
+
+    def _service(self, service: Service) -> None:
+        target = self._services[full_host(service.meta.name, service.meta.namespace, DOMAIN)]
+        workloads = workloads_of(target, self._deployments)
+        if not workloads:
+            self.warnings.add(service.meta.at, "selects no workload")
+        for port in service.ports:
+            for workload in workloads:
+                names = workload.container_ports()
+                if isinstance(port.target, str) and port.target not in names and not workload.is_gateway:
+                    self.problems.add(
+                        service.meta.at,
+                        f'targetPort "{port.target}" is the name of no container port of {workload.meta}'
+                        f"{did_you_mean(port.target, names)}",
+                    )
+
+    # Policies
+
+    def policies(self) -> None:
+        selecting: tuple[PeerAuthentication | AuthorizationPolicy | Telemetry | Gateway, ...] = (
+            *self._resources.specs(PeerAuthentication),
+            *self._resources.specs(AuthorizationPolicy),
+            *self._resources.specs(Telemetry),
+            *self._resources.specs(Gateway),
+        )
+        for policy in selecting:
+            scope = policy.meta.namespace
+            everywhere = scope == ROOT_NAMESPACE or isinstance(policy, Gateway)
+            if policy.selector and not any(
+                selects(policy.selector, workload.labels)
+                for workload in self._deployments
+                if everywhere or workload.meta.namespace == scope
+            ):
+                self.warnings.add(policy.meta.at, "selects no workload")
+        scopes: dict[tuple[str, tuple[tuple[str, str], ...]], At] = {}
+        for authentication in self._resources.specs(PeerAuthentication):
+            key = (authentication.meta.namespace, tuple(sorted(authentication.selector.items())))
+            first = scopes.setdefault(key, authentication.meta.at)
+            if first is not authentication.meta.at:
+                self.warnings.add(
+                    authentication.meta.at, f"has no effect: {first.resource} has the same scope and is older"
+                )

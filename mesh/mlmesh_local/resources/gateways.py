@@ -1,0 +1,194 @@
+"""Gateway and ServiceEntry: https://istio.io/latest/docs/reference/config/networking/."""
+
+from __future__ import annotations
+
+from typing import Literal, cast
+
+from mlmesh_local.resources.destinations import part
+from mlmesh_local.resources.fields import Fields, is_host, is_ip
+from mlmesh_local.resources.model import (
+    EntryEndpoint,
+    EntryPort,
+    Gateway,
+    GatewayServer,
+    Meta,
+    ServerTls,
+    ServiceEntry,
+)
+from mlmesh_local.resources.networking import export_to
+
+_TCP_LIKE = ("TCP", "TLS", "MONGO", "MYSQL", "REDIS", "UDP")
+_TLS_VERSIONS = ("TLS_AUTO", "TLSV1_2", "TLSV1_3")
+
+
+def parse_gateway(meta: Meta, spec: Fields) -> Gateway:
+    """Read a Gateway's spec."""
+    selector = spec.text_map("selector")
+    servers = tuple(_server(item) for item in spec.messages("servers"))
+    if not servers:
+        spec.problems.add(spec.at, '"servers" needs at least one server')
+    names = [server.port_name for server in servers]
+    for server in servers:
+        if names.count(server.port_name) > 1:
+            spec.problems.add(server.at, f'the port name "{server.port_name}" occurs twice')
+    return Gateway(meta=meta, selector=selector, servers=servers)
+
+
+def _server(fields: Fields) -> GatewayServer:
+    with fields:
+        fields.unsupported("bind", "defaultEndpoint", "name")
+        number, name, protocol = 0, "", "HTTP"
+        if fields.required("port"):
+            with fields.message("port") as inner:
+                number = inner.port("number", required=True)
+                name = inner.text("name", required=True)
+                protocol = _protocol(inner, ("HTTP", "HTTP2", "GRPC", "GRPC-WEB", "HTTPS"), _TCP_LIKE)
+                inner.unsupported("targetPort", why="Istio dropped it; the Service has the target port")
+        fields.ignored("port")
+        tls = part(fields, "tls", _server_tls)
+        if protocol == "HTTPS" and tls is None:
+            fields.refuse("port", 'protocol HTTPS needs "tls"')
+        if protocol != "HTTPS" and tls is not None:
+            fields.refuse("tls", f"goes with protocol HTTPS, not {protocol}")
+        return GatewayServer(
+            port=number,
+            port_name=name,
+            protocol=protocol,
+            hosts=_server_hosts(fields),
+            tls=tls,
+            at=fields.at,
+        )
+
+
+def _server_hosts(fields: Fields) -> tuple[str, ...]:
+    hosts: list[str] = []
+    for text in fields.texts("hosts"):
+        namespace, slash, host = text.rpartition("/")
+        if not is_host(host):
+            fields.refuse("hosts", f'"{host}" is not a host name')
+        elif slash and namespace not in {"*", "."}:
+            fields.refuse(
+                "hosts", f'not supported: the namespace in "{text}"; the laptop mesh takes "*/" and "./" only'
+            )
+        else:
+            hosts.append(host.lower())
+    if not hosts and not fields.has("hosts"):
+        fields.required("hosts")
+    return tuple(hosts)
+
+
+def _server_tls(fields: Fields) -> ServerTls:
+    fields.unsupported(
+        "httpsRedirect",
+        "serverCertificate",
+        "privateKey",
+        "caCertificates",
+        "caCrl",
+        "tlsCertificates",
+        "credentialNames",
+        "caCertCredentialName",
+        "cipherSuites",
+        "verifyCertificateSpki",
+        "verifyCertificateHash",
+        why="the laptop mesh takes credentialName",
+    )
+    mode = fields.choice(
+        "mode",
+        ("SIMPLE", "MUTUAL", "ISTIO_MUTUAL", "OPTIONAL_MUTUAL"),
+        "SIMPLE",
+        unsupported=("PASSTHROUGH", "AUTO_PASSTHROUGH"),
+    )
+    credential = fields.text("credentialName")
+    if mode == "ISTIO_MUTUAL":
+        if credential:
+            fields.refuse("credentialName", "does not go with mode ISTIO_MUTUAL")
+    elif not credential:
+        fields.problems.add(fields.at, f'mode {mode} needs "credentialName"')
+    return ServerTls(
+        mode=cast('Literal["SIMPLE", "MUTUAL", "ISTIO_MUTUAL", "OPTIONAL_MUTUAL"]', mode),
+        credential_name=credential,
+        subject_alt_names=fields.texts("subjectAltNames"),
+        min_version=fields.choice("minProtocolVersion", _TLS_VERSIONS, "TLSV1_2"),
+        max_version=fields.choice("maxProtocolVersion", _TLS_VERSIONS, "TLS_AUTO"),
+    )
+
+
+def _protocol(fields: Fields, known: tuple[str, ...], unsupported: tuple[str, ...]) -> str:
+    text = fields.text("protocol", required=True).upper()
+    if text in known:
+        return text
+    if text in unsupported:
+        fields.refuse("protocol", f'"{text}" is not supported by the laptop mesh; use one of {", ".join(known)}')
+    elif text:
+        fields.refuse("protocol", f'"{text}" is not one of {", ".join(known)}')
+    return "HTTP"
+
+
+def parse_service_entry(meta: Meta, spec: Fields) -> ServiceEntry:
+    """Read a ServiceEntry's spec."""
+    spec.unsupported("workloadSelector")
+    spec.unsupported("addresses", why="without iptables nothing is captured by address; clients call by host name")
+    hosts = spec.texts("hosts", is_host, "a host name")
+    if not hosts:
+        spec.problems.add(spec.at, '"hosts" needs at least one host')
+    for host in hosts:
+        if host.startswith("*"):
+            spec.refuse("hosts", f'"{host}": a wildcard has no endpoints here')
+    location = spec.choice("location", ("MESH_EXTERNAL", "MESH_INTERNAL"), "MESH_EXTERNAL")
+    resolution = spec.choice(
+        "resolution",
+        ("STATIC", "DNS"),
+        "",
+        unsupported=("NONE", "DNS_ROUND_ROBIN", "DYNAMIC_DNS"),
+    )
+    if not spec.has("resolution"):
+        spec.problems.add(spec.at, '"resolution" is required: STATIC or DNS (Istio\'s default NONE needs iptables)')
+    ports = tuple(_entry_port(item) for item in spec.messages("ports"))
+    if not ports:
+        spec.problems.add(spec.at, '"ports" needs at least one port')
+    endpoints = tuple(_entry_endpoint(item, ports, dns=resolution == "DNS") for item in spec.messages("endpoints"))
+    if resolution == "STATIC" and not endpoints:
+        spec.problems.add(spec.at, 'resolution STATIC needs "endpoints"')
+    return ServiceEntry(
+        meta=meta,
+        hosts=tuple(host.lower() for host in hosts),
+        ports=ports,
+        external=location == "MESH_EXTERNAL",
+        resolution="DNS" if resolution == "DNS" else "STATIC",
+        endpoints=endpoints,
+        subject_alt_names=spec.texts("subjectAltNames"),
+        export_to=export_to(spec),
+    )
+
+
+def _entry_port(fields: Fields) -> EntryPort:
+    with fields:
+        number = fields.port("number", required=True)
+        return EntryPort(
+            number=number,
+            name=fields.text("name", required=True),
+            # TLS that the application makes itself cannot be routed by host without capture.
+            protocol=_protocol(fields, ("GRPC", "HTTP", "HTTP2"), (*_TCP_LIKE, "HTTPS", "GRPC-WEB")),
+            target_port=fields.port("targetPort") or number,
+        )
+
+
+def _entry_endpoint(fields: Fields, ports: tuple[EntryPort, ...], *, dns: bool) -> EntryEndpoint:
+    with fields:
+        fields.unsupported("network", "locality")
+        address = fields.text("address", required=True)
+        if address and not (is_ip(address) or (dns and is_host(address))):
+            fields.refuse("address", f'"{address}" is not an IP address' + (" or host name" if dns else ""))
+        numbers: dict[str, int] = {}
+        with fields.message("ports") as inner:
+            for name in inner.names():
+                numbers[name] = inner.port(name)
+                if name not in {port.name for port in ports}:
+                    inner.refuse(name, "is the name of none of the ports")
+        return EntryEndpoint(
+            address=address,
+            ports=numbers,
+            labels=fields.text_map("labels"),
+            weight=fields.integer("weight") or 1,
+            service_account=fields.text("serviceAccount"),
+        )

@@ -1,0 +1,220 @@
+"""Documents to resources: which kinds there are, what is read and ignored, what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlmesh_local.resources.destinations import parse_destination_rule
+from mlmesh_local.resources.fields import Fields
+from mlmesh_local.resources.gateways import parse_gateway, parse_service_entry
+from mlmesh_local.resources.model import Meta, Spec
+from mlmesh_local.resources.networking import parse_virtual_service
+from mlmesh_local.resources.problems import At, InvalidResource, Problem, Problems, did_you_mean
+from mlmesh_local.resources.resource_set import Resource, ResourceSet
+from mlmesh_local.resources.security import parse_authorization_policy, parse_peer_authentication
+from mlmesh_local.resources.telemetry import parse_telemetry
+from mlmesh_local.resources.tree import Node, Tree, parse_yaml
+from mlmesh_local.resources.workload import parse_deployment, parse_service, parse_service_account
+
+DEFAULT_NAMESPACE = "mlmesh"
+DOCUMENT_BYTES_MAX = 4 * 1024 * 1024
+
+_Parse = Callable[[Meta, Fields], Spec]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Document:
+    """YAML text, possibly of several resources, and where it came from."""
+
+    source: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Kind:
+    group: str
+    versions: tuple[str, ...]
+    parse: _Parse
+
+
+_NETWORKING = ("v1", "v1beta1", "v1alpha3")
+_SECURITY = ("v1", "v1beta1")
+_KINDS: dict[str, _Kind] = {
+    "VirtualService": _Kind(group="networking.istio.io", versions=_NETWORKING, parse=parse_virtual_service),
+    "DestinationRule": _Kind(group="networking.istio.io", versions=_NETWORKING, parse=parse_destination_rule),
+    "Gateway": _Kind(group="networking.istio.io", versions=_NETWORKING, parse=parse_gateway),
+    "ServiceEntry": _Kind(group="networking.istio.io", versions=_NETWORKING, parse=parse_service_entry),
+    "PeerAuthentication": _Kind(group="security.istio.io", versions=_SECURITY, parse=parse_peer_authentication),
+    "AuthorizationPolicy": _Kind(group="security.istio.io", versions=_SECURITY, parse=parse_authorization_policy),
+    "Telemetry": _Kind(group="telemetry.istio.io", versions=("v1", "v1alpha1"), parse=parse_telemetry),
+    "Deployment": _Kind(group="apps", versions=("v1",), parse=parse_deployment),
+    "Service": _Kind(group="", versions=("v1",), parse=parse_service),
+    "ServiceAccount": _Kind(group="", versions=("v1",), parse=parse_service_account),
+}
+IGNORED_KINDS = frozenset(
+    {
+        "ClusterRole",
+        "ClusterRoleBinding",
+        "Component",
+        "ConfigMap",
+        "HorizontalPodAutoscaler",
+        "Kustomization",
+        "LimitRange",
+        "Namespace",
+        "NetworkPolicy",
+        "PersistentVolumeClaim",
+        "PodDisruptionBudget",
+        "PodMonitor",
+        "PriorityClass",
+        "PrometheusRule",
+        "ResourceQuota",
+        "Role",
+        "RoleBinding",
+        "Secret",
+        "ServiceMonitor",
+    }
+)
+"""Kinds that mean something to a cluster only."""
+
+
+def load_resources(documents: Iterable[Document], *, default_namespace: str = DEFAULT_NAMESPACE) -> ResourceSet:
+    """Read and validate documents, each resource on its own; `ResourceSet.apply` checks them against each other.
+
+    Raises InvalidResource with every problem found.
+    """
+    problems: list[Problem] = []
+    resources: dict[tuple[str, str, str], Resource] = {}
+    for document in documents:
+        try:
+            found = _document(document, default_namespace)
+        except InvalidResource as error:
+            problems.extend(error.problems)
+            continue
+        for resource in found:
+            twin = resources.get(resource.key)
+            if twin is not None:
+                at = resource.spec.meta.at
+                other = twin.spec.meta.at
+                problems.append(Problem(at=at, message=f"is also defined at {other.source}:{other.line}"))
+            resources[resource.key] = resource
+    if problems:
+        raise InvalidResource(problems)
+    return ResourceSet.of(resources.values())
+
+
+def read_documents(paths: Iterable[Path]) -> tuple[Document, ...]:
+    """YAML files, and those of folders (not of folders in folders), in the order of their names.
+
+    Raises InvalidResource for a path that cannot be read or is too large.
+    """
+    documents: list[Document] = []
+    for path in paths:
+        files = sorted(p for p in path.iterdir() if p.suffix in {".yaml", ".yml"}) if path.is_dir() else [path]
+        documents.extend(_read(file) for file in files)
+    return tuple(documents)
+
+
+def _read(file: Path) -> Document:
+    try:
+        if file.stat().st_size > DOCUMENT_BYTES_MAX:
+            raise _refusal(str(file), f"is larger than {DOCUMENT_BYTES_MAX} bytes")
+        return Document(source=str(file), text=file.read_text())
+    except OSError as error:
+        raise _refusal(str(file), f"cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise _refusal(str(file), "is not UTF-8 text") from error
+
+
+def _refusal(source: str, message: str) -> InvalidResource:
+    return InvalidResource([Problem(at=At(source=source, line=0), message=message)])
+
+
+def _document(document: Document, default_namespace: str) -> list[Resource]:
+    problems = Problems()
+    resources: list[Resource] = []
+    for tree in parse_yaml(document.source, document.text):
+        for root in _flatten(tree):
+            resource = _resource(root, tree, default_namespace, problems)
+            if resource is not None:
+                resources.append(resource)
+    problems.refuse()
+    return resources
+
+
+def _flatten(tree: Tree) -> list[Node]:
+    """The resources of a document: itself, or the items of a List."""
+    value = tree.root.value
+    if isinstance(value, dict) and "kind" in value and value["kind"].value == "List" and "items" in value:
+        items = value["items"].value
+        return items if isinstance(items, list) else []
+    return [tree.root]
+
+
+def _resource(root: Node, tree: Tree, default_namespace: str, problems: Problems) -> Resource | None:
+    at = At(source=tree.source, line=root.line)
+    body = Fields(root, at, problems)
+    if not isinstance(root.value, dict):
+        return None
+    kind_name, api_version = body.text("kind", required=True), body.text("apiVersion", required=True)
+    if kind_name in IGNORED_KINDS or not (kind_name and api_version):
+        return None
+    known = _known(kind_name, api_version, body)
+    if known is None:
+        return None
+    meta = _meta(kind_name, body, at, default_namespace)
+    place = meta.at
+    body.at = place
+    body.ignored("status")
+    if kind_name == "ServiceAccount":
+        spec = known.parse(meta, body)
+    else:
+        body.required("spec")
+        with body.message("spec") as fields:
+            spec = known.parse(meta, fields)
+    body.done()
+    return Resource(spec=spec, plain=root.plain(), text=tree.text)
+
+
+def _known(kind_name: str, api_version: str, body: Fields) -> _Kind | None:
+    group, slash, version = api_version.rpartition("/")
+    known = _KINDS.get(kind_name)
+    if known is None:
+        body.refuse("kind", f'"{kind_name}" is not supported by the laptop mesh{did_you_mean(kind_name, _KINDS)}')
+        return None
+    if (group if slash else "") != known.group or version not in known.versions:
+        expected = f"{known.group}/{known.versions[0]}" if known.group else known.versions[0]
+        body.refuse("apiVersion", f'"{api_version}" of {kind_name} is not supported by the laptop mesh; use {expected}')
+        return None
+    return known
+
+
+def _meta(kind_name: str, body: Fields, at: At, default_namespace: str) -> Meta:
+    plain = body.raw("metadata")
+    guess = plain.value if plain and isinstance(plain.value, dict) else {}
+    name = str(guess["name"].value) if "name" in guess else "?"
+    namespace = str(guess["namespace"].value) if "namespace" in guess else default_namespace
+    # Every later message names the resource, those about its metadata too.
+    place = At(source=at.source, line=at.line, resource=f"{kind_name} {namespace}/{name}")
+    body.at = place
+    body.required("metadata")
+    with body.message("metadata") as metadata:
+        metadata.ignored(
+            "creationTimestamp",
+            "generation",
+            "managedFields",
+            "resourceVersion",
+            "uid",
+            "finalizers",
+            "ownerReferences",
+        )
+        metadata.unsupported("generateName", why="resources are merged by name")
+        return Meta(
+            kind=kind_name,
+            namespace=metadata.name("namespace") or default_namespace,
+            name=metadata.name("name", required=True),
+            labels=metadata.text_map("labels"),
+            annotations=metadata.text_map("annotations"),
+            at=place,
+        )

@@ -1,0 +1,126 @@
+"""YAML as a tree in which every value knows its line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from mlmesh_local.resources.problems import At, InvalidResource, Problem
+
+NODES_MAX = 200_000
+"""Most values in one document: aliases can make a small file endless."""
+
+Scalar = str | int | float | bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A value with its line (from 1): a scalar, a mapping or a list of nodes."""
+
+    line: int
+    value: Scalar | dict[str, Node] | list[Node]
+
+    def plain(self) -> Any:
+        """The value without lines, as JSON would have it."""
+        if isinstance(self.value, dict):
+            return {key: node.plain() for key, node in self.value.items()}
+        if isinstance(self.value, list):
+            return [node.plain() for node in self.value]
+        return self.value
+
+    def kind(self) -> str:
+        """What a person calls this value."""
+        if isinstance(self.value, dict):
+            return "a mapping"
+        if isinstance(self.value, list):
+            return "a list"
+        if self.value is None:
+            return "null"
+        if isinstance(self.value, bool):
+            return "a boolean"
+        return "a number" if isinstance(self.value, int | float) else "a string"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tree:
+    """One YAML document: its root, where it starts, and its own text."""
+
+    root: Node
+    source: str
+    text: str
+
+
+def parse_yaml(source: str, text: str) -> Iterator[Tree]:
+    """The documents of a text; empty ones are skipped. Raises InvalidResource for what is not YAML."""
+    loader = yaml.SafeLoader(text)
+    try:
+        while loader.check_node():
+            node = loader.get_node()
+            if node is None or (isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:null"):
+                continue
+            builder = _Builder(source, loader)
+            # One mark is enough: documents end where the next "---" begins, and comments between them do not matter.
+            yield Tree(
+                root=builder.build(node), source=source, text=text[node.start_mark.index : node.end_mark.index].rstrip()
+            )
+    except yaml.YAMLError as error:
+        raise InvalidResource([_yaml_problem(source, error)]) from error
+    except RecursionError as error:
+        at = At(source=source, line=0)
+        raise InvalidResource([Problem(at=at, message="values are nested too deeply")]) from error
+    finally:
+        loader.dispose()
+
+
+def _yaml_problem(source: str, error: yaml.YAMLError) -> Problem:
+    mark = getattr(error, "problem_mark", None)
+    text = getattr(error, "problem", None) or getattr(error, "reason", None) or "cannot be read"
+    return Problem(at=At(source=source, line=mark.line + 1 if mark else 0), message=f"not valid YAML: {text}")
+
+
+class _Builder:
+    def __init__(self, source: str, loader: yaml.SafeLoader) -> None:
+        self._source = source
+        self._loader = loader
+        self._count = 0
+
+    def build(self, node: yaml.Node) -> Node:
+        line = node.start_mark.line + 1
+        self._count += 1
+        if self._count > NODES_MAX:
+            self._refuse(line, f"more than {NODES_MAX} values in one document")
+        if isinstance(node, yaml.MappingNode):
+            return Node(line, self._mapping(node))
+        if isinstance(node, yaml.SequenceNode):
+            return Node(line, [self.build(item) for item in node.value])
+        return Node(line, self._scalar(node))
+
+    def _mapping(self, node: yaml.MappingNode) -> dict[str, Node]:
+        result: dict[str, Node] = {}
+        for key_node, value_node in node.value:
+            line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                self._refuse(line, "a key must be a string")
+            key = str(key_node.value)
+            if key in result:
+                self._refuse(line, f'the key "{key}" occurs twice')
+            value = self.build(value_node)
+            # A person looks for the key, not for the first line of what it holds.
+            result[key] = Node(line, value.value)
+        return result
+
+    def _scalar(self, node: yaml.Node) -> Scalar:
+        tag = str(node.tag).removeprefix("tag:yaml.org,2002:")
+        if tag not in {"int", "float", "bool", "null"}:
+            return str(node.value)
+        try:
+            value: Scalar = self._loader.construct_object(node)
+        except ValueError:
+            return str(node.value)
+        return value
+
+    def _refuse(self, line: int, message: str) -> None:
+        raise InvalidResource([Problem(at=At(source=self._source, line=line), message=message)])

@@ -1,0 +1,263 @@
+"""Deployment, Service and ServiceAccount: the part of Kubernetes' API that a laptop can run.
+
+What only a cluster can do (scheduling, resources, security contexts, volumes) is read and ignored by name; what would
+change what runs (init containers, values from ConfigMaps) is refused.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from mlmesh_local.resources.destinations import part
+from mlmesh_local.resources.fields import Fields
+from mlmesh_local.resources.model import (
+    Container,
+    ContainerPort,
+    Deployment,
+    EnvironmentVariable,
+    Meta,
+    Probe,
+    Service,
+    ServiceAccount,
+    ServicePort,
+)
+
+REPLICAS_MAX = 100
+# fmt: off
+_CLUSTER_ONLY_POD = (
+    "affinity", "automountServiceAccountToken", "dnsConfig", "dnsPolicy", "enableServiceLinks", "hostAliases",
+    "hostname", "imagePullSecrets", "nodeName", "nodeSelector", "os", "overhead", "preemptionPolicy", "priority",
+    "priorityClassName", "readinessGates", "resourceClaims", "resources", "restartPolicy", "runtimeClassName",
+    "schedulerName", "schedulingGates", "securityContext", "setHostnameAsFQDN", "shareProcessNamespace",
+    "subdomain", "tolerations", "topologySpreadConstraints", "volumes",
+)
+_CLUSTER_ONLY_CONTAINER = (
+    "imagePullPolicy", "resources", "resizePolicy", "restartPolicy", "securityContext", "stdin", "stdinOnce",
+    "terminationMessagePath", "terminationMessagePolicy", "tty", "volumeDevices", "volumeMounts",
+)
+_FIELD_PATHS = (
+    "metadata.name", "metadata.namespace", "metadata.uid", "spec.nodeName", "spec.serviceAccountName",
+    "status.podIP", "status.hostIP",
+)
+# fmt: on
+_PROTOCOLS: dict[str, Literal["grpc", "http2", "http"]] = {
+    "grpc": "grpc",
+    "grpc-web": "http",
+    "http2": "http2",
+    "http": "http",
+    # Kubernetes' standard names, https://kubernetes.io/docs/concepts/services-networking/service/#application-protocol
+    "kubernetes.io/h2c": "http2",
+}
+
+
+def parse_deployment(meta: Meta, spec: Fields) -> Deployment:
+    """Read a Deployment's spec."""
+    spec.ignored("strategy", "minReadySeconds", "revisionHistoryLimit", "paused", "progressDeadlineSeconds")
+    replicas = spec.integer("replicas", low=0, high=REPLICAS_MAX)
+    with spec.message("selector") as inner:
+        inner.unsupported("matchExpressions")
+        selected = inner.text_map("matchLabels")
+    labels: dict[str, str] = {}
+    annotations: dict[str, str] = {}
+    with spec.message("template") as template:
+        with template.message("metadata") as metadata:
+            metadata.ignored("name", "namespace", "creationTimestamp")
+            labels = dict(metadata.text_map("labels"))
+            annotations = dict(metadata.text_map("annotations"))
+        with template.message("spec") as pod:
+            service_account, grace_s, containers = _pod(pod)
+    for key, value in selected.items():
+        if labels.get(key) != value:
+            spec.refuse("selector", f'selects "{key}: {value}", which the template\'s labels do not have')
+    return Deployment(
+        meta=meta,
+        replicas=1 if replicas is None else replicas,
+        labels=labels,
+        annotations=annotations,
+        service_account=service_account,
+        containers=containers,
+        termination_grace_s=grace_s,
+    )
+
+
+def _pod(pod: Fields) -> tuple[str, int, tuple[Container, ...]]:
+    pod.ignored(*_CLUSTER_ONLY_POD)
+    pod.unsupported(
+        "initContainers", "ephemeralContainers", "hostNetwork", "hostPID", "hostIPC", "activeDeadlineSeconds"
+    )
+    account = pod.name("serviceAccountName")
+    deprecated = pod.name("serviceAccount")
+    grace_s = pod.integer("terminationGracePeriodSeconds", high=86400)
+    containers = tuple(_container(item) for item in pod.messages("containers"))
+    if not containers:
+        pod.problems.add(pod.at, '"containers" needs at least one container')
+    return account or deprecated or "default", 30 if grace_s is None else grace_s, containers
+
+
+def _container(fields: Fields) -> Container:
+    with fields:
+        fields.ignored(*_CLUSTER_ONLY_CONTAINER)
+        fields.unsupported(
+            "lifecycle", why="the laptop mesh drains by SIGTERM; remove the hook or move it to an overlay"
+        )
+        fields.unsupported("envFrom", why="the laptop mesh does not read ConfigMaps and Secrets")
+        return Container(
+            name=fields.name("name", required=True),
+            image=fields.text("image"),
+            command=fields.texts("command"),
+            args=fields.texts("args"),
+            working_dir=fields.text("workingDir"),
+            environment=tuple(_environment(item) for item in fields.messages("env")),
+            ports=tuple(_container_port(item) for item in fields.messages("ports")),
+            readiness=part(fields, "readinessProbe", _probe),
+            liveness=part(fields, "livenessProbe", _probe),
+            startup=part(fields, "startupProbe", _probe),
+        )
+
+
+def _environment(fields: Fields) -> EnvironmentVariable:
+    with fields:
+        name = fields.text("name", required=True)
+        value = fields.text("value")
+        path = ""
+        fields.one_of("value", "valueFrom")
+        if fields.has("valueFrom"):
+            with fields.message("valueFrom") as source:
+                source.unsupported(
+                    "configMapKeyRef", "secretKeyRef", why="the laptop mesh does not read ConfigMaps and Secrets"
+                )
+                source.unsupported("resourceFieldRef", "fileKeyRef", why="a local process has no resource bounds")
+                if source.required("fieldRef") and source.has("fieldRef"):
+                    with source.message("fieldRef") as reference:
+                        reference.ignored("apiVersion")
+                        path = _field_path(reference)
+                source.ignored("fieldRef")
+        fields.ignored("valueFrom")
+        return EnvironmentVariable(name=name, value=value, field_path=path)
+
+
+def _field_path(fields: Fields) -> str:
+    path = fields.text("fieldPath", required=True)
+    if path in _FIELD_PATHS or path.startswith(("metadata.labels['", "metadata.annotations['")):
+        return path
+    fields.refuse("fieldPath", f'not supported: "{path}"; use one of {", ".join(_FIELD_PATHS)}')
+    return ""
+
+
+def _container_port(fields: Fields) -> ContainerPort:
+    with fields:
+        fields.unsupported("hostPort", "hostIP")
+        fields.choice("protocol", ("TCP",), "TCP", unsupported=("UDP", "SCTP"))
+        return ContainerPort(name=fields.text("name"), number=fields.port("containerPort", required=True))
+
+
+def _probe(fields: Fields) -> Probe:
+    fields.ignored("terminationGracePeriodSeconds")
+    how = fields.one_of("grpc", "httpGet", "tcpSocket", "exec", required=True)
+    port: int | str = 0
+    service = path = ""
+    command: tuple[str, ...] = ()
+    with fields.message("grpc") as grpc:
+        service = grpc.text("service")
+        if how == "grpc":
+            port = grpc.port("port", required=True)
+    with fields.message("httpGet") as http:
+        http.unsupported("host", "httpHeaders")
+        http.choice("scheme", ("HTTP",), "HTTP", unsupported=("HTTPS",))
+        path = http.text("path", "/")
+        if how == "httpGet":
+            port = port_or_name(http, "port")
+    with fields.message("tcpSocket") as tcp:
+        tcp.unsupported("host")
+        if how == "tcpSocket":
+            port = port_or_name(tcp, "port")
+    with fields.message("exec") as run:
+        command = run.texts("command")
+    kinds: dict[str, Literal["grpc", "http", "tcp", "exec"]] = {"grpc": "grpc", "httpGet": "http", "tcpSocket": "tcp"}
+    return Probe(
+        how=kinds.get(how, "exec"),
+        port=port,
+        grpc_service=service,
+        http_path=path,
+        command=command,
+        initial_delay_s=fields.integer("initialDelaySeconds", high=86400) or 0,
+        period_s=fields.integer("periodSeconds", low=1, high=86400) or 10,
+        timeout_s=fields.integer("timeoutSeconds", low=1, high=86400) or 1,
+        failure_threshold=fields.integer("failureThreshold", low=1, high=10000) or 3,
+        success_threshold=fields.integer("successThreshold", low=1, high=10000) or 1,
+    )
+
+
+def port_or_name(fields: Fields, name: str) -> int | str:
+    """A port's number, or the name of a container port."""
+    node = fields.raw(name)
+    if node is None:
+        fields.required(name)
+        return 0
+    if isinstance(node.value, str):
+        return int(node.value) if node.value.isdigit() else node.value
+    return fields.port(name)
+
+
+def parse_service(meta: Meta, spec: Fields) -> Service:
+    """Read a Service's spec."""
+    spec.ignored(
+        "internalTrafficPolicy", "externalTrafficPolicy", "ipFamilies", "ipFamilyPolicy", "healthCheckNodePort"
+    )
+    spec.ignored("allocateLoadBalancerNodePorts", "loadBalancerClass", "loadBalancerIP", "loadBalancerSourceRanges")
+    spec.ignored("clusterIPs", "trafficDistribution")
+    spec.unsupported("externalName", "externalIPs", "sessionAffinityConfig", "publishNotReadyAddresses")
+    spec.choice("type", ("ClusterIP", "LoadBalancer", "NodePort"), "ClusterIP", unsupported=("ExternalName",))
+    spec.choice("sessionAffinity", ("None",), "None", unsupported=("ClientIP",))
+    if spec.text("clusterIP") == "None":
+        spec.refuse("clusterIP", "not supported: headless services; endpoints come from the control plane")
+    ports: list[ServicePort] = []
+    for item in spec.messages("ports"):
+        with item:
+            ports.append(_service_port(item))
+    numbers = [port.number for port in ports]
+    for number in sorted({number for number in numbers if numbers.count(number) > 1}):
+        spec.refuse("ports", f"the port {number} occurs twice")
+    if not ports:
+        spec.problems.add(spec.at, '"ports" needs at least one port')
+    return Service(meta=meta, selector=spec.text_map("selector"), ports=tuple(ports))
+
+
+def _service_port(fields: Fields) -> ServicePort:
+    fields.ignored("nodePort")
+    fields.choice("protocol", ("TCP",), "TCP", unsupported=("UDP", "SCTP"))
+    number = fields.port("port", required=True)
+    name = fields.text("name")
+    application = fields.text("appProtocol")
+    target: int | str = port_or_name(fields, "targetPort") if fields.has("targetPort") else number
+    fields.ignored("targetPort")
+    return ServicePort(number=number, name=name, target=target, protocol=_port_protocol(fields, name, application))
+
+
+def _port_protocol(fields: Fields, name: str, application: str) -> Literal["grpc", "http2", "http"]:
+    """Istio's rule: appProtocol, else the port name up to its first hyphen.
+
+    https://istio.io/latest/docs/ops/configuration/traffic-management/protocol-selection/
+    """
+    if application:
+        protocol = _PROTOCOLS.get(application.lower())
+        if protocol is None:
+            fields.refuse("appProtocol", f'not supported: "{application}"; use one of {", ".join(_PROTOCOLS)}')
+        return protocol or "http"
+    for prefix in sorted(_PROTOCOLS, key=len, reverse=True):
+        if name.lower() == prefix or name.lower().startswith(f"{prefix}-"):
+            return _PROTOCOLS[prefix]
+    # TLS to the gateway's own port passes no route of the mesh: only gateways listen there.
+    if name.lower().split("-")[0] in {"https", "tls"}:
+        return "http"
+    where = "name" if fields.has("name") else "port"
+    fields.refuse(
+        where, "not supported: a port of unknown protocol; name it grpc-…, http2-… or http-…, or set appProtocol"
+    )
+    return "http"
+
+
+def parse_service_account(meta: Meta, body: Fields) -> ServiceAccount:
+    """Read a ServiceAccount."""
+    body.ignored("automountServiceAccountToken", "imagePullSecrets", "secrets")
+    return ServiceAccount(meta=meta)
