@@ -11,7 +11,6 @@ from typing import Any
 import grpc
 from google.protobuf import descriptor_pb2, message_factory
 from google.protobuf.descriptor_pool import DescriptorPool
-
 from mlmesh_runtime.server import Service
 
 

@@ -60,7 +60,7 @@ class Process:
             self._changed.notify_all()
 
     def wait_for(self, wanted: Callable[[dict[str, Any]], bool], *, timeout_s: float = 30.0) -> dict[str, Any]:
-        """The first JSON log entry (past or coming) that is `wanted`. Raises AssertionError with the log when none comes."""
+        """The first JSON log entry, past or coming, that is `wanted`. AssertionError with the log when none comes."""
         found: dict[str, Any] = {}
 
         def look() -> bool:
