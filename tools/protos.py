@@ -28,7 +28,7 @@ class CompileError(Exception):
 
 
 def compile_image(protos: Path, out: Path) -> None:
-    """Compile the protos under `protos` with source info and imports into the descriptor set `out`. Raises CompileError."""
+    """Compile `protos` with source info and imports into the descriptor set `out`. Raises CompileError."""
     imports = descriptor_pb2.FileDescriptorSet()
     imports.ParseFromString((ROOT / "protos" / "mlmesh" / "descriptor_set.binpb").read_bytes())
     kept = [file for file in imports.file if not file.name.startswith(tuple(f"{name}/" for name in OURS))]

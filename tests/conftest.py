@@ -1,0 +1,23 @@
+"""What every test may count on: markers, and a visible reason for what cannot run here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+NO_GPU = "no NVIDIA GPU here (/dev/nvidiactl is missing)"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if Path("/dev/nvidiactl").exists():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=NO_GPU))
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the repository; tests run from it, also those of an installed wheel."""
+    return Path(__file__).resolve().parent.parent
