@@ -1,14 +1,14 @@
 """The one table between domain errors and gRPC statuses, both ways.
 
 Details travel as google.rpc messages in ``grpc-status-details-bin``: ErrorInfo always, BadRequest and RetryInfo where
-they say something. Everything is cut to a bound: gRPC begins to refuse trailers at 8 KiB, and then the caller would see that
-refusal and not the error. On the wire the details grow by a third (base64) and the message up to threefold (percent).
+they say something. Everything is cut to a bound: gRPC begins to refuse trailers at 8 KiB, and then the caller would see
+that refusal and not the error. On the wire the details grow by a third (base64) and the message up to threefold (percent).
 """
 
 from __future__ import annotations
 
 import uuid
-from typing import Any
+from typing import Any, TypeAlias
 
 import grpc
 from google.protobuf import any_pb2
@@ -42,7 +42,7 @@ CODES: dict[type[MeshError], grpc.StatusCode] = {
 }
 _ERRORS: dict[grpc.StatusCode, type[MeshError]] = {code: error for error, code in CODES.items()}
 
-_Detail = error_details_pb2.ErrorInfo | error_details_pb2.BadRequest | error_details_pb2.RetryInfo
+_Detail: TypeAlias = error_details_pb2.ErrorInfo | error_details_pb2.BadRequest | error_details_pb2.RetryInfo
 Trailers = tuple[tuple[str, str | bytes], ...]
 
 
