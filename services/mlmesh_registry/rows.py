@@ -1,0 +1,223 @@
+"""Rows to values and back: the queries of the model store, each inside its caller's transaction."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import sqlalchemy as sa
+
+from mlmesh_registry import tables
+from mlmesh_registry.database import Write
+from mlmesh_registry.events import Change, from_micros, to_micros
+from mlmesh_registry.names import AliasName
+from mlmesh_registry.versions import Alias, Model, Version, canonical, content_from, manifest
+
+Row = sa.Row[Any]
+
+
+def model(connection: sa.Connection, model_id: str) -> Model | None:
+    """One model."""
+    row = connection.execute(tables.models.select().where(tables.models.c.id == model_id)).one_or_none()
+    return None if row is None else _model(row)
+
+
+def models(connection: sa.Connection, after: tuple[Any, ...] | None, limit: int) -> Sequence[Model]:
+    """Models by id, behind one."""
+    query = tables.models.select().order_by(tables.models.c.id).limit(limit)
+    if after is not None:
+        query = query.where(tables.models.c.id > after[0])
+    return [_model(row) for row in connection.execute(query)]
+
+
+def insert_model(write: Write, new: Model) -> None:
+    """Add a model."""
+    write.connection.execute(
+        tables.models.insert().values(
+            id=new.id,
+            description=new.description,
+            labels=_json(new.labels),
+            create_time=to_micros(new.create_time),
+            update_time=to_micros(new.update_time),
+            creator=write.actor,
+            updater=write.actor,
+            revision=new.revision,
+            latest_version=new.latest_version,
+        )
+    )
+
+
+def update_model(write: Write, after: Model) -> None:
+    """Replace what an update may change."""
+    write.connection.execute(
+        tables.models.update()
+        .where(tables.models.c.id == after.id)
+        .values(
+            description=after.description,
+            labels=_json(after.labels),
+            update_time=to_micros(after.update_time),
+            updater=write.actor,
+            revision=after.revision,
+        )
+    )
+
+
+def version(connection: sa.Connection, model_id: str, number: int) -> Version | None:
+    """One version with its aliases."""
+    column = tables.versions.c
+    query = tables.versions.select().where(column.model == model_id, column.number == number)
+    found = _versions(connection, connection.execute(query))
+    return found[0] if found else None
+
+
+def versions(
+    connection: sa.Connection, model_id: str | None, before: tuple[Any, ...] | None, limit: int
+) -> Sequence[Version]:
+    """Versions, newest first, older than a revision."""
+    column = tables.versions.c
+    query = tables.versions.select().order_by(column.revision.desc()).limit(limit)
+    if model_id is not None:
+        query = query.where(column.model == model_id)
+    if before is not None:
+        query = query.where(column.revision < before[0])
+    return _versions(connection, connection.execute(query))
+
+
+def insert_version(write: Write, new: Version) -> None:
+    """Add a version, what it uses, and count its model up."""
+    write.connection.execute(
+        tables.versions.insert().values(
+            model=new.model,
+            number=new.number,
+            digest=new.digest,
+            manifest=_json(manifest(new.content)),
+            create_time=to_micros(new.create_time),
+            creator=new.creator,
+            revision=new.revision,
+        )
+    )
+    used = sorted({artifact.sha256 for artifact in new.content.artifacts})
+    write.connection.execute(
+        tables.version_blobs.insert(),
+        [{"model": new.model, "number": new.number, "sha256": sha256} for sha256 in used],
+    )
+    write.connection.execute(
+        tables.models.update().where(tables.models.c.id == new.model).values(latest_version=new.number)
+    )
+
+
+def alias(connection: sa.Connection, name: AliasName) -> Alias | None:
+    """One alias."""
+    column = tables.aliases.c
+    query = tables.aliases.select().where(column.model == name.model, column.alias == name.alias)
+    row = connection.execute(query).one_or_none()
+    return None if row is None else _alias(row)
+
+
+def aliases(
+    connection: sa.Connection, model_id: str | None, after: tuple[Any, ...] | None, limit: int
+) -> Sequence[Alias]:
+    """Aliases by model and name, behind one."""
+    column = tables.aliases.c
+    query = tables.aliases.select().order_by(column.model, column.alias).limit(limit)
+    if model_id is not None:
+        query = query.where(column.model == model_id)
+    if after is not None:
+        query = query.where(sa.tuple_(column.model, column.alias) > sa.tuple_(*after))
+    return [_alias(row) for row in connection.execute(query)]
+
+
+def put_alias(write: Write, after: Alias) -> None:
+    """Create or move an alias."""
+    delete_alias(write, AliasName(model=after.model, alias=after.alias))
+    write.connection.execute(
+        tables.aliases.insert().values(
+            model=after.model,
+            alias=after.alias,
+            version=after.version,
+            update_time=to_micros(after.update_time),
+            updater=after.updater,
+            revision=after.revision,
+        )
+    )
+
+
+def delete_alias(write: Write, name: AliasName) -> None:
+    """Remove an alias."""
+    column = tables.aliases.c
+    write.connection.execute(tables.aliases.delete().where(column.model == name.model, column.alias == name.alias))
+
+
+def present(connection: sa.Connection, model_id: str | None, after: int, upto: int, limit: int) -> Sequence[Change]:
+    """Rows of all three kinds whose revision is in (after, upto], by revision, at most limit, as changes."""
+
+    def query(table: sa.Table, owner: sa.Column[Any]) -> sa.Select[Any]:
+        chosen = table.select().where(table.c.revision > after, table.c.revision <= upto)
+        chosen = chosen.order_by(table.c.revision).limit(limit)
+        return chosen if model_id is None else chosen.where(owner == model_id)
+
+    models_found = connection.execute(query(tables.models, tables.models.c.id))
+    versions_found = connection.execute(query(tables.versions, tables.versions.c.model))
+    aliases_found = connection.execute(query(tables.aliases, tables.aliases.c.model))
+    found = [
+        *(_change(row.revision, row.update_time, row.updater, _model(row)) for row in models_found),
+        *(
+            Change(revision=each.revision, time=each.create_time, actor=each.creator, subject=each)
+            for each in _versions(connection, versions_found)
+        ),
+        *(_change(row.revision, row.update_time, row.updater, _alias(row)) for row in aliases_found),
+    ]
+    return sorted(found, key=lambda change: change.revision)[:limit]
+
+
+def _change(revision: int, micros: int, actor: str, subject: Model | Alias) -> Change:
+    return Change(revision=revision, time=from_micros(micros), actor=actor, subject=subject)
+
+
+def _model(row: Row) -> Model:
+    return Model(
+        id=row.id,
+        description=row.description,
+        labels=json.loads(row.labels),
+        create_time=from_micros(row.create_time),
+        update_time=from_micros(row.update_time),
+        revision=row.revision,
+        latest_version=row.latest_version,
+    )
+
+
+def _alias(row: Row) -> Alias:
+    return Alias(
+        model=row.model,
+        alias=row.alias,
+        version=row.version,
+        update_time=from_micros(row.update_time),
+        updater=row.updater,
+        revision=row.revision,
+    )
+
+
+def _versions(connection: sa.Connection, result: Iterable[Row]) -> Sequence[Version]:
+    found = list(result)
+    names: dict[tuple[str, int], list[str]] = {}
+    column = tables.aliases.c
+    # Aliases are few: those of the models on the page are read at once, by an index.
+    query = sa.select(column.model, column.version, column.alias).where(column.model.in_({row.model for row in found}))
+    for row in connection.execute(query.order_by(column.alias)) if found else ():
+        names.setdefault((row.model, row.version), []).append(row.alias)
+    return [
+        Version(
+            model=row.model,
+            number=row.number,
+            content=content_from(json.loads(row.manifest)),
+            digest=row.digest,
+            create_time=from_micros(row.create_time),
+            creator=row.creator,
+            revision=row.revision,
+            aliases=tuple(names.get((row.model, row.number), ())),
+        )
+        for row in found
+    ]
+
+
+def _json(value: Mapping[str, Any]) -> str:
+    return canonical(dict(value)).decode()

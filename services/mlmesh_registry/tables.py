@@ -1,0 +1,133 @@
+"""The tables, as SQLAlchemy Core. Alembic migrations make them; a test compares the two.
+
+Only types that SQLite and PostgreSQL share: text, big integers, booleans. Times are microseconds since the epoch (UTC).
+"""
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Index,
+    Integer,
+    MetaData,
+    Table,
+    Text,
+)
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+# One row. Taking the next revision locks it, so revisions are handed out in commit order whatever the database.
+log_head = Table(
+    "log_head",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("revision", BigInteger, nullable=False),
+)
+
+# The log that watchers follow; old entries are dropped, the head is not.
+changes = Table(
+    "changes",
+    metadata,
+    Column("revision", BigInteger, primary_key=True, autoincrement=False),
+    Column("time", BigInteger, nullable=False),
+    Column("actor", Text, nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("model", Text, nullable=False),
+    Column("subject", Text, nullable=False),
+    Index(None, "model", "revision"),
+)
+
+models = Table(
+    "models",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("description", Text, nullable=False),
+    Column("labels", Text, nullable=False),
+    Column("create_time", BigInteger, nullable=False),
+    Column("update_time", BigInteger, nullable=False),
+    Column("creator", Text, nullable=False),
+    Column("updater", Text, nullable=False),
+    Column("revision", BigInteger, nullable=False, unique=True),
+    Column("latest_version", BigInteger, nullable=False),
+)
+
+versions = Table(
+    "versions",
+    metadata,
+    Column("model", Text, ForeignKey("models.id"), primary_key=True),
+    Column("number", BigInteger, primary_key=True, autoincrement=False),
+    Column("digest", Text, nullable=False),
+    Column("manifest", Text, nullable=False),
+    Column("create_time", BigInteger, nullable=False),
+    Column("creator", Text, nullable=False),
+    Column("revision", BigInteger, nullable=False, unique=True),
+    Index(None, "model", "revision"),
+)
+
+blobs = Table(
+    "blobs",
+    metadata,
+    Column("sha256", Text, primary_key=True),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("create_time", BigInteger, nullable=False),
+)
+
+# Which versions use which blob: what makes a blob worth keeping.
+version_blobs = Table(
+    "version_blobs",
+    metadata,
+    Column("model", Text, primary_key=True),
+    Column("number", BigInteger, primary_key=True, autoincrement=False),
+    Column("sha256", Text, ForeignKey("blobs.sha256"), primary_key=True),
+    ForeignKeyConstraint(["model", "number"], ["versions.model", "versions.number"]),
+    Index(None, "sha256"),
+)
+
+aliases = Table(
+    "aliases",
+    metadata,
+    Column("model", Text, primary_key=True),
+    Column("alias", Text, primary_key=True),
+    Column("version", BigInteger, nullable=False),
+    Column("update_time", BigInteger, nullable=False),
+    Column("updater", Text, nullable=False),
+    Column("revision", BigInteger, nullable=False, unique=True),
+    ForeignKeyConstraint(["model", "version"], ["versions.model", "versions.number"]),
+    Index(None, "model", "version"),
+)
+
+uploads = Table(
+    "uploads",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("sha256", Text, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("committed_bytes", BigInteger, nullable=False),
+    Column("finished", Boolean, nullable=False),
+    Column("create_time", BigInteger, nullable=False),
+    Column("expire_time", BigInteger, nullable=False),
+    Column("creator", Text, nullable=False),
+    Index(None, "expire_time"),
+)
+
+# First answers, so that a repeated request gets the same one. Written in the transaction that they answer for.
+requests = Table(
+    "requests",
+    metadata,
+    Column("actor", Text, primary_key=True),
+    Column("method", Text, primary_key=True),
+    Column("request_id", Text, primary_key=True),
+    Column("fingerprint", Text, nullable=False),
+    Column("answer", Text, nullable=False),
+    Column("time", BigInteger, nullable=False),
+    Index(None, "time"),
+)
