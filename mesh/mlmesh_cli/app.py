@@ -1,0 +1,71 @@
+"""The `mlmesh` command."""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from mlmesh_cli.commands.apply import apply
+from mlmesh_cli.commands.certs import certs_app
+from mlmesh_cli.commands.demo import demo
+from mlmesh_cli.commands.infer import infer
+from mlmesh_cli.commands.lifecycle import down, init, status, up
+from mlmesh_cli.commands.models import models_app
+from mlmesh_cli.commands.routes import routes
+from mlmesh_cli.commands.traces import traces_app
+from mlmesh_cli.commands.train import train_app
+
+_EPILOG = (
+    "Exit codes: 0 ok, 1 failed, 2 wrong usage, 3 no mesh is running, 130 Ctrl-C. "
+    "Every command takes --output json. `mlmesh --install-completion` sets up the shell."
+)
+
+app = typer.Typer(
+    name="mlmesh",
+    help="Train, register and serve models over gRPC inside a service mesh, on a laptop or a cluster.",
+    epilog=_EPILOG,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mlmesh {version('mlmesh')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+_MESH, _WORK, _LOOK = "The mesh", "Models", "Looking inside"
+app.command(rich_help_panel=_MESH)(init)
+app.command(rich_help_panel=_MESH)(up)
+app.command(rich_help_panel=_MESH)(down)
+app.command(rich_help_panel=_MESH)(status)
+app.command(rich_help_panel=_MESH)(apply)
+app.command(rich_help_panel=_MESH)(demo)
+app.add_typer(train_app, name="train", rich_help_panel=_WORK)
+app.add_typer(models_app, name="models", rich_help_panel=_WORK)
+app.command(rich_help_panel=_WORK)(infer)
+app.command(rich_help_panel=_LOOK)(routes)
+app.add_typer(traces_app, name="traces", rich_help_panel=_LOOK)
+app.add_typer(certs_app, name="certs", rich_help_panel=_LOOK)
+
+
+def main() -> None:
+    """Entry point of the `mlmesh` script."""
+    # gRPC's own log lines ("fork", "ping timeout") belong to no command's output.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    app()

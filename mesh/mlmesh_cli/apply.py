@@ -1,0 +1,43 @@
+"""Making Istio resources active: what `mlmesh apply` and the demo both do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import grpc
+from mlmesh.local.v1 import local_pb2 as pb
+from mlmesh.local.v1.local_pb2_grpc import LocalMeshServiceAsyncStub
+
+from mlmesh_cli.errors import CliError, rpc_failure
+
+_DEADLINE_S = 30.0
+
+
+async def apply_documents(
+    stub: LocalMeshServiceAsyncStub,
+    documents: Sequence[tuple[Path, str]],
+    *,
+    dry_run: bool = False,
+    prune: bool = False,
+) -> pb.ApplyResponse:
+    """Applies YAML texts and waits until the sidecars acknowledged.
+
+    Raises:
+        CliError: refused; the problem names file, line and field.
+        grpc.aio.AioRpcError: anything else.
+    """
+    request = pb.ApplyRequest(dry_run=dry_run, prune=prune)
+    for path, text in documents:
+        request.documents.add(source=str(path), yaml=text)
+    try:
+        return await stub.Apply(request, timeout=_DEADLINE_S)
+    except grpc.aio.AioRpcError as error:
+        failure = rpc_failure(error)
+        if failure.code != "INVALID_ARGUMENT":
+            raise
+        raise CliError(
+            "; ".join(failure.violations) or failure.message,
+            "correct it and apply again; nothing was changed, the configuration before stays active",
+            reason=failure.reason or failure.code,
+        ) from None

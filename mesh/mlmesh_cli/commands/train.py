@@ -1,0 +1,232 @@
+"""`mlmesh train`."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mlmesh_cli.options import DEFAULT_STATE_DIR, Output, OutputFormat, StateDir
+from mlmesh_cli.terminal import Terminal, run
+
+if TYPE_CHECKING:
+    from mlmesh.training.v1 import training_pb2 as pb
+    from mlmesh.training.v1.training_pb2_grpc import TrainingServiceAsyncStub
+
+train_app = typer.Typer(help="Train models; list, watch and cancel jobs.", invoke_without_command=True)
+
+_Job = Annotated[str, typer.Argument(metavar="JOB", help="Name of the job, as `mlmesh train list` shows it.")]
+
+
+@train_app.callback()
+def train(
+    context: typer.Context,
+    *,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", "-r", help="What to train; see `mlmesh train recipes`.")
+    ] = None,
+    dataset: Annotated[str | None, typer.Option("--dataset", "-d", help="What to train on: mnist or digits.")] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Hyperparameter NAME=NUMBER; may be repeated.", metavar="NAME=NUMBER"),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Model to publish to; default: the data set's name.")
+    ] = None,
+    alias: Annotated[list[str] | None, typer.Option("--alias", "-a", help="Alias to move to the new version.")] = None,
+    publish: Annotated[bool, typer.Option("--publish/--no-publish", help="Register what was trained.")] = True,
+    description: Annotated[str, typer.Option(help="What is special about this version.")] = "",
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of weights, shuffling and split.", min=0, max=2**32 - 1)
+    ] = None,
+    retries: Annotated[int | None, typer.Option(help="Attempts after the first; -1: none.", min=-1, max=100)] = None,
+    job: Annotated[
+        Path | None, typer.Option("--job", help="JobSpec in YAML or JSON; options override it.", dir_okay=False)
+    ] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Submit and do not watch.")] = False,
+    logs: Annotated[bool, typer.Option("--logs", help="Also show what the job writes.")] = False,
+    state_dir: StateDir = DEFAULT_STATE_DIR,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Train a model: submit a job and watch it to its end. Ctrl-C detaches, the job goes on.
+
+    [bold]Examples[/bold]
+
+      mlmesh train
+
+      mlmesh train --recipe cnn --dataset mnist --set epochs=4 --set width=16 --alias canary
+
+      mlmesh train --job job.yaml --detach -o json
+
+      mlmesh train list
+    """
+    if context.invoked_subcommand:
+        return
+    terminal = Terminal(output)
+
+    async def main() -> None:
+        from mlmesh.training.v1 import training_pb2 as pb  # noqa: PLC0415  keeps `mlmesh --help` quick
+
+        from mlmesh_cli.connection import Connection  # noqa: PLC0415
+        from mlmesh_cli.jobs import hyperparameters, read_spec, submit  # noqa: PLC0415
+        from mlmesh_cli.render.training import jobs_table  # noqa: PLC0415
+
+        spec = read_spec(job) if job else pb.JobSpec()
+        spec.recipe = recipe or spec.recipe or "cnn"
+        spec.dataset = dataset or spec.dataset or "mnist"
+        spec.hyperparameters.update(hyperparameters(setting or []))
+        spec.seed = spec.seed if seed is None else seed
+        spec.retries_max = spec.retries_max if retries is None else retries
+        if publish:
+            target = spec.publication
+            target.model = (
+                f"models/{model.removeprefix('models/')}" if model else target.model or f"models/{spec.dataset}"
+            )
+            target.aliases.extend(a for a in alias or [] if a not in target.aliases)
+            target.description = description or target.description
+        else:
+            spec.ClearField("publication")
+        async with Connection.from_environment(state_dir) as connection:
+            stub = await connection.training()
+            created = await submit(stub, spec)
+            if detach:
+                terminal.show(jobs_table([created], datetime.now(UTC)), created)
+                return
+            await watch_to_end(stub, created.name, terminal, logs=logs)
+
+    run(terminal, main)
+
+
+async def watch_to_end(stub: TrainingServiceAsyncStub, name: str, terminal: Terminal, *, logs: bool) -> pb.Job:
+    """Shows a job's events until it ended, then what it measured. Raises CliError when it did not succeed."""
+    import asyncio  # noqa: PLC0415
+
+    from mlmesh.training.v1 import training_pb2 as pb  # noqa: PLC0415
+
+    from mlmesh_cli.errors import CliError  # noqa: PLC0415
+    from mlmesh_cli.jobs import follow  # noqa: PLC0415
+    from mlmesh_cli.progress import JobProgress  # noqa: PLC0415
+    from mlmesh_cli.render.training import job_view  # noqa: PLC0415
+
+    last = pb.Job()
+    try:
+        with JobProgress(terminal.err if terminal.json else terminal.out, name, logs=logs) as progress:
+            async for event in follow(stub, name):
+                terminal.line(event)
+                progress.update(event)
+                if event.HasField("job"):
+                    last = event.job
+    except asyncio.CancelledError:
+        terminal.say(f"detached; {name} goes on: `mlmesh train watch {name}`, `mlmesh train cancel {name}`")
+        raise
+    if not terminal.json:
+        terminal.say(job_view(last))
+    if last.state != pb.JOB_STATE_SUCCEEDED:
+        outcome = "was cancelled" if last.state == pb.JOB_STATE_CANCELLED else f"failed: {last.error}"
+        raise CliError(
+            f"{name} {outcome}", f"`mlmesh train watch {name} --logs` shows what it wrote", reason="JOB_FAILED"
+        )
+    return last
+
+
+@train_app.command("list")
+def list_jobs(
+    count: Annotated[int, typer.Option("--count", "-n", help="Most jobs to show.", min=1, max=1000)] = 20,
+    state_dir: StateDir = DEFAULT_STATE_DIR,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """List jobs, newest first.
+
+    [bold]Examples[/bold]
+
+      mlmesh train list -n 5
+    """
+    terminal = Terminal(output)
+
+    async def main() -> None:
+        from mlmesh.training.v1 import training_pb2 as pb  # noqa: PLC0415  keeps `mlmesh --help` quick
+
+        from mlmesh_cli.connection import Connection  # noqa: PLC0415
+        from mlmesh_cli.render.training import jobs_table  # noqa: PLC0415
+
+        async with Connection.from_environment(state_dir) as connection:
+            response = await (await connection.training()).ListJobs(pb.ListJobsRequest(page_size=count))
+        terminal.show(jobs_table(response.jobs, datetime.now(UTC)), response)
+
+    run(terminal, main)
+
+
+@train_app.command()
+def watch(
+    job: _Job,
+    logs: Annotated[bool, typer.Option("--logs", help="Also show what the job writes.")] = False,
+    state_dir: StateDir = DEFAULT_STATE_DIR,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Watch a job from its first event to its end.
+
+    [bold]Examples[/bold]
+
+      mlmesh train watch jobs/3f2a9c --logs
+
+      mlmesh train watch 3f2a9c -o json | jq -c .metrics.values
+    """
+    terminal = Terminal(output)
+
+    async def main() -> None:
+        from mlmesh_cli.connection import Connection  # noqa: PLC0415  keeps `mlmesh --help` quick
+        from mlmesh_cli.jobs import job_name  # noqa: PLC0415
+
+        async with Connection.from_environment(state_dir) as connection:
+            await watch_to_end(await connection.training(), job_name(job), terminal, logs=logs)
+
+    run(terminal, main)
+
+
+@train_app.command()
+def cancel(job: _Job, state_dir: StateDir = DEFAULT_STATE_DIR, output: Output = OutputFormat.TABLE) -> None:
+    """Ask a job to stop.
+
+    [bold]Examples[/bold]
+
+      mlmesh train cancel jobs/3f2a9c
+    """
+    terminal = Terminal(output)
+
+    async def main() -> None:
+        from mlmesh.training.v1 import training_pb2 as pb  # noqa: PLC0415  keeps `mlmesh --help` quick
+
+        from mlmesh_cli.connection import Connection  # noqa: PLC0415
+        from mlmesh_cli.jobs import job_name  # noqa: PLC0415
+        from mlmesh_cli.render.training import jobs_table  # noqa: PLC0415
+
+        async with Connection.from_environment(state_dir) as connection:
+            response = await (await connection.training()).CancelJob(pb.CancelJobRequest(name=job_name(job)))
+        terminal.show(jobs_table([response.job], datetime.now(UTC)), response)
+
+    run(terminal, main)
+
+
+@train_app.command()
+def recipes(state_dir: StateDir = DEFAULT_STATE_DIR, output: Output = OutputFormat.TABLE) -> None:
+    """Show what can be trained, and with which hyperparameters.
+
+    [bold]Examples[/bold]
+
+      mlmesh train recipes
+    """
+    terminal = Terminal(output)
+
+    async def main() -> None:
+        from mlmesh.training.v1 import training_pb2 as pb  # noqa: PLC0415  keeps `mlmesh --help` quick
+
+        from mlmesh_cli.connection import Connection  # noqa: PLC0415
+        from mlmesh_cli.render.training import recipes_view  # noqa: PLC0415
+
+        async with Connection.from_environment(state_dir) as connection:
+            response = await (await connection.training()).ListRecipes(pb.ListRecipesRequest())
+        terminal.show(recipes_view(response.recipes), response)
+
+    run(terminal, main)

@@ -1,0 +1,60 @@
+"""Tables of the story."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from mlmesh.inference.v1 import control_pb2
+from rich.console import RenderableType
+from rich.text import Text
+
+from mlmesh_cli.demo.traffic import Phase
+from mlmesh_cli.render import text as t
+from mlmesh_cli.render.status import table
+
+
+def phases_table(phases: Iterable[Phase], versions: Sequence[str]) -> RenderableType:
+    """One row a phase: requests, configured and observed share of the second version, failures, latencies."""
+    first, second = versions
+    columns = (">requests", ">failed", f">v1 = {first}", f">v2 = {second}", ">v2 configured", ">v2 observed", "")
+    result = table("weights", *columns, ">right answers", ">p50", ">p99")
+    for phase in phases:
+        answered = phase.answers.total()
+        result.add_row(
+            phase.name,
+            f"{phase.requests:,}",
+            Text(str(len(phase.failures)), style="red" if phase.failures else "green"),
+            f"{phase.answers[first]:,}",
+            f"{phase.answers[second]:,}",
+            t.percent(phase.share),
+            t.percent(phase.observed(second)) if answered else "-",
+            t.bar(phase.observed(second), width=16),
+            t.percent(phase.right.total() / answered) if answered else "-",
+            t.duration(phase.percentile_s(0.5)),
+            t.duration(phase.percentile_s(0.99)),
+        )
+    return result
+
+
+def served_table(rows: Iterable[tuple[str, control_pb2.ServedVersion]]) -> RenderableType:
+    """One row a version in an inference process: where it stands and which engine runs it."""
+    result = table("instance", "model", "state", "engine", ">fetched")
+    for instance, served in sorted(rows, key=lambda row: (row[0], row[1].name)):
+        ready = served.state == control_pb2.SERVED_STATE_READY
+        state = t.enum_name("SERVED_STATE_", control_pb2.ServedState.Name(served.state))
+        result.add_row(
+            instance,
+            t.model_version(served.name),
+            Text(state, style="green" if ready else "yellow"),
+            served.engine or "-",
+            t.size(served.fetched_bytes or served.total_bytes),
+        )
+    return result
+
+
+def attempts_table(rows: Iterable[tuple[str, str, str]]) -> RenderableType:
+    """What was tried, what came of it, and what it shows."""
+    result = table("call", "result", "what it shows")
+    for row in rows:
+        result.add_row(*row)
+    return result

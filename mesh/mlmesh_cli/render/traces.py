@@ -1,0 +1,148 @@
+"""`mlmesh traces`: a list, and one trace as a waterfall."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from mlmesh.local.v1 import local_pb2 as pb
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.text import Text
+
+from mlmesh_cli.render import text as t
+from mlmesh_cli.render.status import table
+
+_KIND_STYLES = {"client": "cyan", "server": "green", "internal": "magenta", "producer": "yellow", "consumer": "yellow"}
+_TIMELINE_MIN = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """A span where the waterfall draws it: depth in the tree, start and length in seconds from the first span."""
+
+    span: pb.Span
+    depth: int
+    offset_s: float
+    duration_s: float
+
+
+def waterfall_rows(spans: Sequence[pb.Span]) -> list[Row]:
+    """Spans as a tree, parents before children, siblings by start; a span whose parent is missing is a root."""
+    if not spans:
+        return []
+    known = {span.span_id for span in spans}
+    children: dict[str, list[pb.Span]] = defaultdict(list)
+    for span in sorted(spans, key=lambda s: (t.unix(s.start_time), s.span_id)):
+        children[span.parent_span_id if span.parent_span_id in known else ""].append(span)
+    begin = min(t.unix(span.start_time) for span in spans)
+    rows: list[Row] = []
+    seen: set[str] = set()
+    stack = [(span, 0) for span in reversed(children[""])]
+    while stack:
+        span, depth = stack.pop()
+        if span.span_id in seen:
+            continue
+        seen.add(span.span_id)
+        offset = t.unix(span.start_time) - begin
+        rows.append(Row(span=span, depth=depth, offset_s=offset, duration_s=t.seconds(span.duration)))
+        stack += [(child, depth + 1) for child in reversed(children[span.span_id])]
+    return rows
+
+
+def timeline(offset_s: float, duration_s: float, total_s: float, *, width: int, style: str) -> Text:
+    """A bar of `width` cells that begins and ends where the span does; at least one cell is drawn."""
+    scale = width / total_s if total_s > 0 else 0.0
+    first = min(int(offset_s * scale), width - 1)
+    last = min(max(round((offset_s + duration_s) * scale), first + 1), width)
+    return Text(" " * first) + Text("━" * (last - first), style=style) + Text(" " * (width - last))
+
+
+def _notes(span: pb.Span) -> str:
+    wanted = (
+        ("rpc.grpc.status_code", "grpc"),
+        ("grpc.status_code", "grpc"),
+        ("mlmesh.model.version", "version"),
+        ("model_version", "version"),
+        ("batch_size", "batch"),
+        ("mlmesh.batch.size", "batch"),
+        ("mlmesh.engine", "engine"),
+        ("upstream_cluster.name", "to"),
+    )
+    found: dict[str, str] = {}
+    for attribute, label in wanted:
+        if attribute in span.attributes:
+            found.setdefault(label, span.attributes[attribute])
+    if span.links:
+        found["links"] = str(len(span.links))
+    return " ".join(f"{label}={value}" for label, value in found.items())
+
+
+class Waterfall:
+    """A trace drawn to the width of the terminal.
+
+    Args:
+        spans: the spans of one trace, in any order.
+    """
+
+    def __init__(self, spans: Sequence[pb.Span]) -> None:
+        self.rows = waterfall_rows(spans)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if not self.rows:
+            yield Text("no spans", style="dim")
+            return
+        total = max(row.offset_s + row.duration_s for row in self.rows)
+        names = max(len(row.span.name) + 2 * row.depth for row in self.rows)
+        services = max(len(row.span.service) for row in self.rows)
+        notes = max(len(_notes(row.span)) for row in self.rows)
+        room = options.max_width - names - services - 30
+        show_notes = room - notes - 2 >= 2 * _TIMELINE_MIN
+        width = max(min(room - (notes + 2 if show_notes else 0), 60), _TIMELINE_MIN)
+        columns = ["span", "service", "kind", "timeline", ">start", ">took"] + (["notes"] if show_notes else [])
+        result = table(*columns)
+        for row in self.rows:
+            style = "red" if row.span.error else _KIND_STYLES.get(row.span.kind, "default")
+            name = Text("  " * row.depth + row.span.name, style="red" if row.span.error else "default", no_wrap=True)
+            cells: list[RenderableType] = [
+                name,
+                Text(row.span.service, no_wrap=True),
+                Text(row.span.kind, style=style),
+                timeline(row.offset_s, row.duration_s, total, width=width, style=style),
+                t.duration(row.offset_s) if row.offset_s else "0",
+                t.duration(row.duration_s),
+            ]
+            if show_notes:
+                cells.append(Text(_notes(row.span), style="dim"))
+            result.add_row(*cells)
+        yield result
+
+
+def trace_view(trace: pb.GetTraceResponse) -> RenderableType:
+    """A trace with a line above it and its errors below."""
+    rows = waterfall_rows(trace.spans)
+    total = max((row.offset_s + row.duration_s for row in rows), default=0.0)
+    services = len({span.service for span in trace.spans})
+    head = Text(f"trace {trace.trace_id}", style="bold")
+    head.append(f"  {len(rows)} spans, {services} services, {t.duration(total)}", style="default not bold")
+    errors = [Text(f"{row.span.name}: {row.span.error}", style="red") for row in rows if row.span.error]
+    return Group(head, Waterfall(trace.spans), *errors)
+
+
+def traces_table(traces: Iterable[pb.TraceSummary], now: datetime) -> RenderableType:
+    """One row a trace, newest first."""
+    result = table("trace", "root", "when", ">took", ">spans", "services", "")
+    for trace in traces:
+        result.add_row(
+            trace.trace_id,
+            trace.root_name or "(not arrived yet)",
+            t.ago(trace.start_time, now),
+            t.duration(t.seconds(trace.duration)),
+            str(trace.span_count),
+            ", ".join(trace.services),
+            Text("error", style="red") if trace.error else "",
+        )
+    if not result.row_count:
+        return Text("no traces yet: `mlmesh infer` makes one", style="dim")
+    return result

@@ -1,0 +1,116 @@
+"""`mlmesh train`: jobs, recipes, what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import datetime
+
+from mlmesh.training.v1 import training_pb2 as pb
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from mlmesh_cli.render import text as t
+from mlmesh_cli.render.status import table
+
+_STATE_STYLES = {
+    pb.JOB_STATE_QUEUED: "yellow",
+    pb.JOB_STATE_RUNNING: "cyan",
+    pb.JOB_STATE_RETRYING: "yellow",
+    pb.JOB_STATE_CANCELLING: "yellow",
+    pb.JOB_STATE_SUCCEEDED: "green",
+    pb.JOB_STATE_FAILED: "red",
+    pb.JOB_STATE_CANCELLED: "dim",
+}
+FINAL_STATES = frozenset({pb.JOB_STATE_SUCCEEDED, pb.JOB_STATE_FAILED, pb.JOB_STATE_CANCELLED})
+
+
+def state_text(state: pb.JobState.ValueType) -> Text:
+    """A job's state, coloured."""
+    return Text(t.enum_name("JOB_STATE_", pb.JobState.Name(state)), style=_STATE_STYLES.get(state, "magenta"))
+
+
+def phase_name(phase: pb.JobPhase.ValueType) -> str:
+    """What a job is at, in words; empty when it does not run."""
+    return "" if not phase else t.enum_name("JOB_PHASE_", pb.JobPhase.Name(phase))
+
+
+def jobs_table(jobs: Iterable[pb.Job], now: datetime) -> RenderableType:
+    """One row a job, newest first."""
+    result = table("job", "state", "recipe", "data", ">epoch", ">accuracy", "version", "submitted", ">attempts")
+    for job in jobs:
+        measured = job.HasField("evaluation")
+        result.add_row(
+            job.name,
+            state_text(job.state),
+            job.spec.recipe,
+            job.spec.dataset,
+            f"{job.progress.epoch}/{job.progress.epochs}",
+            t.percent(job.evaluation.accuracy) if measured else "-",
+            t.model_version(job.model_version) or "-",
+            t.ago(job.create_time, now),
+            str(job.attempts),
+        )
+    return result if result.row_count else Text("no jobs yet: `mlmesh train` submits one", style="dim")
+
+
+def evaluation_table(evaluation: pb.Evaluation) -> Table:
+    """The measures on held-out data, in one row."""
+    result = table(">accuracy", ">precision", ">recall", ">F1", ">loss", ">examples", ">ONNX max |diff|")
+    result.add_row(
+        *(t.percent(v) for v in (evaluation.accuracy, evaluation.precision, evaluation.recall, evaluation.f1)),
+        f"{evaluation.loss:.4f}",
+        f"{evaluation.examples:,}",
+        f"{evaluation.export_max_abs_diff:.1e}",
+    )
+    return result
+
+
+def confusion_table(evaluation: pb.Evaluation) -> Table:
+    """The confusion matrix: a row a true class, a column a predicted one, the diagonal green, mistakes red."""
+    labels = list(evaluation.labels) or [str(i) for i in range(len(evaluation.confusion_matrix))]
+    result = table("true \\ predicted", *(f">{label}" for label in labels), ">recall")
+    for index, row in enumerate(evaluation.confusion_matrix):
+        total = sum(row.counts)
+        cells = [_confusion_cell(count, diagonal=column == index) for column, count in enumerate(row.counts)]
+        recall = t.percent(row.counts[index] / total) if total else "-"
+        result.add_row(Text(labels[index], style="bold"), *cells, recall)
+    return result
+
+
+def _confusion_cell(count: int, *, diagonal: bool) -> Text:
+    if not count:
+        return Text("·", style="dim")
+    return Text(str(count), style="green" if diagonal else "red")
+
+
+def job_view(job: pb.Job) -> RenderableType:
+    """How a job ended: state, measures, confusion matrix, version."""
+    head = Text(f"{job.name} ", style="bold") + state_text(job.state)
+    took = (
+        t.unix(job.end_time) - t.unix(job.start_time) if job.HasField("end_time") and job.HasField("start_time") else 0
+    )
+    if took > 0:
+        head.append(f" after {t.duration(took)}", style="default not bold")
+    if job.model_version:
+        head.append(f", registered as {job.model_version}", style="default not bold")
+    parts: list[RenderableType] = [head]
+    if job.error:
+        parts.append(Text(job.error, style="red"))
+    if job.HasField("evaluation"):
+        parts += [evaluation_table(job.evaluation), confusion_table(job.evaluation)]
+    return Group(*parts)
+
+
+def recipes_view(recipes: Iterable[pb.Recipe]) -> RenderableType:
+    """Each recipe with its data sets and hyperparameters."""
+    parts: list[RenderableType] = []
+    for recipe in recipes:
+        head = Text(recipe.name, style="bold cyan")
+        head.append(f"  {recipe.description}  (data: {', '.join(recipe.datasets)})", style="default not bold")
+        result = table("hyperparameter", ">default", ">least", ">most", "what it does")
+        for spec in recipe.hyperparameters:
+            figures = (spec.default_value, spec.min_value, spec.max_value)
+            result.add_row(spec.name, *(f"{v:g}" for v in figures), spec.description)
+        parts += [head, result]
+    return Group(*parts)

@@ -1,0 +1,97 @@
+"""Files to and from the registry, in chunks with checksums; a cut transfer goes on where it ended."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from uuid import uuid4
+
+import grpc
+from mlmesh.registry.v1 import registry_pb2 as pb
+from mlmesh.registry.v1.registry_pb2_grpc import ModelRegistryServiceAsyncStub
+from mlmesh_runtime.chunks import VerifyingWriter, read_chunks, sha256_of
+
+from mlmesh_cli.errors import CliError
+
+# Bytes done, bytes in all.
+Progress = Callable[[int, int], None]
+
+
+def _quiet(_done: int, _all: int) -> None:
+    pass
+
+
+_CUTS_MAX = 5
+_PAUSE_S = 0.5
+_CUT = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL, grpc.StatusCode.CANCELLED})
+_TRANSFER_DEADLINE_S = 3600.0
+
+
+async def upload(stub: ModelRegistryServiceAsyncStub, path: Path, progress: Progress = _quiet) -> pb.Blob:
+    """Uploads a file unless the registry has its bytes already.
+
+    Returns:
+        The blob.
+
+    Raises:
+        CliError: the file changed while it was sent.
+        grpc.aio.AioRpcError: the registry refused, or was cut off more than five times.
+    """
+    digest, size = await asyncio.to_thread(sha256_of, path)
+    started = await stub.StartUpload(pb.StartUploadRequest(size_bytes=size, sha256=digest, request_id=uuid4().hex))
+    if started.HasField("blob"):
+        progress(size, size)
+        return started.blob
+    name, committed = started.upload.name, started.upload.committed_bytes
+    for cut in range(_CUTS_MAX + 1):
+        try:
+            call = stub.UploadChunks(_chunks(name, path, committed, size, progress), timeout=_TRANSFER_DEADLINE_S)
+            committed = (await call).upload.committed_bytes
+            break
+        except grpc.aio.AioRpcError as error:
+            if error.code() not in _CUT or cut == _CUTS_MAX:
+                raise
+            await asyncio.sleep(_PAUSE_S)
+            committed = (await stub.GetUpload(pb.GetUploadRequest(name=name))).upload.committed_bytes
+    if committed != size:
+        raise CliError(f"{path} changed while it was sent", "upload it again", reason="FILE_CHANGED")
+    return (await stub.FinishUpload(pb.FinishUploadRequest(name=name))).blob
+
+
+async def _chunks(
+    upload_name: str, path: Path, offset: int, size: int, progress: Progress
+) -> AsyncIterator[pb.UploadChunksRequest]:
+    chunks = read_chunks(path, offset=offset)
+    while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
+        yield pb.UploadChunksRequest(upload=upload_name, offset=chunk.offset, data=chunk.data, crc32c=chunk.crc32c)
+        progress(chunk.offset + len(chunk.data), size)
+
+
+async def download(
+    stub: ModelRegistryServiceAsyncStub,
+    artifact: pb.Artifact,
+    path: Path,
+    progress: Progress = _quiet,
+) -> None:
+    """Downloads an artifact to a path, which appears whole and verified or not at all.
+
+    Raises:
+        mlmesh_runtime.errors.MeshError: the bytes are not those promised, or there is no room.
+        grpc.aio.AioRpcError: the registry refused, or was cut off more than five times.
+    """
+    digest = artifact.blob.removeprefix("blobs/sha256-")
+    writer = await asyncio.to_thread(VerifyingWriter, path, digest, artifact.size_bytes)
+    with writer:
+        for cut in range(_CUTS_MAX + 1):
+            request = pb.DownloadBlobRequest(name=artifact.blob, offset=writer.committed)
+            try:
+                async for chunk in stub.DownloadBlob(request, timeout=_TRANSFER_DEADLINE_S):
+                    await asyncio.to_thread(writer.write, chunk.offset, chunk.data, chunk.crc32c)
+                    progress(writer.committed, artifact.size_bytes)
+                break
+            except grpc.aio.AioRpcError as error:
+                if error.code() not in _CUT or cut == _CUTS_MAX:
+                    raise
+                await asyncio.sleep(_PAUSE_S)
+        await asyncio.to_thread(writer.finish)
