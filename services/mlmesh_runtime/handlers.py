@@ -373,16 +373,18 @@ async def _pump(rpc: Rpc, result: Any) -> None:
 class Requests:
     """The request stream as a servicer sees it: decoded, checked, counted, bounded in idleness."""
 
-    __slots__ = ("_next", "_rpc")
+    __slots__ = ("_next", "_raw", "_rpc")
 
     def __init__(self, rpc: Rpc, raw: AsyncIterator[bytes]) -> None:
-        self._rpc = rpc
-        self._next = raw.__aiter__().__anext__
+        self._rpc, self._raw = rpc, raw
+        self._next: Callable[[], Awaitable[bytes]] | None = None
 
     def __aiter__(self) -> Requests:
         return self
 
     async def __anext__(self) -> Any:
+        if self._next is None:  # gRPC's generator complains when it is made and never run
+            self._next = self._raw.__aiter__().__anext__
         return await _receive(self._rpc, self._next)
 
 

@@ -2,7 +2,7 @@
 
 Details travel as google.rpc messages in ``grpc-status-details-bin``: ErrorInfo always, BadRequest and RetryInfo where
 they say something. Everything is cut to a bound: gRPC begins to refuse trailers at 8 KiB, and then the caller would see
-that refusal and not the error. On the wire the details grow by a third (base64) and the message up to threefold (percent).
+that refusal and not the error. On the wire the details grow by a third (base64), the message up to threefold (percent).
 """
 
 from __future__ import annotations
