@@ -1,0 +1,37 @@
+"""The training process: python -m mlmesh_training."""
+
+from __future__ import annotations
+
+import asyncio
+
+from mlmesh.training.v1 import training_pb2, training_pb2_grpc
+from mlmesh_runtime.channel import open_channel
+from mlmesh_runtime.config import Settings
+from mlmesh_runtime.server import Server, Service, run
+
+from mlmesh_training.config import TrainingSettings
+from mlmesh_training.service import open_training
+from mlmesh_training.servicer import TrainingServicer
+
+
+async def serve(settings: Settings) -> None:
+    """Serve until a signal says to stop. Jobs that run then go on from their last checkpoint at the next start."""
+    own = TrainingSettings.from_environment(settings.environ)
+    async with (
+        open_channel(settings.registry_target, settings=settings) as registry,
+        open_training(settings, own, registry=registry) as training,
+    ):
+        service = Service(
+            add=training_pb2_grpc.add_TrainingServiceServicer_to_server,
+            servicer=TrainingServicer(training.queue, stall_s=own.watch_stall_s),
+            descriptor=training_pb2.DESCRIPTOR.services_by_name["TrainingService"],
+            deadline_exempt={"WatchJob"},
+        )
+        async with Server(settings, services=[service]) as server, asyncio.TaskGroup() as group:
+            runner = group.create_task(training.runner.run(), name="runner")
+            await server.serve_until_signal()
+            runner.cancel()
+
+
+if __name__ == "__main__":
+    run(serve, service="training")

@@ -1,0 +1,12 @@
+"""Figures of the training service for Prometheus."""
+
+from __future__ import annotations
+
+from mlmesh_runtime.telemetry import REGISTRY
+from prometheus_client import Counter, Gauge
+
+JOBS_FINISHED = Counter(
+    "mlmesh_training_jobs_finished", "Jobs that ended, by final state.", ["state"], registry=REGISTRY
+)
+ATTEMPTS = Counter("mlmesh_training_attempts", "Training processes started.", registry=REGISTRY)
+JOBS_ACTIVE = Gauge("mlmesh_training_jobs_active", "Jobs being trained or published now.", registry=REGISTRY)

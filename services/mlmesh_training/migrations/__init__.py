@@ -1,0 +1,1 @@
+"""Alembic migrations of the training ledger; applied at every start."""
