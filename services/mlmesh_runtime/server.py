@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import signal
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -22,7 +21,7 @@ from mlmesh_runtime.config import ConfigError, Settings, split_address
 from mlmesh_runtime.handlers import Gate, Meters, Method, Wrapper
 from mlmesh_runtime.health import HealthServicer, HealthStatuses
 from mlmesh_runtime.limits import Limits
-from mlmesh_runtime.process import run
+from mlmesh_runtime.process import Signals, run
 from mlmesh_runtime.reflection import DescriptorIndex, Protocol, ReflectionServicer
 from mlmesh_runtime.tls import RotatingCredentials
 
@@ -132,28 +131,20 @@ class Server:
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
-        await self.stop(drain_s=0)
+        # A signal that came before `serve_until_signal` ends up here; clients may have seen the server by then.
+        signalled = Signals.current is not None and Signals.current.asked.is_set()
+        await self.stop(drain_s=None if signalled else 0)
 
     async def serve_until_signal(self) -> None:
         """Serve until SIGTERM or SIGINT, then drain and stop. A second signal skips what is left of the waiting."""
-        loop = asyncio.get_running_loop()
-        asked = asyncio.Event()
-
-        def on_signal(name: str) -> None:
-            if asked.is_set():
-                self._hurry.set()
-            logger.info("stopping", extra={"signal": name})
-            asked.set()
-
-        signals = (signal.SIGTERM, signal.SIGINT)
-        for number in signals:
-            loop.add_signal_handler(number, on_signal, number.name)
-        try:
-            await asked.wait()
+        signals = Signals.current
+        with contextlib.ExitStack() as stack:
+            if signals is None:  # not under `run`
+                signals = stack.enter_context(Signals(lambda: None))
+            signals.awaited = True
+            self._hurry = signals.hurry
+            await signals.asked.wait()
             await self.stop()
-        finally:
-            for number in signals:
-                loop.remove_signal_handler(number)
 
     async def stop(self, *, drain_s: float | None = None, grace_s: float | None = None) -> None:
         """Drain and stop: NOT_SERVING, wait `drain_s`, end watches, GOAWAY, give calls `grace_s`, cancel the rest.

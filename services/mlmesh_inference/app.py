@@ -1,0 +1,124 @@
+"""The inference process, put together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+from mlmesh.inference.v1 import control_pb2, control_pb2_grpc
+from mlmesh_runtime.channel import open_channel
+from mlmesh_runtime.config import Settings
+from mlmesh_runtime.executors import Executors
+from mlmesh_runtime.health import HealthStatuses
+from mlmesh_runtime.server import Server, Service
+from open_inference import grpc_service_pb2, grpc_service_pb2_grpc
+
+from mlmesh_inference.cache import ModelCache
+from mlmesh_inference.catalog import Catalog, State, Status
+from mlmesh_inference.config import InferenceSettings
+from mlmesh_inference.control import WATCH_METHODS, InferenceControlServicer
+from mlmesh_inference.engines.base import EngineKind
+from mlmesh_inference.engines.onnx import OnnxKind
+from mlmesh_inference.engines.tensorrt import TensorRTKind
+from mlmesh_inference.follow import Source
+from mlmesh_inference.loader import Loader
+from mlmesh_inference.loading import Loading
+from mlmesh_inference.oip.servicer import METHODS, OpenInferenceServicer, Repository
+from mlmesh_inference.registry import RegistryClient
+from mlmesh_inference.tracing import SpanTracer
+
+
+def engine_kinds() -> tuple[EngineKind, ...]:
+    """Engines in the order of preference."""
+    return (TensorRTKind(), OnnxKind())
+
+
+def server_version() -> str:
+    """Version of the installed distribution."""
+    try:
+        return version("mlmesh")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+class ModelHealth:
+    """Tells health what the catalog says: "model:NAME" and "model:NAME/VERSION"; and "", once everything is there."""
+
+    def __init__(self, health: HealthStatuses) -> None:
+        self._health = health
+        self.catalog: Catalog | None = None
+        health.set("", False)
+
+    def changed(self, status: Status) -> None:
+        """A version changed; the catalog's listener."""
+        name = f"model:{status.model}/{status.version}"
+        if status.state is State.UNLOADED:
+            self._health.remove(name)
+        else:
+            self._health.set(name, status.state is State.READY)
+        if self.catalog is None:
+            return
+        if self.catalog.statuses(status.model):
+            self._health.set(f"model:{status.model}", self.catalog.find(status.model, "") is not None)
+        else:
+            self._health.remove(f"model:{status.model}")
+
+
+def services(
+    catalog: Catalog, repository: Repository, kinds: Sequence[EngineKind], going_away: asyncio.Event
+) -> list[Service]:
+    """What the process serves, on one port."""
+    return [
+        Service(
+            add=grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server,
+            servicer=OpenInferenceServicer(catalog, repository, version=server_version(), going_away=going_away),
+            descriptor=grpc_service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"],
+            validate=False,
+            deadline_optional=METHODS,
+        ),
+        Service(
+            add=control_pb2_grpc.add_InferenceControlServiceServicer_to_server,
+            servicer=InferenceControlServicer(catalog, kinds),
+            descriptor=control_pb2.DESCRIPTOR.services_by_name["InferenceControlService"],
+            deadline_exempt=WATCH_METHODS,
+        ),
+    ]
+
+
+async def serve(settings: Settings, *, source: Source | None = None, kinds: Sequence[EngineKind] | None = None) -> None:
+    """Serve until told to stop.
+
+    Args:
+        settings: of the process. source: instead of the registry, for tests. kinds: engines, best first.
+    """
+    inference = InferenceSettings.from_settings(settings)
+    kinds = engine_kinds() if kinds is None else kinds
+    health = HealthStatuses()
+    model_health = ModelHealth(health)
+    catalog = Catalog(listener=model_health.changed)
+    model_health.catalog = catalog
+    channel = open_channel(settings.registry_target, settings=settings)
+    async with channel, Executors({"disk": 2, "build": 2}) as executors:
+        loader = Loader(
+            Loading(
+                source=source or RegistryClient(channel),
+                cache=ModelCache(settings.data_dir / "cache"),
+                catalog=catalog,
+                kinds=kinds,
+                settings=inference,
+                disk=executors["disk"],
+                build=executors["build"],
+                tracer=SpanTracer(),
+            ),
+            on_synced=lambda: health.set("", True),
+        )
+        going_away = asyncio.Event()
+        server = Server(settings, services(catalog, loader, kinds, going_away), health=health)
+        server.on_drain(going_away.set)
+        async with server, asyncio.TaskGroup() as group:
+            loading = group.create_task(loader.run())
+            await server.serve_until_signal()
+            loading.cancel()
+        for ready in catalog.ready_models():
+            ready.batcher.abort()

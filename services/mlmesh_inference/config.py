@@ -1,0 +1,81 @@
+"""What an inference process was told beside the runtime's settings; read once from the environment mapping."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mlmesh_runtime.config import ConfigError, Settings, Variable
+
+from mlmesh_inference.desired import Selector, parse_selectors
+
+VARIABLES: tuple[Variable, ...] = (
+    Variable(
+        name="MLMESH_BATCH_ROWS_MAX",
+        default="64",
+        meaning="Most rows of one request, and of one batch.",
+    ),
+    Variable(
+        name="MLMESH_BATCH_ROWS_PREFERRED",
+        default="8",
+        meaning="A batch takes no further request once it has this many rows.",
+    ),
+    Variable(
+        name="MLMESH_QUEUE_ITEMS_MAX",
+        default="256",
+        meaning="Requests of one model version that may wait; one more is RESOURCE_EXHAUSTED (QUEUE_FULL).",
+    ),
+    Variable(
+        name="MLMESH_ENGINE_CONCURRENCY",
+        default="",
+        meaning="Batches of one model version that run at once on the CPU. Default: one a CPU, at most 4.",
+    ),
+    Variable(
+        name="MLMESH_ENGINE_THREADS",
+        default="1",
+        meaning="CPU threads of one batch.",
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InferenceSettings:
+    """Bounds and selectors of an inference process."""
+
+    selectors: tuple[Selector, ...] = ()
+    rows_max: int = 64
+    rows_preferred: int = 8
+    queue_items_max: int = 256
+    concurrency: int = 1
+    threads: int = 1
+
+    @classmethod
+    def from_settings(cls, settings: Settings, *, cpus: int | None = None) -> InferenceSettings:
+        """Read and check. Raises ConfigError that names the variable."""
+        try:
+            selectors = parse_selectors(settings.serve)
+        except ValueError as error:
+            raise ConfigError(f"MLMESH_SERVE: {error}") from None
+        rows_max = _count(settings.environ, "MLMESH_BATCH_ROWS_MAX")
+        preferred = _count(settings.environ, "MLMESH_BATCH_ROWS_PREFERRED")
+        if cpus is None:
+            cpus = len(os.sched_getaffinity(0))
+        return cls(
+            selectors=selectors,
+            rows_max=rows_max,
+            rows_preferred=min(preferred, rows_max),
+            queue_items_max=_count(settings.environ, "MLMESH_QUEUE_ITEMS_MAX"),
+            concurrency=_count(settings.environ, "MLMESH_ENGINE_CONCURRENCY", default=max(1, min(4, cpus))),
+            threads=_count(settings.environ, "MLMESH_ENGINE_THREADS"),
+        )
+
+
+def _count(environ: Mapping[str, str], name: str, *, default: int | None = None) -> int:
+    variable = next(variable for variable in VARIABLES if variable.name == name)
+    text = environ.get(name, "").strip() or variable.default
+    if not text and default is not None:
+        return default
+    if not (text.isascii() and text.isdigit() and 0 < int(text) < 1 << 20):
+        raise ConfigError(f"{name}: expected a number from 1 to {(1 << 20) - 1}; got {text!r}")
+    return int(text)

@@ -1,0 +1,81 @@
+"""mlmesh.inference.v1.InferenceControlService: what is loaded, how loading goes, which engines there are."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Final
+
+from google.protobuf.timestamp_pb2 import Timestamp
+from mlmesh.inference.v1 import control_pb2 as pb
+from mlmesh.inference.v1 import control_pb2_grpc as stubs
+
+from mlmesh_inference.catalog import Catalog, Status
+from mlmesh_inference.engines.base import EngineKind
+
+WATCH_METHODS: Final = frozenset({"WatchServedVersions"})
+"""RPCs that need no deadline."""
+
+
+class InferenceControlServicer(stubs.InferenceControlServiceServicer):
+    """Implements InferenceControlService over a catalog and the engines that were tried, in their order."""
+
+    def __init__(self, catalog: Catalog, kinds: Sequence[EngineKind]) -> None:
+        self._catalog = catalog
+        self._kinds = kinds
+
+    async def ListServedVersions(
+        self,
+        request: pb.ListServedVersionsRequest,
+        context: Any,  # noqa: ARG002
+    ) -> pb.ListServedVersionsResponse:
+        """Versions by name and number."""
+        statuses = self._catalog.statuses(request.parent.removeprefix("models/"))
+        return pb.ListServedVersionsResponse(served_versions=[self._served(status) for status in statuses])
+
+    async def WatchServedVersions(
+        self,
+        request: pb.WatchServedVersionsRequest,
+        context: Any,  # noqa: ARG002
+    ) -> AsyncIterator[pb.WatchServedVersionsResponse]:
+        """The present state, then every change."""
+        model = request.parent.removeprefix("models/")
+        async with self._catalog.watch(model) as changes:
+            for status in self._catalog.statuses(model):
+                yield pb.WatchServedVersionsResponse(served_version=self._served(status))
+            async for status in changes:
+                yield pb.WatchServedVersionsResponse(served_version=self._served(status))
+
+    async def ListEngines(self, request: pb.ListEnginesRequest, context: Any) -> pb.ListEnginesResponse:  # noqa: ARG002
+        """Engines in the order of preference."""
+        response = pb.ListEnginesResponse()
+        for kind in self._kinds:
+            found = kind.probe()
+            response.engines.add(name=kind.name, available=found.available, reason=found.reason, version=found.version)
+        return response
+
+    def _served(self, status: Status) -> pb.ServedVersion:
+        served = pb.ServedVersion(
+            name=f"models/{status.model}/versions/{status.version}",
+            state=pb.ServedState.Value(f"SERVED_STATE_{status.state.name}"),
+            engine=status.engine,
+            engine_reason=status.engine_reason,
+            error=status.error,
+            update_time=_timestamp(status.updated_s),
+            fetched_bytes=status.fetched_bytes,
+            total_bytes=status.total_bytes,
+            default_version=status.default,
+            model_sha256=status.sha256,
+        )
+        ready = self._catalog.ready(status.model, status.version)
+        if ready is not None:
+            served.batch_size_max = ready.policy.rows_max if ready.policy.batches else 1
+            served.inference_count = ready.statistics.inference_count
+            served.execution_count = ready.statistics.execution_count
+            served.queue_depth = ready.batcher.depth
+        return served
+
+
+def _timestamp(seconds: float) -> Timestamp:
+    result = Timestamp()
+    result.FromNanoseconds(int(seconds * 1e9))
+    return result

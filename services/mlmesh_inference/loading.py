@@ -1,0 +1,217 @@
+"""One version from the registry's record to a model that answers: fetch, verify, build, check, warm up."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from mlmesh_runtime.errors import Corrupt, InvalidInput, MeshError, NotFound
+from mlmesh_runtime.executors import BoundedExecutor, run_blocking
+
+from mlmesh_inference.batcher import Batcher, BatchPolicy
+from mlmesh_inference.cache import ModelCache
+from mlmesh_inference.catalog import Catalog, ReadyModel, State
+from mlmesh_inference.config import InferenceSettings
+from mlmesh_inference.desired import ModelFile, VersionRecord, signature_mismatch
+from mlmesh_inference.engines.base import BuiltEngine, Engine, EngineError, EngineKind, EngineOptions, build_preferred
+from mlmesh_inference.follow import Backoff, Sleep, Source
+from mlmesh_inference.statistics import Statistics, Tracer
+from mlmesh_inference.tensors import Array, TensorSpec, show
+
+_LOG = logging.getLogger(__name__)
+
+CORRUPT_ATTEMPTS_MAX: Final = 3
+LABELS_FILE: Final = "labels.txt"
+"""File of a version with one label a line, for the classification parameter."""
+
+_PLATFORMS: Final = {"onnxruntime-cpu": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}
+
+
+class LoadError(Exception):
+    """The version cannot be served, now or later. The text is for whoever published it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loading:
+    """What loading needs; one a process.
+
+    Args:
+        source: bytes. cache: the disk. catalog: is told how it goes. kinds: engines in order of preference.
+        disk, build: executors for files and for engines.
+    """
+
+    source: Source
+    cache: ModelCache
+    catalog: Catalog
+    kinds: Sequence[EngineKind]
+    settings: InferenceSettings
+    disk: BoundedExecutor
+    build: BoundedExecutor
+    tracer: Tracer | None = None
+    sleep: Sleep = asyncio.sleep
+
+    async def load(self, record: VersionRecord, stalled: Callable[[], None]) -> None:
+        """Load a version and install it in the catalog, or mark it FAILED.
+
+        What may pass is tried again for ever; `stalled` is called each time.
+        """
+        model, version = record.model, record.version
+        file = record.model_file
+        self.catalog.begin(model, version, total_bytes=record.size, sha256=file.sha256 if file else "")
+        try:
+            if file is None:
+                raise LoadError("it has no model.onnx and not exactly one other .onnx file")
+            await self._fetch_until_here(record, stalled)
+            folder = await run_blocking(self.disk, self.cache.lay_out, record)
+            self.catalog.progress(model, version, State.BUILDING)
+            built = await run_blocking(self.build, self._built, folder / file.path, record)
+            self.catalog.progress(model, version, State.WARMING_UP)
+            await run_blocking(self.build, warm_up, built.engine, self._policy(built.engine))
+            labels = await run_blocking(self.disk, _labels, folder / LABELS_FILE)
+        except (LoadError, EngineError) as error:
+            self._failed(record, str(error))
+        except Exception as error:  # the other models must go on
+            _LOG.exception("loading failed unexpectedly", extra={"model": model, "version": version})
+            self._failed(record, f"{type(error).__name__} while loading; the log says more")
+        else:
+            self._install(record, built, labels)
+
+    def _failed(self, record: VersionRecord, error: str) -> None:
+        _LOG.error("model failed", extra={"model": record.model, "version": record.version, "error": error})
+        self.catalog.fail(record.model, record.version, error)
+
+    def _install(self, record: VersionRecord, built: BuiltEngine, labels: tuple[str, ...]) -> None:
+        engine, policy = built.engine, self._policy(built.engine)
+        statistics = Statistics(record.model, record.version, tracer=self.tracer)
+        batcher = Batcher(engine, policy, statistics, name=f"{record.model}/{record.version}")
+        statistics.watch_depth(lambda: batcher.depth)
+        ready = ReadyModel(
+            name=record.model,
+            version=record.version,
+            platform=_PLATFORMS.get(engine.name, engine.name),
+            signature=engine.signature,
+            policy=policy,
+            batcher=batcher,
+            statistics=statistics,
+            labels=labels,
+            concurrency=engine.concurrency,
+        )
+        self.catalog.install(ready, engine=engine.name, engine_reason=built.reason)
+        _LOG.info(
+            "model ready",
+            extra={"model": record.model, "version": record.version, "engine": engine.name, "why": built.reason},
+        )
+
+    def _policy(self, engine: Engine) -> BatchPolicy:
+        return BatchPolicy(
+            batches=engine.signature.batches,
+            rows_max=self.settings.rows_max,
+            rows_preferred=self.settings.rows_preferred,
+            queue_items_max=self.settings.queue_items_max,
+        )
+
+    def _built(self, path: Path, record: VersionRecord) -> BuiltEngine:
+        """Build, and hold the file against what the registry says of it. On the build executor."""
+        options = EngineOptions(
+            threads=self.settings.threads,
+            concurrency=self.settings.concurrency,
+            rows_max=self.settings.rows_max,
+            rows_preferred=self.settings.rows_preferred,
+        )
+        built = build_preferred(self.kinds, path, options)
+        if record.signature is not None and (problem := signature_mismatch(record.signature, built.engine.signature)):
+            built.engine.close()
+            raise LoadError(problem)
+        return built
+
+    async def _fetch_until_here(self, record: VersionRecord, stalled: Callable[[], None]) -> None:
+        backoff, corrupt = Backoff(), 0
+        while True:
+            try:
+                return await self._fetch(record)
+            except (NotFound, InvalidInput) as error:
+                raise LoadError(error.message) from error
+            except (MeshError, OSError) as error:
+                text = error.message if isinstance(error, MeshError) else str(error)
+                corrupt += isinstance(error, Corrupt)
+                if corrupt >= CORRUPT_ATTEMPTS_MAX:
+                    raise LoadError(f"{text} ({corrupt} times)") from error
+                _LOG.warning("fetch failed", extra={"model": record.model, "version": record.version, "error": text})
+                self.catalog.progress(record.model, record.version, State.FETCHING, error=text)
+                stalled()
+                await self.sleep(backoff.next_s())
+
+    async def _fetch(self, record: VersionRecord) -> None:
+        done = 0
+        for file in record.files:
+            if not await run_blocking(self.disk, self.cache.has, file):
+                await self._download(file, record, done)
+            done += file.size
+            self.catalog.progress(record.model, record.version, State.FETCHING, fetched_bytes=done)
+
+    async def _download(self, file: ModelFile, record: VersionRecord, done: int) -> None:
+        """Fetch one file, from where an earlier fetch was cut."""
+        writer = await run_blocking(self.disk, self.cache.writer, file)
+        try:
+            if writer.committed < file.size:
+                async with aclosing(self.source.download(file, writer.committed)) as chunks:
+                    async for chunk in chunks:
+                        committed = await run_blocking(self.disk, writer.write, *chunk)
+                        fetched = done + committed
+                        self.catalog.progress(record.model, record.version, State.FETCHING, fetched_bytes=fetched)
+            await run_blocking(self.disk, writer.finish)
+        finally:
+            # A write that a thread has begun must end first; the executor's queue may be full of others' work.
+            await asyncio.shield(run_blocking(self.disk, writer.close))
+
+
+def warm_up(engine: Engine, policy: BatchPolicy) -> None:
+    """Run zeros of the real signature, at one row and at the usual and the largest batch. Blocking.
+
+    Dimensions that are free beside the batch are taken as 1, and then a failure proves nothing: a model may want more.
+    Raises EngineError when a model whose shapes are known fails, or answers in another shape than it says.
+    """
+    signature = engine.signature
+    names = [spec.name for spec in signature.outputs]
+    free = any(-1 in spec.shape[1 if policy.batches else 0 :] for spec in signature.inputs)
+    sizes = sorted({1, policy.rows_preferred, policy.rows_max}) if policy.batches else [1]
+    for rows in sizes:
+        inputs = {spec.name: _zeros(spec, rows) for spec in signature.inputs}
+        try:
+            results = engine.run(inputs, names)
+            for spec, array in zip(signature.outputs, results, strict=True):
+                _check_output(spec, array, rows if policy.batches else None)
+        except EngineError as error:
+            if not free:
+                raise EngineError(f"warm-up with {rows} rows: {error}") from error
+            _LOG.warning("warm-up passed over", extra={"error": str(error)})
+            return
+
+
+def _zeros(spec: TensorSpec, rows: int) -> Array:
+    shape = [rows if place == 0 and dim == -1 else 1 if dim == -1 else dim for place, dim in enumerate(spec.shape)]
+    if spec.datatype.itemsize:
+        return np.zeros(shape, spec.datatype.dtype)
+    array = np.empty(shape, object)
+    array.fill(b"")
+    return array
+
+
+def _check_output(spec: TensorSpec, array: Array, rows: int | None) -> None:
+    said = spec.shape if rows is None else (rows, *spec.shape[1:])
+    fits = len(array.shape) == len(said) and all(want in (-1, dim) for want, dim in zip(said, array.shape, strict=True))
+    if not fits or array.dtype != spec.datatype.dtype:
+        raise EngineError(
+            f"output '{spec.name}' is {array.dtype}{show(array.shape)}, the signature says "
+            f"{spec.datatype.name}{show(said)}"
+        )
+
+
+def _labels(path: Path) -> tuple[str, ...]:
+    return tuple(path.read_text().splitlines()) if path.exists() else ()

@@ -1,0 +1,145 @@
+"""The registry as this process's client sees it: changes in order, and bytes."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import grpc
+from mlmesh.registry.v1 import registry_pb2 as pb
+from mlmesh.registry.v1 import registry_pb2_grpc as stubs
+from mlmesh_runtime.channel import NO_DEADLINE, mesh_error
+from mlmesh_runtime.chunks import Chunk
+
+from mlmesh_inference.desired import ModelFile, VersionRecord
+from mlmesh_inference.tensors import DATATYPES, Signature, TensorSpec
+
+DOWNLOAD_DEADLINE_S: Final = 600.0
+"""Bound on one DownloadBlob; a fetch that is cut goes on from where it was."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """A version was published. `record` is None when it cannot be served; `problem` says why."""
+
+    revision: int
+    record: VersionRecord | None
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AliasMoved:
+    """An alias points to a version from now on."""
+
+    revision: int
+    model: str
+    alias: str
+    version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AliasDeleted:
+    """An alias is gone."""
+
+    revision: int
+    model: str
+    alias: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bookmark:
+    """Everything up to `revision` was told."""
+
+    revision: int
+
+
+Event = Published | AliasMoved | AliasDeleted | Bookmark
+
+
+class RegistryClient:
+    """Reads the registry over a channel. Errors are MeshError, as the registry meant them."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self._stub: Any = stubs.ModelRegistryServiceStub(channel)
+
+    async def watch(self, from_revision: int) -> AsyncGenerator[Event]:
+        """Changes from a revision, 0 for the present state first. Ends only by an error."""
+        call = self._stub.WatchModels(pb.WatchModelsRequest(from_revision=from_revision), timeout=NO_DEADLINE)
+        try:
+            async for message in call:
+                event = _event(message)
+                if event is not None:
+                    yield event
+        except grpc.aio.AioRpcError as error:
+            raise mesh_error(error) from error
+        finally:
+            call.cancel()
+
+    async def download(self, file: ModelFile, offset: int) -> AsyncGenerator[Chunk]:
+        """Bytes of a blob from an offset, in order."""
+        request = pb.DownloadBlobRequest(name=f"blobs/sha256-{file.sha256}", offset=offset)
+        call = self._stub.DownloadBlob(request, timeout=DOWNLOAD_DEADLINE_S)
+        try:
+            async for message in call:
+                yield Chunk(message.offset, message.data, message.crc32c)
+        except grpc.aio.AioRpcError as error:
+            raise mesh_error(error) from error
+        finally:
+            call.cancel()
+
+
+def _event(message: pb.WatchModelsResponse) -> Event | None:
+    kind = message.WhichOneof("event")
+    revision = message.revision
+    if kind == "model_version":
+        return _published(message.model_version, revision)
+    if kind == "alias":
+        model, alias = _parts(message.alias.name)
+        return AliasMoved(revision=revision, model=model, alias=alias, version=_number(message.alias.version))
+    if kind == "deleted_alias":
+        model, alias = _parts(message.deleted_alias.name)
+        return AliasDeleted(revision=revision, model=model, alias=alias)
+    return Bookmark(revision=revision) if kind == "bookmark" else None
+
+
+def _published(version: pb.ModelVersion, revision: int) -> Published:
+    model, number = _parts(version.name)
+    try:
+        record = VersionRecord(
+            model=model,
+            version=int(number),
+            files=tuple(
+                ModelFile(
+                    path=artifact.path, sha256=artifact.blob.removeprefix("blobs/sha256-"), size=artifact.size_bytes
+                )
+                for artifact in version.artifacts
+            ),
+            signature=_signature(version.signature) if version.HasField("signature") else None,
+            labels=dict(version.labels),
+        )
+    except (ValueError, KeyError) as error:
+        return Published(revision=revision, record=None, problem=f"{version.name}: {error}")
+    return Published(revision=revision, record=record)
+
+
+def _signature(signature: pb.ModelSignature) -> Signature:
+    return Signature(
+        inputs=tuple(_tensor(spec) for spec in signature.inputs),
+        outputs=tuple(_tensor(spec) for spec in signature.outputs),
+    )
+
+
+def _tensor(spec: pb.TensorSpec) -> TensorSpec:
+    return TensorSpec(name=spec.name, datatype=DATATYPES[spec.datatype], shape=tuple(spec.shape))
+
+
+def _parts(name: str) -> tuple[str, str]:
+    """("mnist", "3") of "models/mnist/versions/3", ("mnist", "stable") of "models/mnist/aliases/stable"."""
+    pieces = name.split("/")
+    return (pieces[1], pieces[3]) if len(pieces) == 4 else ("", "")
+
+
+def _number(name: str) -> int:
+    number = _parts(name)[1]
+    return int(number) if number.isascii() and number.isdigit() else 0

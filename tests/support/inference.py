@@ -1,0 +1,154 @@
+"""An inference server in this process, and an engine whose every run the test controls."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mlmesh_inference.app import services
+from mlmesh_inference.batcher import Batcher, BatchPolicy
+from mlmesh_inference.catalog import Catalog, ReadyModel
+from mlmesh_inference.engines.base import Engine, EngineError, EngineOptions
+from mlmesh_inference.engines.onnx import OnnxKind
+from mlmesh_inference.statistics import Statistics
+from mlmesh_inference.tensors import DATATYPES, Array, Signature, TensorSpec
+from mlmesh_runtime.errors import NotFound
+from mlmesh_runtime.server import Server
+
+from tests.support.server import serving
+
+WAIT_S = 10.0
+"""Longest a test waits for a thread; long, because it only matters when the test fails."""
+
+
+class GatedEngine:
+    """y = x * 2 over x[N,width] FP32; a run waits at a gate, and the test sees what ran.
+
+    `open()` lets everything through; `step()` lets one run through. `fail_on` makes rows with that value fail.
+    """
+
+    name = "gated"
+
+    def __init__(self, *, width: int = 4, concurrency: int = 1, is_open: bool = False) -> None:
+        spec = DATATYPES["FP32"]
+        self.signature = Signature(
+            inputs=(TensorSpec(name="x", datatype=spec, shape=(-1, width)),),
+            outputs=(TensorSpec(name="y", datatype=spec, shape=(-1, width)),),
+        )
+        self.concurrency = concurrency
+        self.fail_on: float | None = None
+        self.result: Callable[[Array], Array] = lambda x: x * 2
+        self.batches: list[list[float]] = []
+        self.closed = False
+        self._permits = threading.Semaphore(0)
+        self._open = is_open
+        self._loop = asyncio.get_running_loop()
+        self._begun = asyncio.Semaphore(0)
+
+    def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
+        """Wait at the gate, then double."""
+        x = inputs["x"]
+        self.batches.append([float(row[0]) for row in x])
+        self._loop.call_soon_threadsafe(self._begun.release)
+        if not self._open and not self._permits.acquire(timeout=WAIT_S):
+            raise EngineError("the test left a run waiting")
+        if self.fail_on is not None and self.fail_on in x[:, 0]:
+            raise EngineError(f"a row holds {self.fail_on}")
+        return [self.result(x) for _ in outputs]
+
+    async def begun(self) -> None:
+        """Wait until one more run has begun."""
+        async with asyncio.timeout(WAIT_S):
+            await self._begun.acquire()
+
+    def step(self, runs: int = 1) -> None:
+        """Let runs through."""
+        self._permits.release(runs)
+
+    def open(self) -> None:
+        """Let everything through from now on."""
+        self._open = True
+        self._permits.release(1000)
+
+    def close(self) -> None:
+        """Remember it."""
+        self.closed = True
+
+
+def ready_model(
+    engine: Engine,
+    *,
+    name: str = "m",
+    version: int = 1,
+    labels: tuple[str, ...] = (),
+    platform: str = "onnxruntime_onnx",
+    statistics: Statistics | None = None,
+    **policy: Any,
+) -> ReadyModel:
+    """A model that answers, as the loader would install it."""
+    bounds = BatchPolicy(**{"batches": engine.signature.batches, **policy})
+    statistics = statistics or Statistics(name, version)
+    return ReadyModel(
+        name=name,
+        version=version,
+        platform=platform,
+        signature=engine.signature,
+        policy=bounds,
+        batcher=Batcher(engine, bounds, statistics, name=f"{name}/{version}"),
+        statistics=statistics,
+        labels=labels,
+        concurrency=engine.concurrency,
+    )
+
+
+def onnx_engine(path: Path, model: bytes, **options: Any) -> Engine:
+    """A real ONNX Runtime engine over a model made in the test."""
+    path.write_bytes(model)
+    return OnnxKind().build(path, EngineOptions(**options))
+
+
+class NoRepository:
+    """A repository without models."""
+
+    async def load(self, model: str) -> None:
+        """Nothing to load."""
+        raise NotFound(f"failed to load '{model}', failed to poll from model repository", reason="MODEL_NOT_FOUND")
+
+    async def unload(self, model: str) -> None:
+        """Nothing to unload."""
+        raise NotFound(f"failed to unload '{model}', it is not served", reason="MODEL_NOT_FOUND")
+
+
+def install(catalog: Catalog, *models: ReadyModel) -> None:
+    """Let models answer; the last version of each is its default."""
+    for model in models:
+        catalog.install(model, engine=model.platform, engine_reason="chosen by the test")
+        catalog.point(model.name, default=model.version, aliases={"stable": model.version})
+    catalog.synced = True
+
+
+@contextlib.asynccontextmanager
+async def inference_server(
+    *models: ReadyModel, catalog: Catalog | None = None, **settings: Any
+) -> AsyncIterator[Server]:
+    """A server in this process that answers for the models given."""
+    catalog = catalog or Catalog()
+    install(catalog, *models)
+    going_away = asyncio.Event()
+    async with serving(*services(catalog, NoRepository(), [OnnxKind()], going_away), **settings) as server:
+        server.on_drain(going_away.set)
+        try:
+            yield server
+        finally:
+            for model in models:
+                model.batcher.abort()
+
+
+def rows(*values: float, width: int = 4) -> Array:
+    """An FP32 array [len(values), width] whose rows hold these values."""
+    return np.repeat(np.array(values, np.float32)[:, None], width, axis=1)
