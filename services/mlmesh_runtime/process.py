@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import sys
 from collections.abc import Awaitable, Callable, Mapping
+from typing import ClassVar
 
 from mlmesh_runtime import logs
 from mlmesh_runtime.config import ConfigError, Settings
@@ -34,7 +36,7 @@ def _run(main: Callable[[Settings], Awaitable[None]], service: str, environ: Map
     logs.configure(settings)
     telemetry = Telemetry.start(settings)
     try:
-        asyncio.run(_awaited(main, settings))
+        asyncio.run(_until_signal(main, settings))
     except ConfigError as error:
         return _bad_configuration(service, error)
     except KeyboardInterrupt:
@@ -49,8 +51,50 @@ def _run(main: Callable[[Settings], Awaitable[None]], service: str, environ: Map
     return 0
 
 
-async def _awaited(main: Callable[[Settings], Awaitable[None]], settings: Settings) -> None:
-    await main(settings)
+async def _until_signal(main: Callable[[Settings], Awaitable[None]], settings: Settings) -> None:
+    task = asyncio.current_task()
+    with Signals(lambda: task and task.cancel()) as signals:
+        try:
+            await main(settings)
+        except asyncio.CancelledError:
+            if not signals.asked.is_set():
+                raise
+
+
+class Signals:
+    """SIGTERM and SIGINT of this process, from its first moment to its last.
+
+    The first one asks to stop: whoever waits for `asked`, or else, while the process is starting, `interrupt` is called.
+    The second one asks to hurry.
+    """
+
+    current: ClassVar[Signals | None] = None
+
+    def __init__(self, interrupt: Callable[[], object]) -> None:
+        self.asked, self.hurry = asyncio.Event(), asyncio.Event()
+        self.awaited = False
+        self._interrupt = interrupt
+        self._loop = asyncio.get_running_loop()
+
+    def __enter__(self) -> Signals:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.add_signal_handler(number, self._came, number.name)
+        Signals.current = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        Signals.current = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.remove_signal_handler(number)
+
+    def _came(self, name: str) -> None:
+        logger.info("stopping", extra={"signal": name})
+        if self.asked.is_set():
+            self.hurry.set()
+            return
+        self.asked.set()
+        if not self.awaited:
+            self._interrupt()
 
 
 def _bad_configuration(service: str, error: ConfigError) -> int:
