@@ -58,8 +58,7 @@ def test_reads_say_that_they_are_idempotent(name: str) -> None:
 def test_streams_say_what_ends_them(name: str) -> None:
     method = METHODS[name]
     if method.descriptor.server_streaming:
-        text = method.comment + contract.service_comments()[f"{method.package}.{method.service}"]
-        assert re.search(r"\bends?\b|verified|when it changes", text), "what ends the stream, or what is its end?"
+        assert re.search(r"\bends?\b", method.comment)
 
 
 @pytest.mark.parametrize("name", sorted(n for n, m in METHODS.items() if m.name.startswith("List")))
