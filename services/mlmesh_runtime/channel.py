@@ -214,6 +214,11 @@ def _end_span(span: trace.Span, call: Any) -> None:
 
 
 def _code_name(call: Any) -> str:
-    status = call._cython_call.status() if hasattr(call, "_cython_call") else None
-    code = status.code() if status is not None else grpc.StatusCode.UNKNOWN
-    return next((known.name for known in grpc.StatusCode if known is code or known.value[0] == code), "UNKNOWN")
+    """The status code of a call that is over. Asking it is a coroutine, which then ends at its first step."""
+    coroutine = call.code()
+    try:
+        coroutine.send(None)
+    except StopIteration as done:
+        return str(done.value.name)
+    coroutine.close()
+    return "UNKNOWN"
