@@ -1,0 +1,188 @@
+"""What to send on one delta ADS stream, decided without I/O.
+
+Order is make-before-break: clusters, endpoints, secrets, then listeners, then routes, and only then are clusters taken
+away. Envoy acknowledges changed clusters once they are warm, which needs their endpoints and secrets, so those follow
+at once; listeners and routes wait for the acknowledgement. One response of a type is under way at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from mlmesh_local.envoy_types import CLUSTER, ENDPOINTS, LISTENER, PUSH_ORDER, ROUTES, SECRET
+from mlmesh_local.snapshot import Named, Packed, Snapshot
+
+WILDCARDS = frozenset({CLUSTER, LISTENER})
+"""Types of which Envoy wants all there are."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """A DeltaDiscoveryRequest, as far as it matters. ``error`` is Envoy's text when it refuses the nonce's response."""
+
+    type_url: str
+    subscribe: tuple[str, ...] = ()
+    unsubscribe: tuple[str, ...] = ()
+    known: Mapping[str, str] = field(default_factory=dict)
+    nonce: str = ""
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Response:
+    """A DeltaDiscoveryResponse to be."""
+
+    type_url: str
+    nonce: str
+    resources: tuple[Packed, ...]
+    removed: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class _Subscription:
+    """One type on one stream. ``sent`` is what Envoy has, or will have when it acknowledges."""
+
+    names: set[str] = field(default_factory=set)
+    sent: dict[str, str] = field(default_factory=dict)
+    under_way: Response | None = None
+
+
+class DeltaStream:
+    """State of one stream to one Envoy."""
+
+    def __init__(self) -> None:
+        self._subscriptions: dict[str, _Subscription] = {}
+        self._snapshot: Snapshot | None = None
+        self._secrets: Named = {}
+        self._count = 0
+        self._rejected_type = ""
+        self.rejection = ""
+        """Envoy's text about the snapshot, or about secrets; nothing more of it is sent."""
+
+    def set_snapshot(self, snapshot: Snapshot) -> None:
+        """What Envoy shall run. A rejection of the one before is over."""
+        self._snapshot = snapshot
+        self.rejection = self._rejected_type = ""
+
+    def set_secrets(self, secrets: Named) -> None:
+        """Secrets of this Envoy, by SDS name."""
+        self._secrets = secrets
+        if self._rejected_type == SECRET:
+            self.rejection = self._rejected_type = ""
+
+    def receive(self, request: Request) -> None:
+        """Take a request: an acknowledgement, a refusal, a change of subscriptions, or several of these."""
+        if request.type_url not in PUSH_ORDER:
+            return
+        first = request.type_url not in self._subscriptions
+        subscription = self._subscriptions.setdefault(request.type_url, _Subscription())
+        under_way = subscription.under_way
+        if under_way is not None and request.nonce == under_way.nonce:
+            subscription.under_way = None
+            if request.error:
+                self._rejected(subscription, under_way, request.error)
+        if first:
+            # After a reconnection Envoy tells what it has; it is not sent again.
+            subscription.sent = dict(request.known)
+        subscription.names.update(request.subscribe)
+        if not first:
+            # Subscribing again asks for the resource again.
+            for name in request.subscribe:
+                subscription.sent.pop(name, None)
+        for name in request.unsubscribe:
+            subscription.names.discard(name)
+            subscription.sent.pop(name, None)
+
+    def _rejected(self, subscription: _Subscription, response: Response, error: str) -> None:
+        # Envoy may have taken some of the resources: what it has is unknown, so they will be sent again.
+        for packed in response.resources:
+            subscription.sent.pop(packed.name, None)
+        self.rejection, self._rejected_type = error, response.type_url
+
+    def poll(self) -> list[Response]:
+        """Responses to send now."""
+        responses: list[Response] = []
+        if self._snapshot is None:
+            return responses
+        if self.rejection:
+            # The last good configuration stays, and its certificates are still rotated.
+            if self._rejected_type != SECRET:
+                self._push(SECRET, responses)
+            return responses
+        for type_url in (CLUSTER, ENDPOINTS, SECRET):
+            self._push(type_url, responses)
+        if self._busy(CLUSTER, ENDPOINTS, SECRET):
+            return responses
+        self._push(LISTENER, responses)
+        if not self._busy(LISTENER):
+            self._push(ROUTES, responses)
+        if self._settled(ENDPOINTS, SECRET, LISTENER, ROUTES):
+            self._push(CLUSTER, responses, removals=True)
+        return responses
+
+    @property
+    def acked_version(self) -> str:
+        """Version of the snapshot if Envoy has acknowledged all of it, else empty."""
+        if self._snapshot is None or self.rejection:
+            return ""
+        return self._snapshot.version if self._settled(*PUSH_ORDER) and not self._stale_clusters() else ""
+
+    def _busy(self, *types: str) -> bool:
+        return any(s is not None and s.under_way for s in map(self._subscriptions.get, types))
+
+    def _settled(self, *types: str) -> bool:
+        return not self._busy(*types) and all(self._complete(type_url) for type_url in types)
+
+    def _complete(self, type_url: str) -> bool:
+        """Whether Envoy has everything of a type that the snapshot needs."""
+        subscription = self._subscriptions.get(type_url)
+        desired = self._desired(type_url)
+        needed = self._needed(type_url)
+        if subscription is None:
+            return not needed
+        return all(subscription.sent.get(name) == desired[name].version for name in needed)
+
+    def _needed(self, type_url: str) -> Iterable[str]:
+        snapshot = self._snapshot
+        if snapshot is None:
+            return ()
+        if type_url == ENDPOINTS:
+            return snapshot.endpoint_names
+        if type_url == ROUTES:
+            return snapshot.route_names
+        if type_url == SECRET:
+            return snapshot.secret_names & self._secrets.keys()
+        return self._desired(type_url).keys()
+
+    def _desired(self, type_url: str) -> Named:
+        if type_url == SECRET:
+            return self._secrets
+        return self._snapshot.resources[type_url] if self._snapshot else {}
+
+    def _stale_clusters(self) -> list[str]:
+        subscription = self._subscriptions.get(CLUSTER)
+        return sorted(subscription.sent.keys() - self._desired(CLUSTER).keys()) if subscription else []
+
+    def _push(self, type_url: str, responses: list[Response], *, removals: bool = False) -> None:
+        subscription = self._subscriptions.get(type_url)
+        if subscription is None or subscription.under_way is not None:
+            return
+        desired = self._desired(type_url)
+        wanted = desired.keys() if type_url in WILDCARDS else desired.keys() & subscription.names
+        changed = tuple(
+            desired[name] for name in sorted(wanted) if subscription.sent.get(name) != desired[name].version
+        )
+        removed: tuple[str, ...] = ()
+        if type_url == LISTENER or removals:
+            removed = tuple(sorted(subscription.sent.keys() - desired.keys()))
+        if not changed and not removed:
+            return
+        self._count += 1
+        response = Response(type_url=type_url, nonce=str(self._count), resources=changed, removed=removed)
+        subscription.under_way = response
+        for packed in changed:
+            subscription.sent[packed.name] = packed.version
+        for name in removed:
+            subscription.sent.pop(name, None)
+        responses.append(response)

@@ -1,0 +1,185 @@
+"""What one proxy is to run: consistent, or not made at all."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlmesh_local.envoy_types import (
+    CLUSTER,
+    ENDPOINTS,
+    LISTENER,
+    ROUTES,
+    SECRET,
+    InvalidMessageError,
+    Json,
+    build_bytes,
+    canonical,
+)
+from mlmesh_local.model import CertificateSecret, ProxyNode, Secret, World
+from mlmesh_local.resources.problems import At, InvalidResource, Problem
+from mlmesh_local.translate import Configuration, View, translate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packed:
+    """One Envoy resource: its bytes and a version that changes when they do."""
+
+    name: str
+    version: str
+    content: bytes = field(repr=False)
+
+
+Named = Mapping[str, Packed]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """Configuration of one proxy at one version of the world. Secrets come apart: see `AdsServer.set_secrets`."""
+
+    node_id: str
+    version: str
+    resources: Mapping[str, Named]
+    """By type URL and name."""
+    endpoint_names: frozenset[str]
+    """Assignments that the clusters subscribe to."""
+    route_names: frozenset[str]
+    """Route configurations that the listeners subscribe to."""
+    secret_names: frozenset[str]
+    """Secrets that clusters and listeners need."""
+
+
+def build_snapshots(world: World) -> dict[str, Snapshot]:
+    """Snapshots of every proxy of a world, by node id. Raises InvalidResource when one would not be consistent."""
+    view = View(world)
+    version = world.version
+    packer = _Packer()
+    return {proxy.id: _snapshot(view, proxy, version, packer) for proxy in world.proxies}
+
+
+def build_snapshot(world: World, proxy: ProxyNode) -> Snapshot:
+    """The snapshot of one proxy. For several of one world use `build_snapshots`, which indexes it once."""
+    return _snapshot(View(world), proxy, world.version, _Packer())
+
+
+def pack_secrets(secrets: Mapping[str, Secret]) -> dict[str, Packed]:
+    """Secrets as Envoy's resources, by SDS name."""
+    return {name: _Packer().pack(SECRET, name, _secret(name, secret)) for name, secret in secrets.items()}
+
+
+def _snapshot(view: View, proxy: ProxyNode, version: str, packer: _Packer) -> Snapshot:
+    configuration = translate(view, proxy)
+    problems = consistency(configuration)
+    if problems:
+        at = At(source=proxy.id, line=0)
+        raise InvalidResource([Problem(at=at, message=problem) for problem in problems])
+    try:
+        packed = {
+            type_url: {name: packer.pack(type_url, name, value) for name, value in named.items()}
+            for type_url, named in configuration.items()
+        }
+    except InvalidMessageError as error:
+        at = At(source=proxy.id, line=0)
+        raise InvalidResource([Problem(at=at, message=f"cannot be translated: {error}")]) from error
+    # Envoy keeps a changed cluster warming until endpoints arrive: they change with their cluster.
+    assignments = {
+        name: Packed(
+            name=name,
+            version=f"{item.version}-{packed[CLUSTER][name].version}" if name in packed[CLUSTER] else item.version,
+            content=item.content,
+        )
+        for name, item in packed[ENDPOINTS].items()
+    }
+    return Snapshot(
+        node_id=proxy.id,
+        version=version,
+        resources={**packed, ENDPOINTS: assignments},
+        endpoint_names=frozenset(_endpoint_names(configuration)),
+        route_names=frozenset(_route_names(configuration)),
+        secret_names=frozenset(_secret_names(configuration)),
+    )
+
+
+def consistency(configuration: Configuration) -> list[str]:
+    """What is referenced but missing: endpoints of clusters, routes of listeners, clusters of routes."""
+    clusters = configuration[CLUSTER]
+    problems = [
+        f"the cluster {name} has no endpoints resource"
+        for name in _endpoint_names(configuration)
+        if name not in configuration[ENDPOINTS]
+    ]
+    problems += [
+        f"a listener needs the route configuration {name}, which there is not"
+        for name in _route_names(configuration)
+        if name not in configuration[ROUTES]
+    ]
+    for name, routes in configuration[ROUTES].items():
+        problems += [
+            f"the route configuration {name} sends to the cluster {cluster}, which there is not"
+            for cluster in sorted({cluster for cluster in _clusters_named(routes) if cluster not in clusters})
+        ]
+    return problems
+
+
+def _endpoint_names(configuration: Configuration) -> list[str]:
+    clusters = configuration[CLUSTER].values()
+    return [cluster["eds_cluster_config"]["service_name"] for cluster in clusters if cluster.get("type") == "EDS"]
+
+
+def _route_names(configuration: Configuration) -> list[str]:
+    return [rds["route_config_name"] for rds in _find(configuration[LISTENER], "rds")]
+
+
+def _secret_names(configuration: Configuration) -> Iterator[str]:
+    for section in (configuration[CLUSTER], configuration[LISTENER]):
+        for context in _find(section, "tls_certificate_sds_secret_configs"):
+            yield from (item["name"] for item in context)
+        for context in _find(section, "validation_context_sds_secret_config"):
+            yield context["name"]
+
+
+def _clusters_named(routes: Json) -> Iterator[str]:
+    for action in _find(routes, "route"):
+        if "cluster" in action:
+            yield action["cluster"]
+        yield from (item["name"] for item in action.get("weighted_clusters", {}).get("clusters", ()))
+        yield from (item["cluster"] for item in action.get("request_mirror_policies", ()))
+
+
+def _find(value: Any, key: str) -> Iterator[Any]:
+    """Values of a key, wherever it is."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            if name == key:
+                yield inner
+            else:
+                yield from _find(inner, key)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _find(inner, key)
+
+
+class _Packer:
+    """Packs each different value once: proxies share most of their clusters."""
+
+    def __init__(self) -> None:
+        self._packed: dict[tuple[str, str], Packed] = {}
+
+    def pack(self, type_url: str, name: str, value: Json) -> Packed:
+        version = hashlib.sha256(canonical(value).encode()).hexdigest()[:16]
+        key = (type_url, version)
+        if key not in self._packed:
+            self._packed[key] = Packed(name=name, version=version, content=build_bytes(type_url, value))
+        return self._packed[key]
+
+
+def _secret(name: str, secret: Secret) -> Json:
+    if isinstance(secret, CertificateSecret):
+        certificate = {
+            "certificate_chain": {"inline_string": secret.certificate_chain.decode()},
+            "private_key": {"inline_string": secret.private_key.decode()},
+        }
+        return {"name": name, "tls_certificate": certificate}
+    return {"name": name, "validation_context": {"trusted_ca": {"inline_string": secret.roots.decode()}}}
