@@ -22,6 +22,7 @@ help: ## Show this
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  \033[1mmake %-8s\033[0m %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 install: $(VENV)/.installed ## Make .venv with everything in it, stubs generated
+	@:
 
 $(BIN)/uv:
 	@python=$$(for name in python3 python3.14 python3.13 python3.12 python3.11; do \
