@@ -8,15 +8,18 @@ import random
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Final, Protocol
 
 from mlmesh_runtime.chunks import Chunk
-from mlmesh_runtime.errors import MeshError, RevisionLost
+from mlmesh_runtime.errors import MeshError, RevisionLost, TimedOut
 
 from mlmesh_inference.desired import ModelFile, RegistryView
 from mlmesh_inference.registry import AliasDeleted, AliasMoved, Bookmark, Event, Published
 
 _LOG = logging.getLogger(__name__)
+
+SILENCE_S: Final = 20.0
+"""The registry sends a bookmark every few seconds; this is several of them missed."""
 
 Sleep = Callable[[float], Awaitable[None]]
 
@@ -56,16 +59,23 @@ class Follower:
 
     Args:
         source: the registry. changed: is set on every change of `view` and at the first failure.
-        backoff, sleep: waits between attempts.
+        backoff, sleep: waits between attempts. silence_s: a watch that is silent for this long is begun anew.
     """
 
     def __init__(
-        self, source: Source, changed: asyncio.Event, *, backoff: Backoff | None = None, sleep: Sleep = asyncio.sleep
+        self,
+        source: Source,
+        changed: asyncio.Event,
+        *,
+        backoff: Backoff | None = None,
+        sleep: Sleep = asyncio.sleep,
+        silence_s: float = SILENCE_S,
     ) -> None:
         self._source = source
         self._changed = changed
         self._backoff = backoff or Backoff()
         self._sleep = sleep
+        self._silence_s = silence_s
         self._from = 0
         self.view: RegistryView | None = None
         """What the registry said last; None before its first word."""
@@ -96,7 +106,7 @@ class Follower:
         gathering = self._from == 0 or self.view is None
         view = RegistryView() if gathering or self.view is None else self.view
         async with aclosing(self._source.watch(self._from)) as events:
-            async for event in events:
+            while (event := await self._next(events)) is not None:
                 self._backoff.reset()
                 if isinstance(event, Bookmark):
                     if not gathering and event.revision < view.revision:
@@ -107,6 +117,14 @@ class Follower:
                     view = _applied(view, event)
                 if not gathering:
                     self._take(view)
+
+    async def _next(self, events: AsyncGenerator[Event]) -> Event | None:
+        """The next event, None at the end. An idle registry sends bookmarks, so long silence is a hung peer."""
+        try:
+            async with asyncio.timeout(self._silence_s):
+                return await anext(events, None)
+        except TimeoutError:
+            raise TimedOut(f"the registry said nothing for {self._silence_s:g} s") from None
 
     def _take(self, view: RegistryView) -> None:
         self.problem = ""

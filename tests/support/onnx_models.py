@@ -64,8 +64,8 @@ def add_sub(kind: str = "INT32", width: int = 16) -> bytes:
             helper.make_node("Add", ["INPUT0", "INPUT1"], ["OUTPUT0"]),
             helper.make_node("Sub", ["INPUT0", "INPUT1"], ["OUTPUT1"]),
         ],
-        {name: (DATATYPES[kind], shape) for name in ("INPUT0", "INPUT1")},
-        {name: (DATATYPES[kind], shape) for name in ("OUTPUT0", "OUTPUT1")},
+        dict.fromkeys(("INPUT0", "INPUT1"), (DATATYPES[kind], shape)),
+        dict.fromkeys(("OUTPUT0", "OUTPUT1"), (DATATYPES[kind], shape)),
     )
 
 

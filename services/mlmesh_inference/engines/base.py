@@ -92,18 +92,19 @@ class BuiltEngine:
 def build_preferred(kinds: Sequence[EngineKind], model: Path, options: EngineOptions) -> BuiltEngine:
     """Build with the first kind that is available and takes the model; the reason tells what was passed over.
 
-    Raises EngineError with every kind's refusal when none takes it.
+    Raises EngineError with the refusals when none takes it.
     """
-    passed: list[str] = []
+    absent: list[str] = []
+    refused: list[str] = []
     for kind in kinds:
         probe = kind.probe()
         if not probe.available:
-            passed.append(f"{kind.name}: {probe.reason}")
+            absent.append(f"{kind.name}: {probe.reason}")
             continue
         try:
             engine = kind.build(model, options)
         except EngineError as error:
-            passed.append(f"{kind.name} refused the model: {error}")
+            refused.append(f"{kind.name} refused the model: {error}")
             continue
-        return BuiltEngine(engine=engine, reason="; ".join([probe.reason, *passed]))
-    raise EngineError("; ".join(passed) or "no engine is configured")
+        return BuiltEngine(engine=engine, reason="; ".join([probe.reason, *refused, *absent]))
+    raise EngineError("; ".join(refused or absent) or "no engine is configured")

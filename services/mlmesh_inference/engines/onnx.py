@@ -74,7 +74,8 @@ class OnnxEngine:
                 outputs=tuple(_spec(node) for node in self._session.get_outputs()),
             )
         except Exception as error:  # ONNX Runtime's exceptions share no base but Exception
-            raise EngineError(f"ONNX Runtime cannot load it: {error}") from error
+            text = str(error).replace(str(model), model.name)
+            raise EngineError(f"ONNX Runtime cannot load it: {text}") from error
         self.concurrency = options.concurrency
         self._ort = ort
         tensors = (*self.signature.inputs, *self.signature.outputs)
