@@ -126,7 +126,7 @@ def user_of(port: int) -> str:
 def split_address(text: str, *, field: str) -> tuple[str, int]:
     """``host:port`` in parts. Raises InvalidInput that names the field."""
     host, colon, port = text.rpartition(":")
-    if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536:
+    if not colon or not host or not port.isdigit() or not 0 <= int(port) < 65536:
         raise InvalidInput(f"{field} must be HOST:PORT, not {text!r}", field=field)
     return host.strip("[]"), int(port)
 

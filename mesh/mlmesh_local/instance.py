@@ -14,6 +14,7 @@ from mlmesh_runtime.errors import MeshError
 
 from mlmesh_local import sidecar
 from mlmesh_local.instances import InstancePlan, inheritable
+from mlmesh_local.pki import write_private
 from mlmesh_local.probes import HealthProbe
 from mlmesh_local.process import MARK, Child, Command
 from mlmesh_local.slot import Slot
@@ -50,6 +51,8 @@ class SidecarSetup:
     state_folder: Path
     working_folder: Path
     environ: Mapping[str, str]
+    token: Callable[[str], str]
+    """Gives the token by which a node proves to the control plane that it is the one."""
 
 
 class Instance:
@@ -193,10 +196,11 @@ class Instance:
                 admin_host=plan.addresses.admin,
                 ads_host=self._setup.ads_host,
                 ads_port=self._setup.ads_port,
+                token=self._setup.token(plan.name),
             )
         )
         path = self._setup.run_folder / f"{plan.name}.bootstrap.json"
-        path.write_text(json.dumps(document, indent=1))
+        write_private(path, json.dumps(document, indent=1))
         return Command(
             argv=sidecar.command(self._setup.envoy, path),
             environ=inheritable(self._setup.environ) | {MARK: str(self._setup.state_folder)},
@@ -206,7 +210,7 @@ class Instance:
 
     async def _watch_sidecar(self, child: Child) -> None:
         host = self.plan.addresses.admin
-        while not await _is_live(host):
+        while not await _is_live(host):  # noqa: ASYNC110  (another process, nothing to wait on)
             await asyncio.sleep(EAGER_S / 3)
         self._sidecar_live.set()
         self._start_application.set()

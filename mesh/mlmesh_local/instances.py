@@ -76,7 +76,7 @@ def plan(
                 reason="INVALID_RESOURCE",
             )
     own = resolve_environment(workload, pod_fields)
-    own |= _overrides(workload, name, own, addresses, block, folders)
+    own |= _overrides(workload, name=name, own=own, addresses=addresses, block=block, folders=folders)
     return InstancePlan(
         name=name,
         workload=workload,
@@ -101,6 +101,7 @@ def inheritable(environ: Mapping[str, str]) -> dict[str, str]:
 
 def _overrides(
     workload: Workload,
+    *,
     name: str,
     own: Mapping[str, str],
     addresses: InstanceAddresses,

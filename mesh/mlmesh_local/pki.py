@@ -111,7 +111,7 @@ class Authority:
         Push the new bundle to every sidecar before the first certificate of the new root is used.
         """
         retired = self._folder / "retired" / f"{_serial(self._root)}.pem"
-        _write_private(retired, _pem(self._root))
+        write_private(retired, _pem(self._root))
         self._write_root()
         self._read_root()
 
@@ -176,8 +176,8 @@ class Authority:
             .sign(key, hashes.SHA256())
         )
         # The key first: a root without its key could never sign and would be found at the next start.
-        _write_private(self._folder / "root-key.pem", _key_pem(key))
-        _write_private(self._folder / "root.pem", _pem(root))
+        write_private(self._folder / "root-key.pem", _key_pem(key))
+        write_private(self._folder / "root.pem", _pem(root))
 
     def _read_root(self) -> None:
         try:
@@ -231,7 +231,7 @@ def _private_folder(folder: Path) -> None:
     folder.chmod(0o700)
 
 
-def _write_private(path: Path, text: str) -> None:
+def write_private(path: Path, text: str) -> None:
     """Write whole or not at all, readable by the owner from the first byte on."""
     draft = path.with_suffix(".tmp")
     draft.unlink(missing_ok=True)

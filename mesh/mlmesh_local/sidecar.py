@@ -6,14 +6,16 @@ import asyncio
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mlmesh_runtime.errors import NotReady, WrongState
 
 from mlmesh_local.addresses import ADMIN_PORT
+from mlmesh_local.model import ADS_CLUSTER
 
+TOKEN_HEADER = "x-mlmesh-token"  # noqa: S105  (a name)
 # Istio's drainDuration: how long listeners that changed or go away keep their connections.
 DRAIN_S = 45
 ADMIN_ANSWER_BYTES_MAX = 64 * 1024 * 1024
@@ -51,6 +53,7 @@ class SidecarPlan:
     admin_host: str
     ads_host: str
     ads_port: int
+    token: str = field(repr=False)
 
 
 def bootstrap(plan: SidecarPlan) -> dict[str, Any]:
@@ -62,7 +65,12 @@ def bootstrap(plan: SidecarPlan) -> dict[str, Any]:
             "ads_config": {
                 "api_type": "DELTA_GRPC",
                 "transport_api_version": "V3",
-                "grpc_services": [{"envoy_grpc": {"cluster_name": "xds-grpc"}}],
+                "grpc_services": [
+                    {
+                        "envoy_grpc": {"cluster_name": ADS_CLUSTER},
+                        "initial_metadata": [{"key": TOKEN_HEADER, "value": plan.token}],
+                    }
+                ],
                 "set_node_on_first_message_only": True,
             },
             "cds_config": {"ads": {}, "resource_api_version": "V3", "initial_fetch_timeout": "0s"},
@@ -76,6 +84,8 @@ def bootstrap(plan: SidecarPlan) -> dict[str, Any]:
                     "static_layer": {
                         # Bounds a peer that opens connections without end; file descriptors run out far later.
                         "overload.global_downstream_max_connections": 10000,
+                        # Spans show up while a person looks for them; the default is 5 s.
+                        "tracing.opentelemetry.flush_interval_ms": 500,
                     },
                 },
                 {"name": "admin", "admin_layer": {}},
@@ -141,11 +151,11 @@ async def _request(host: str, request: str, method: str) -> bytes:
 
 def _control_plane(plan: SidecarPlan) -> dict[str, Any]:
     return {
-        "name": "xds-grpc",
+        "name": ADS_CLUSTER,
         "type": "STATIC",
         "connect_timeout": "1s",
         "load_assignment": {
-            "cluster_name": "xds-grpc",
+            "cluster_name": ADS_CLUSTER,
             "endpoints": [{"lb_endpoints": [{"endpoint": {"address": _socket_address(plan.ads_host, plan.ads_port)}}]}],
         },
         "typed_extension_protocol_options": {

@@ -1,0 +1,271 @@
+"""The supervisor process: builds the mesh from its parts, runs it, takes it down."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import logging
+import secrets
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import grpc
+from mlmesh.local.v1 import local_pb2, local_pb2_grpc
+from mlmesh_runtime.config import Settings
+from mlmesh_runtime.errors import AlreadyExists
+from mlmesh_runtime.executors import BoundedExecutor
+from mlmesh_runtime.server import Server, Service
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
+
+from mlmesh_local import addresses
+from mlmesh_local.certificates import Certificates
+from mlmesh_local.changes import Changes
+from mlmesh_local.collector import TraceServicer
+from mlmesh_local.configuration import Configuration
+from mlmesh_local.control import LocalMeshServicer
+from mlmesh_local.guardian import guard
+from mlmesh_local.instance import SidecarSetup
+from mlmesh_local.instances import Folders
+from mlmesh_local.mesh import Mesh, SupervisorTraffic
+from mlmesh_local.options import Options
+from mlmesh_local.pki import Authority
+from mlmesh_local.poller import StatsPoller
+from mlmesh_local.report import Report
+from mlmesh_local.resources.model import Deployment
+from mlmesh_local.resources.parse import load_resources, read_documents
+from mlmesh_local.resources.resource_set import ResourceSet
+from mlmesh_local.sidecar import TOKEN_HEADER, find_envoy
+from mlmesh_local.state import StateDir
+from mlmesh_local.supervisor import Supervisor
+from mlmesh_local.traces import TraceStore
+from mlmesh_local.workloads import workload_of
+from mlmesh_local.xds import AdsServer
+
+logger = logging.getLogger(__name__)
+
+Token = Callable[[str], str]
+ADS_BYTES_MAX = 16 * 1024 * 1024
+READY_CHECK_S = 0.1
+TELL_S = 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """What was found out before anything is started."""
+
+    state: StateDir
+    envoy: Path
+    resources: ResourceSet
+    gateway_address: str
+    environ: Mapping[str, str]
+
+
+def prepare(options: Options, state: StateDir, environ: Mapping[str, str]) -> Start:
+    """Find everything that is needed, and refuse early what cannot work. Raises MeshError."""
+    envoy = find_envoy(environ.get("PATH"))
+    documents = read_documents([*options.manifests, *options.istio])
+    applied = ResourceSet().apply(load_resources(documents))
+    for warning in applied.warnings:
+        logger.warning(warning)
+    workloads = [workload_of(deployment) for deployment in applied.resources.specs(Deployment)]
+    has_gateway = any(workload.is_gateway and workload.replicas for workload in workloads)
+    gateway_address = _gateway_address(options.gateway_address) if has_gateway else ""
+    return Start(
+        state=state, envoy=envoy, resources=applied.resources, gateway_address=gateway_address, environ=environ
+    )
+
+
+async def run(start: Start, report: Report) -> None:
+    """Run a mesh until SIGTERM, SIGINT or Shutdown, then drain it."""
+    claim = addresses.claim(str(start.state.path))
+    try:
+        await _run(start, claim.block, report)
+    finally:
+        claim.close()
+
+
+async def _run(start: Start, block: addresses.Block, report: Report) -> None:
+    changes = Changes()
+    state = start.state
+    token = _tokens(secrets.token_bytes(32))
+    traces = TraceStore(state.traces, clock_ns=time.time_ns)
+    executor = BoundedExecutor("traces", workers_max=1)
+    try:
+        async with (
+            _control_plane(block, token) as ads,
+            _collector(block, traces, executor),
+            asyncio.TaskGroup() as instances_group,
+        ):
+            guardian = instances_group.create_task(guard(state.path))
+            mesh = _build(
+                start,
+                block=block,
+                ads=ads,
+                traces=traces,
+                executor=executor,
+                changes=changes,
+                group=instances_group,
+                token=token,
+            )
+            async with _control(mesh, state) as control, asyncio.TaskGroup() as group:
+                beside = [
+                    group.create_task(job)
+                    for job in (mesh.follow(), mesh.rotate_logs(), mesh.certificates.run(), mesh.stats.run())
+                ]
+                beside.append(group.create_task(_tell_start(mesh, report)))
+                _on_signals(mesh)
+                report.step(f"mesh {block.control.rsplit('.', 2)[0]}.0.0/16, state in {state.path}")
+                await mesh.supervisor.reconcile(mesh.supervisor.plan_all(mesh.configuration.workloads))
+                mesh.save()
+                await mesh.wait_ending()
+                await mesh.shut_down()
+                for task in beside:
+                    task.cancel()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(TELL_S):
+                        await mesh.all_told()
+                await control.stop(drain_s=0, grace_s=1)
+            guardian.cancel()
+    finally:
+        executor.shutdown()
+        traces.close()
+
+
+def _build(
+    start: Start,
+    *,
+    block: addresses.Block,
+    ads: AdsServer,
+    traces: TraceStore,
+    executor: BoundedExecutor,
+    changes: Changes,
+    group: asyncio.TaskGroup,
+    token: Token,
+) -> Mesh:
+    state = start.state
+    folders = Folders(state=state.path, working=Path.cwd())
+    authority = Authority(state.authority, clock=_now)
+    certificates = Certificates(authority, ads, clock=_now, changed=changes.notify)
+    setup = SidecarSetup(
+        envoy=start.envoy,
+        ads_host=block.control,
+        ads_port=addresses.ADS_PORT,
+        run_folder=state.run,
+        state_folder=state.path,
+        working_folder=folders.working,
+        environ=start.environ,
+        token=token,
+    )
+    supervisor = Supervisor(group, setup, block=block, folders=folders, changes=changes, environ=start.environ)
+    configuration = Configuration(
+        ads,
+        certificates,
+        resources=start.resources,
+        block=block,
+        logs=state.logs,
+        gateway_address=start.gateway_address,
+        instances=lambda: supervisor.instances,
+    )
+    stats = StatsPoller(lambda: list(supervisor.instances.values()), changed=changes.notify)
+    supervisor.traffic = SupervisorTraffic(configuration, stats)
+    return Mesh(
+        supervisor=supervisor,
+        configuration=configuration,
+        certificates=certificates,
+        stats=stats,
+        traces=traces,
+        trace_executor=executor,
+        changes=changes,
+        clock=_now,
+        config_folder=state.config,
+        logs=state.logs,
+    )
+
+
+def _tokens(key: bytes) -> Token:
+    # Loopback is open to every user of the machine; keys must go to this mesh's own sidecars only.
+    return lambda node_id: hmac.new(key, node_id.encode(), "sha256").hexdigest()
+
+
+@contextlib.asynccontextmanager
+async def _control_plane(block: addresses.Block, token: Token) -> AsyncIterator[AdsServer]:
+    def authorize(node_id: str, metadata: Mapping[str, str]) -> bool:
+        return hmac.compare_digest(metadata.get(TOKEN_HEADER, ""), token(node_id))
+
+    ads = AdsServer(authorize=authorize)
+    server = grpc.aio.server(options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", ADS_BYTES_MAX)])
+    ads.attach(server)
+    server.add_insecure_port(block.ads)
+    await server.start()
+    try:
+        yield ads
+    finally:
+        await server.stop(0)
+
+
+def _collector(block: addresses.Block, traces: TraceStore, executor: BoundedExecutor) -> Server:
+    service = Service(
+        add=trace_service_pb2_grpc.add_TraceServiceServicer_to_server,
+        servicer=TraceServicer(traces, executor),
+        descriptor=trace_service_pb2.DESCRIPTOR.services_by_name["TraceService"],
+        validate=False,
+        deadline_exempt={"Export"},
+    )
+    return Server(Settings(service="traces", listen=block.otlp, grace_s=0.5), [service])
+
+
+def _control(mesh: Mesh, state: StateDir) -> Server:
+    service = Service(
+        add=local_pb2_grpc.add_LocalMeshServiceServicer_to_server,
+        servicer=LocalMeshServicer(mesh),
+        descriptor=local_pb2.DESCRIPTOR.services_by_name["LocalMeshService"],
+        deadline_exempt={"WatchStatus", "Shutdown"},
+    )
+    return Server(Settings(service="mlmesh", listen=state.target, grace_s=1.0), [service])
+
+
+async def _tell_start(mesh: Mesh, report: Report) -> None:
+    while not (mesh.instances and mesh.ready):
+        for instance in mesh.instances:
+            report.instance(instance)
+        # Acknowledgements of sidecars change readiness, too, and are not counted as changes.
+        await asyncio.sleep(READY_CHECK_S)
+    for instance in mesh.instances:
+        report.instance(instance)
+    outside = next((item.address for item in mesh.gateways()), "")
+    logger.info("ready", extra={"gateway": outside, "instances": len(mesh.instances)})
+    report.ready(outside)
+
+
+def _on_signals(mesh: Mesh) -> None:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, mesh.end)
+
+
+def _gateway_address(text: str) -> str:
+    if text == "none":
+        return ""
+    host, port = addresses.split_address(text, field="--gateway-address")
+    if not port:
+        with socket.create_server((host, 0)) as probe:
+            return f"{host}:{probe.getsockname()[1]}"
+    if not addresses.is_free(host, port):
+        user = addresses.user_of(port)
+        raise AlreadyExists(
+            f"port {port} of the gateway is already in use{f' by {user}' if user else ''}; "
+            "choose another with --gateway-address HOST:PORT, or none",
+            reason="PORT_IN_USE",
+            metadata={"port": str(port)},
+        )
+    return text
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)

@@ -1,0 +1,120 @@
+"""Which certificate each Envoy holds, and when it gets the next one."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from mlmesh_local.model import (
+    TRUST_SECRET,
+    WORKLOAD_SECRET,
+    CertificateSecret,
+    ProxyNode,
+    Secret,
+    TrustSecret,
+)
+from mlmesh_local.pki import Authority, Certificate, Clock
+
+logger = logging.getLogger(__name__)
+
+CHECK_S = 30.0
+
+
+class Sink(Protocol):
+    """Where secrets go: the ADS server."""
+
+    def set_secrets(self, node_id: str, secrets: Mapping[str, Secret]) -> None:
+        """Replace a node's secrets; connected Envoys get what changed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerCredential:
+    """A certificate that a gateway shows to the outside: its ``credentialName`` and the names that are in it."""
+
+    name: str
+    hosts: tuple[str, ...]
+    addresses: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class _Held:
+    proxy: ProxyNode
+    credentials: tuple[ServerCredential, ...]
+    leaf: Certificate
+    servers: dict[str, Certificate] = field(default_factory=dict)
+
+    def rotate_at(self) -> float:
+        return min(held.rotate_at().timestamp() for held in (self.leaf, *self.servers.values()))
+
+
+class Certificates:
+    """Issues to every Envoy and replaces in time. Open connections keep the certificate that they began with."""
+
+    def __init__(self, authority: Authority, sink: Sink, *, clock: Clock, changed: Callable[[], None]) -> None:
+        self.authority = authority
+        self._sink = sink
+        self._clock = clock
+        self._changed = changed
+        self._held: dict[str, _Held] = {}
+
+    def leaf(self, node_id: str) -> Certificate | None:
+        """The workload certificate that a node holds."""
+        held = self._held.get(node_id)
+        return held.leaf if held else None
+
+    def provide(self, proxy: ProxyNode, credentials: tuple[ServerCredential, ...]) -> None:
+        """Give a node its certificates; what it holds already is kept when it still fits."""
+        held = self._held.get(proxy.id)
+        if held and held.credentials == credentials and held.proxy.service_account == proxy.service_account:
+            return
+        self._issue(proxy, credentials)
+
+    def forget(self, node_id: str) -> None:
+        """The node is gone."""
+        self._held.pop(node_id, None)
+
+    def rotate(self) -> int:
+        """New certificates for everybody now; gives how many nodes got one."""
+        for held in list(self._held.values()):
+            self._issue(held.proxy, held.credentials)
+        self._changed()
+        return len(self._held)
+
+    async def run(self) -> None:
+        """Replace certificates at half of their life, for ever."""
+        while True:
+            await asyncio.sleep(CHECK_S)
+            self.rotate_due()
+
+    def rotate_due(self) -> int:
+        """Replace the certificates whose time has come; gives how many nodes got one."""
+        now = self._clock().timestamp()
+        due = [held for held in self._held.values() if held.rotate_at() <= now]
+        for held in due:
+            self._issue(held.proxy, held.credentials)
+        if due:
+            logger.info("certificates rotated", extra={"count": len(due)})
+            self._changed()
+        return len(due)
+
+    def _issue(self, proxy: ProxyNode, credentials: tuple[ServerCredential, ...]) -> None:
+        held = _Held(
+            proxy=proxy,
+            credentials=credentials,
+            leaf=self.authority.issue(proxy.service_account, proxy.namespace),
+            servers={item.name: self.authority.issue_server(item.hosts, item.addresses) for item in credentials},
+        )
+        roots = TrustSecret(roots=self.authority.bundle_pem.encode())
+        secrets: dict[str, Secret] = {WORKLOAD_SECRET: _secret(held.leaf), TRUST_SECRET: roots}
+        for name, certificate in held.servers.items():
+            secrets[name] = _secret(certificate)
+            secrets[f"{name}-cacert"] = roots
+        self._held[proxy.id] = held
+        self._sink.set_secrets(proxy.id, secrets)
+
+
+def _secret(certificate: Certificate) -> CertificateSecret:
+    return CertificateSecret(certificate_chain=certificate.chain_pem.encode(), private_key=certificate.key_pem.encode())

@@ -1,0 +1,223 @@
+"""What every sidecar is told: active resources and running instances make a world, the world makes snapshots."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlmesh_runtime.errors import MeshError, TimedOut
+
+from mlmesh_local.addresses import Block, split_address
+from mlmesh_local.certificates import Certificates, ServerCredential
+from mlmesh_local.instance import Instance
+from mlmesh_local.instances import InstancePlan
+from mlmesh_local.model import NodeStatus, ProxyNode, World
+from mlmesh_local.resources.model import Deployment, Gateway
+from mlmesh_local.resources.parse import Document, load_resources
+from mlmesh_local.resources.resource_set import Change, ResourceSet
+from mlmesh_local.snapshot import Snapshot, build_snapshots
+from mlmesh_local.translate.view import service_endpoints
+from mlmesh_local.workloads import Workload, workload_of
+from mlmesh_local.xds import AdsServer, ConfigurationRejectedError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApplyOutcome:
+    """What an apply did. ``ack_latency_s`` is from the push to the last acknowledgement."""
+
+    changes: tuple[Change, ...]
+    warnings: tuple[str, ...]
+    version: str
+    acked: int = 0
+    connected: int = 0
+    ack_latency_s: float = 0.0
+
+
+class Configuration:
+    """Builds and pushes configuration. Either a whole change is active everywhere, or nothing changed.
+
+    ``gateway_address`` is where the first gateway listens in addition to its pod's address; empty for nowhere.
+    """
+
+    def __init__(
+        self,
+        ads: AdsServer,
+        certificates: Certificates,
+        *,
+        resources: ResourceSet,
+        block: Block,
+        logs: Path,
+        gateway_address: str,
+        instances: Callable[[], Mapping[str, Instance]],
+    ) -> None:
+        self.resources = resources
+        self.world = World(resources=resources, otlp_address=block.otlp)
+        self._ads = ads
+        self._certificates = certificates
+        self._block = block
+        self._logs = logs
+        self._gateway_address = gateway_address
+        self._instances = instances
+        self._known: set[str] = set()
+        self._turn = asyncio.Lock()
+
+    @property
+    def version(self) -> str:
+        """Version of what was pushed last."""
+        return self.world.version
+
+    @property
+    def workloads(self) -> list[Workload]:
+        """What the active Deployments ask to run."""
+        return [workload_of(deployment) for deployment in self.resources.specs(Deployment)]
+
+    def node_status(self) -> Mapping[str, NodeStatus]:
+        """What the control plane knows of each Envoy."""
+        return self._ads.statuses()
+
+    def refresh(self) -> None:
+        """Push what follows from the instances as they are now, if it differs from what was pushed."""
+        world = self._world(self.resources)
+        if world.version == self.world.version and self._known == {proxy.id for proxy in world.proxies}:
+            return
+        self._push(world, build_snapshots(world))
+
+    async def endpoints_known(self, timeout_s: float) -> None:
+        """Wait until every connected sidecar has acknowledged the last push; the deadline is not an error."""
+        try:
+            await self._acknowledged(timeout_s)
+        except MeshError as error:
+            logger.warning("sidecars did not acknowledge", extra={"problem": error.message})
+
+    async def apply(
+        self, documents: Sequence[Document], *, prune: bool, dry_run: bool, timeout_s: float
+    ) -> ApplyOutcome:
+        """Validate, merge and activate. Raises InvalidResource; then the last good configuration stays active."""
+        async with self._turn:
+            applied = self.resources.apply(load_resources(documents), prune=prune)
+            for deployment in applied.resources.specs(Deployment):
+                workload_of(deployment)
+            world = self._world(applied.resources)
+            snapshots = build_snapshots(world)
+            if dry_run:
+                return ApplyOutcome(changes=applied.changes, warnings=applied.warnings, version=self.version)
+            before = self.resources
+            started = time.monotonic()
+            self.resources = applied.resources
+            self._push(world, snapshots)
+            warnings = applied.warnings
+            try:
+                await self._acknowledged(timeout_s)
+            except TimedOut as error:
+                # Sidecars that are slow or restart get it later; nothing needs to be taken back.
+                warnings = (*warnings, error.message)
+            except ConfigurationRejectedError:
+                self.resources = before
+                last_good = self._world(before)
+                self._push(last_good, build_snapshots(last_good))
+                raise
+            return self._outcome(applied.changes, warnings, time.monotonic() - started)
+
+    async def _acknowledged(self, timeout_s: float) -> None:
+        # Endpoints may change meanwhile; what was asked for is part of every later version.
+        async with asyncio.timeout(timeout_s):
+            version = ""
+            while version != self.version:
+                version = self.version
+                await self._ads.wait_acked(version, timeout_s=timeout_s)
+
+    def _outcome(self, changes: tuple[Change, ...], warnings: tuple[str, ...], latency_s: float) -> ApplyOutcome:
+        connected = [status for status in self._ads.statuses().values() if status.connected]
+        return ApplyOutcome(
+            changes=changes,
+            warnings=warnings,
+            version=self.version,
+            acked=sum(status.acked_version == self.version for status in connected),
+            connected=len(connected),
+            ack_latency_s=latency_s,
+        )
+
+    def _world(self, resources: ResourceSet) -> World:
+        instances = self._instances()
+        proxies = tuple(self._proxy(instances[name].plan, resources) for name in sorted(instances))
+        ready = {name for name, instance in instances.items() if instance.ready}
+        return World(
+            resources=resources,
+            proxies=proxies,
+            endpoints=service_endpoints(resources, proxies, ready=ready),
+            otlp_address=self._block.otlp,
+        )
+
+    def _proxy(self, plan: InstancePlan, resources: ResourceSet) -> ProxyNode:
+        workload = plan.workload
+        return ProxyNode(
+            id=plan.name,
+            kind="gateway" if workload.is_gateway else "sidecar",
+            namespace=workload.namespace,
+            service_account=workload.service_account,
+            labels=workload.labels,
+            pod_address=plan.addresses.pod,
+            application_address="" if workload.is_gateway else plan.addresses.application,
+            outbound_address="" if workload.is_gateway else plan.addresses.outbound,
+            container_ports=workload.ports,
+            extra_addresses=self._extra_addresses(plan, resources),
+            access_log_path=str(self._logs / f"{plan.name}.access.log"),
+        )
+
+    def _extra_addresses(self, plan: InstancePlan, resources: ResourceSet) -> tuple[tuple[int, str], ...]:
+        # One address outside the mesh can be bound once: the first replica of a gateway has it.
+        if not self._gateway_address or not plan.workload.is_gateway or not plan.name.endswith("-0"):
+            return ()
+        ports = sorted({server.port for gateway in gateways_of(resources, plan) for server in gateway.servers})
+        return ((ports[0], self._gateway_address),) if ports else ()
+
+    def _push(self, world: World, snapshots: Mapping[str, Snapshot]) -> None:
+        self.world = world
+        instances = self._instances()
+        for proxy in world.proxies:
+            if proxy.id in instances:
+                self._certificates.provide(proxy, self._credentials(instances[proxy.id].plan, world.resources))
+            self._ads.update(proxy.id, snapshots[proxy.id])
+        gone = self._known - {proxy.id for proxy in world.proxies}
+        for node_id in gone:
+            self._certificates.forget(node_id)
+            self._ads.forget(node_id)
+        self._known = {proxy.id for proxy in world.proxies}
+
+    def _credentials(self, plan: InstancePlan, resources: ResourceSet) -> tuple[ServerCredential, ...]:
+        if not plan.workload.is_gateway:
+            return ()
+        hosts: dict[str, list[str]] = {}
+        for gateway in gateways_of(resources, plan):
+            for server in gateway.servers:
+                if server.tls and server.tls.credential_name:
+                    hosts.setdefault(server.tls.credential_name, ["localhost"]).extend(
+                        host for host in server.hosts if host != "*"
+                    )
+        addresses = [plan.addresses.pod, "127.0.0.1"]
+        if self._gateway_address:
+            addresses.append(split_address(self._gateway_address, field="--gateway-address")[0])
+        return tuple(
+            ServerCredential(name=name, hosts=tuple(dict.fromkeys(names)), addresses=_ip_only(addresses))
+            for name, names in sorted(hosts.items())
+        )
+
+
+def gateways_of(resources: ResourceSet, plan: InstancePlan) -> list[Gateway]:
+    """Gateway resources that select an instance."""
+    labels = plan.workload.labels
+    return [
+        gateway
+        for gateway in resources.specs(Gateway)
+        if all(labels.get(key) == value for key, value in gateway.selector.items())
+    ]
+
+
+def _ip_only(addresses: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(address for address in addresses if not address.strip("0123456789abcdef.:")))

@@ -1,0 +1,151 @@
+# ruff: noqa: ARG002  gRPC hands every method a context; few need it
+"""The control service of a running laptop mesh."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from typing import Any
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+from mlmesh.local.v1 import local_pb2, local_pb2_grpc
+from mlmesh_runtime.errors import InvalidInput
+from mlmesh_runtime.executors import run_blocking
+
+from mlmesh_local import messages
+from mlmesh_local.mesh import Mesh
+from mlmesh_local.pki import LEAF_TTL
+from mlmesh_local.resources.parse import Document
+from mlmesh_local.routes import list_routes
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+ACK_S = 10.0
+SHARE_WINDOW_S = 60.0
+WATCH_INTERVAL_S = 1.0
+# A burst of changes is one message: nobody reads faster.
+WATCH_PAUSE_S = 0.1
+TRACES_PAGE = 20
+
+
+class LocalMeshServicer(local_pb2_grpc.LocalMeshServiceServicer):
+    """Implements LocalMeshService."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh = mesh
+
+    async def GetStatus(self, request: local_pb2.GetStatusRequest, context: Context) -> local_pb2.GetStatusResponse:
+        """The status now."""
+        window_s = _seconds(request, "share_window", SHARE_WINDOW_S)
+        return local_pb2.GetStatusResponse(
+            status=messages.mesh_status(self._mesh, await self._mesh.stats.observed(window_s))
+        )
+
+    async def WatchStatus(
+        self, request: local_pb2.WatchStatusRequest, context: Context
+    ) -> AsyncIterator[local_pb2.WatchStatusResponse]:
+        """The status as it changes."""
+        interval_s = max(WATCH_PAUSE_S, _seconds(request, "interval", WATCH_INTERVAL_S))
+        while True:
+            seen = self._mesh.changes.count
+            observed = await self._mesh.stats.observed(SHARE_WINDOW_S)
+            yield local_pb2.WatchStatusResponse(status=messages.mesh_status(self._mesh, observed))
+            await asyncio.sleep(WATCH_PAUSE_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(interval_s - WATCH_PAUSE_S):
+                    await self._mesh.changes.beyond(seen)
+
+    async def Apply(self, request: local_pb2.ApplyRequest, context: Context) -> local_pb2.ApplyResponse:
+        """Make resources active, everywhere or nowhere."""
+        documents = [
+            Document(source=document.source or "request", text=document.yaml) for document in request.documents
+        ]
+        outcome = await self._mesh.apply(
+            documents, prune=request.prune, dry_run=request.dry_run, timeout_s=_ack_timeout_s(context)
+        )
+        return messages.apply_response(outcome)
+
+    async def ListResources(
+        self, request: local_pb2.ListResourcesRequest, context: Context
+    ) -> local_pb2.ListResourcesResponse:
+        """Active resources."""
+        return local_pb2.ListResourcesResponse(
+            resources=[
+                local_pb2.Resource(kind=item.kind, name=item.name, source=item.source, yaml=item.text)
+                for item in self._mesh.resources.listed(request.kind)
+            ]
+        )
+
+    async def ListRoutes(self, request: local_pb2.ListRoutesRequest, context: Context) -> local_pb2.ListRoutesResponse:
+        """Routes with their shares."""
+        observed = await self._mesh.stats.observed(_seconds(request, "share_window", SHARE_WINDOW_S))
+        routes = list_routes(self._mesh.resources, request.host)
+        return local_pb2.ListRoutesResponse(routes=[messages.route(item, observed) for item in routes])
+
+    async def ListTraces(self, request: local_pb2.ListTracesRequest, context: Context) -> local_pb2.ListTracesResponse:
+        """Traces, newest first."""
+        found = await run_blocking(
+            self._mesh.trace_executor,
+            self._mesh.traces.list_traces,
+            request.page_size or TRACES_PAGE,
+            span_name=request.span_name,
+            errors_only=request.errors_only,
+        )
+        return local_pb2.ListTracesResponse(traces=[messages.trace_summary(trace) for trace in found])
+
+    async def GetTrace(self, request: local_pb2.GetTraceRequest, context: Context) -> local_pb2.GetTraceResponse:
+        """One trace."""
+        spans = await run_blocking(self._mesh.trace_executor, self._mesh.traces.get_trace, request.trace_id)
+        return local_pb2.GetTraceResponse(trace_id=spans[0].trace_id, spans=[messages.span(item) for item in spans])
+
+    async def IssueCertificate(
+        self, request: local_pb2.IssueCertificateRequest, context: Context
+    ) -> local_pb2.IssueCertificateResponse:
+        """A certificate for a tool."""
+        ttl_s = _seconds(request, "ttl", 3600.0, most=LEAF_TTL.total_seconds())
+        issued = self._mesh.issue(request.service_account, request.namespace or "mlmesh", timedelta(seconds=ttl_s))
+        return local_pb2.IssueCertificateResponse(
+            certificate_chain_pem=issued.chain_pem,
+            private_key_pem=issued.key_pem,
+            trust_bundle_pem=issued.bundle_pem,
+            identity=issued.identity,
+            expire_time=messages.timestamp(issued.not_after),
+        )
+
+    async def RotateCertificates(
+        self, request: local_pb2.RotateCertificatesRequest, context: Context
+    ) -> local_pb2.RotateCertificatesResponse:
+        """New certificates for every sidecar."""
+        return local_pb2.RotateCertificatesResponse(rotated=self._mesh.certificates.rotate())
+
+    async def RestartWorkload(
+        self, request: local_pb2.RestartWorkloadRequest, context: Context
+    ) -> local_pb2.RestartWorkloadResponse:
+        """Restart replicas, one at a time."""
+        return local_pb2.RestartWorkloadResponse(instances=await self._mesh.supervisor.restart(request.name))
+
+    async def Shutdown(
+        self, request: local_pb2.ShutdownRequest, context: Context
+    ) -> AsyncIterator[local_pb2.ShutdownResponse]:
+        """End the mesh and tell each step."""
+        async for step in self._mesh.end_and_tell():
+            yield local_pb2.ShutdownResponse(message=step)
+
+
+def _seconds(request: Any, field: str, default: float, *, most: float = 86400.0) -> float:
+    if not request.HasField(field):
+        return default
+    value: Duration = getattr(request, field)
+    seconds = value.seconds + value.nanos / 1e9
+    if not 0 < seconds <= most:
+        raise InvalidInput(f"{field} must be more than 0 s and at most {most:g} s, not {seconds:g} s", field=field)
+    return seconds
+
+
+def _ack_timeout_s(context: Context) -> float:
+    # Some time is left to answer in.
+    remaining = context.time_remaining()
+    return ACK_S if remaining is None else max(0.1, min(ACK_S, remaining - 0.5))

@@ -1,0 +1,234 @@
+"""A running laptop mesh: what the control service offers, without gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+from mlmesh_runtime.executors import BoundedExecutor
+
+from mlmesh_local.certificates import Certificates
+from mlmesh_local.changes import Changes
+from mlmesh_local.configuration import ApplyOutcome, Configuration, gateways_of
+from mlmesh_local.instance import Instance
+from mlmesh_local.pki import Certificate, Clock
+from mlmesh_local.poller import StatsPoller
+from mlmesh_local.process import rotate
+from mlmesh_local.resources.model import Gateway, Service
+from mlmesh_local.resources.parse import Document
+from mlmesh_local.resources.resource_set import ResourceSet
+from mlmesh_local.supervisor import Supervisor
+from mlmesh_local.traces import TraceStore
+
+logger = logging.getLogger(__name__)
+
+LOG_CHECK_S = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayListener:
+    """A listening port of an ingress gateway."""
+
+    gateway: str
+    address: str
+    tls_mode: str
+
+
+class Mesh:
+    """Everything that runs, and what can be done with it."""
+
+    def __init__(
+        self,
+        *,
+        supervisor: Supervisor,
+        configuration: Configuration,
+        certificates: Certificates,
+        stats: StatsPoller,
+        traces: TraceStore,
+        trace_executor: BoundedExecutor,
+        changes: Changes,
+        clock: Clock,
+        config_folder: Path,
+        logs: Path,
+    ) -> None:
+        self.supervisor = supervisor
+        self.configuration = configuration
+        self.certificates = certificates
+        self.stats = stats
+        self.traces = traces
+        self.trace_executor = trace_executor
+        self.changes = changes
+        self.start_time = clock()
+        self.pid = os.getpid()
+        self._config_folder = config_folder
+        self._logs = logs
+        self._ending = asyncio.Event()
+        self._ended = asyncio.Event()
+        self._steps: list[str] = []
+        self._told = 0
+
+    # What is.
+
+    @property
+    def instances(self) -> list[Instance]:
+        """All instances by name."""
+        return [self.supervisor.instances[name] for name in sorted(self.supervisor.instances)]
+
+    @property
+    def resources(self) -> ResourceSet:
+        """Active resources."""
+        return self.configuration.resources
+
+    @property
+    def ready(self) -> bool:
+        """Whether every instance is ready and every sidecar has acknowledged the active configuration."""
+        status = self.configuration.node_status()
+        version = self.configuration.version
+        return all(
+            instance.ready and instance.name in status and status[instance.name].acked_version == version
+            for instance in self.instances
+        )
+
+    def gateways(self) -> list[GatewayListener]:
+        """Listening ports of gateways, the address outside the mesh first."""
+        result: list[GatewayListener] = []
+        for instance in self.instances:
+            if instance.plan.workload.is_gateway:
+                for gateway in gateways_of(self.resources, instance.plan):
+                    result += self._listeners(gateway, instance)
+        return result
+
+    def outbound_ports(self) -> list[int]:
+        """Ports on which every sidecar listens for its application."""
+        return sorted({port.number for service in self.resources.specs(Service) for port in service.ports})
+
+    def _listeners(self, gateway: Gateway, instance: Instance) -> list[GatewayListener]:
+        proxies = {proxy.id: proxy for proxy in self.configuration.world.proxies}
+        extra = dict(proxies[instance.name].extra_addresses) if instance.name in proxies else {}
+        result: list[GatewayListener] = []
+        for server in gateway.servers:
+            mode = server.tls.mode if server.tls else "PLAINTEXT"
+            mode = "MUTUAL" if mode.endswith("MUTUAL") else mode
+            for address in (extra.get(server.port, ""), f"{instance.plan.addresses.pod}:{server.port}"):
+                if address:
+                    name = f"{gateway.meta.namespace}/{gateway.meta.name}"
+                    result.append(GatewayListener(gateway=name, address=address, tls_mode=mode))
+        return result
+
+    # What can be done.
+
+    async def apply(
+        self, documents: Sequence[Document], *, prune: bool, dry_run: bool, timeout_s: float
+    ) -> ApplyOutcome:
+        """Make resources active, then make the processes follow the Deployments."""
+        plans_before = self.supervisor.plan_all(self.configuration.workloads)
+        outcome = await self.configuration.apply(documents, prune=prune, dry_run=dry_run, timeout_s=timeout_s)
+        if dry_run:
+            return outcome
+        plans = self.supervisor.plan_all(self.configuration.workloads)
+        if plans != plans_before:
+            await self.supervisor.reconcile(plans)
+        self.save()
+        self.changes.notify()
+        return outcome
+
+    def save(self) -> None:
+        """Keep the active resources as YAML in the state folder, for a person to read or to compare."""
+        text = "\n---\n".join(resource.text for resource in self.resources.listed())
+        path = self._config_folder / "active.yaml"
+        draft = path.with_suffix(".tmp")
+        draft.write_text(f"{text}\n")
+        draft.replace(path)
+
+    def issue(self, service_account: str, namespace: str, ttl: timedelta) -> Certificate:
+        """A certificate for a tool."""
+        return self.certificates.authority.issue(service_account, namespace, ttl)
+
+    def end(self) -> None:
+        """Begin to shut down; `wait_ended` tells when that is done."""
+        self._ending.set()
+
+    async def wait_ending(self) -> None:
+        """Wait until somebody asked for the end."""
+        await self._ending.wait()
+
+    async def shut_down(self) -> None:
+        """Drain and end every process."""
+        try:
+            await self.supervisor.stop_all(self._say)
+        finally:
+            self._ended.set()
+            self.changes.notify()
+
+    async def end_and_tell(self) -> AsyncIterator[str]:
+        """Begin to shut down, and tell each step until all is gone."""
+        self._told += 1
+        try:
+            self.end()
+            index = 0
+            while True:
+                await self.changes.until(lambda: len(self._steps) > index or self._ended.is_set())  # noqa: B023
+                if index >= len(self._steps):
+                    return
+                yield self._steps[index]
+                index += 1
+        finally:
+            self._told -= 1
+            self.changes.notify()
+
+    async def all_told(self) -> None:
+        """Wait until everybody who asked for the end has heard of it."""
+        await self.changes.until(lambda: not self._told)
+
+    def _say(self, message: str) -> None:
+        logger.info(message)
+        self._steps.append(message)
+        self.changes.notify()
+
+    # What goes on.
+
+    async def follow(self) -> None:
+        """Push endpoints whenever an instance changed, for ever."""
+        seen = 0
+        while True:
+            seen = await self.changes.beyond(seen)
+            self.configuration.refresh()
+
+    async def rotate_logs(self) -> None:
+        """Keep logs bounded, for ever."""
+        while True:
+            await asyncio.sleep(LOG_CHECK_S)
+            for path in self._logs.glob("*.log"):
+                # The supervisor's own log rotates itself.
+                if path.name != "supervisor.log":
+                    with suppress(OSError):
+                        rotate(path)
+
+
+class SupervisorTraffic:
+    """What the supervisor needs of the rest; see `mlmesh_local.supervisor.Traffic`."""
+
+    def __init__(self, configuration: Configuration, stats: StatsPoller) -> None:
+        self._configuration = configuration
+        self._stats = stats
+
+    def refresh(self) -> None:
+        """Configure every sidecar for the instances as they are now."""
+        self._configuration.refresh()
+
+    async def endpoints_known(self, timeout_s: float) -> None:
+        """Wait for acknowledgements."""
+        await self._configuration.endpoints_known(timeout_s)
+
+    async def last_look(self, instance: Instance) -> None:
+        """Read its counters."""
+        await self._stats.look(instance)
+
+    def forget(self, name: str) -> None:
+        """Nothing is kept for an instance that is gone but its counts."""

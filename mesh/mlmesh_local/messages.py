@@ -1,0 +1,186 @@
+"""Values of the laptop mesh as messages of its control service."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+from mlmesh.local.v1 import local_pb2
+
+from mlmesh_local.addresses import ADMIN_PORT
+from mlmesh_local.configuration import ApplyOutcome
+from mlmesh_local.instance import Instance, State
+from mlmesh_local.mesh import Mesh
+from mlmesh_local.routes import Route, configured_shares
+from mlmesh_local.stats import Counts, Destination
+from mlmesh_local.traces import Span, TraceSummary
+
+_STATES = {
+    State.STARTING: local_pb2.INSTANCE_STATE_STARTING,
+    State.READY: local_pb2.INSTANCE_STATE_READY,
+    State.NOT_READY: local_pb2.INSTANCE_STATE_NOT_READY,
+    State.BACKING_OFF: local_pb2.INSTANCE_STATE_BACKING_OFF,
+    State.STOPPING: local_pb2.INSTANCE_STATE_STOPPING,
+    State.STOPPED: local_pb2.INSTANCE_STATE_STOPPED,
+}
+
+
+def mesh_status(mesh: Mesh, observed: Mapping[Destination, Counts]) -> local_pb2.MeshStatus:
+    """The state of the whole mesh, with the shares of the given counts."""
+    return local_pb2.MeshStatus(
+        instances=[_instance(mesh, instance) for instance in mesh.instances],
+        gateways=[
+            local_pb2.GatewayAddress(gateway=item.gateway, address=item.address, tls_mode=item.tls_mode)
+            for item in mesh.gateways()
+        ],
+        config_version=mesh.configuration.version,
+        trust_domain=mesh.configuration.world.trust_domain,
+        shares=subset_shares(configured_shares(mesh.resources), observed),
+        start_time=timestamp(mesh.start_time),
+        supervisor_pid=mesh.pid,
+        ca_expire_time=timestamp(mesh.certificates.authority.expire_time),
+        ready=mesh.ready,
+    )
+
+
+def subset_shares(
+    configured: Mapping[tuple[str, str], float], observed: Mapping[Destination, Counts]
+) -> list[local_pb2.SubsetShare]:
+    """Configured and observed shares of every subset, by host."""
+    counts: dict[tuple[str, str], Counts] = {}
+    totals: dict[str, int] = {}
+    for destination, count in observed.items():
+        key = (destination.host, destination.subset)
+        counts[key] = counts.get(key, Counts()) + count
+        totals[destination.host] = totals.get(destination.host, 0) + count.requests
+    result: list[local_pb2.SubsetShare] = []
+    for host, subset in sorted({*configured, *counts}):
+        count = counts.get((host, subset), Counts())
+        total = totals.get(host, 0)
+        result.append(
+            local_pb2.SubsetShare(
+                host=host,
+                subset=subset,
+                # A subset that only another rule names has no share of its own here.
+                configured_share=configured.get((host, subset), -1),
+                observed_share=count.requests / total if total else 0.0,
+                requests=count.requests,
+                failures=count.failures,
+            )
+        )
+    return result
+
+
+def route(item: Route, observed: Mapping[Destination, Counts]) -> local_pb2.Route:
+    """A rule with the shares of its destinations."""
+    configured = {(target.host, target.subset): target.share for target in item.targets}
+    hosts = {target.host for target in item.targets}
+    relevant = {key: value for key, value in observed.items() if key.host in hosts}
+    shares = {(share.host, share.subset): share for share in subset_shares(configured, relevant)}
+    return local_pb2.Route(
+        virtual_service=item.virtual_service,
+        host=item.host,
+        rule=item.rule,
+        match=item.match,
+        destinations=[shares[target.host, target.subset] for target in item.targets],
+        policy=item.policy,
+    )
+
+
+def apply_response(outcome: ApplyOutcome) -> local_pb2.ApplyResponse:
+    """What changed."""
+    return local_pb2.ApplyResponse(
+        changes=[
+            local_pb2.ResourceChange(kind=change.kind, name=change.name, action=change.action)
+            for change in outcome.changes
+        ],
+        config_version=outcome.version,
+        acked_sidecars=outcome.acked,
+        connected_sidecars=outcome.connected,
+        ack_latency=duration(round(outcome.ack_latency_s * 1e9)),
+        warnings=outcome.warnings,
+    )
+
+
+def trace_summary(trace: TraceSummary) -> local_pb2.TraceSummary:
+    """A trace in a line."""
+    return local_pb2.TraceSummary(
+        trace_id=trace.trace_id,
+        root_name=trace.root_name,
+        start_time=_timestamp_ns(trace.start_ns),
+        duration=duration(trace.duration_ns),
+        span_count=trace.span_count,
+        error=trace.error,
+        services=trace.services,
+    )
+
+
+def span(item: Span) -> local_pb2.Span:
+    """A span."""
+    return local_pb2.Span(
+        span_id=item.span_id,
+        parent_span_id=item.parent_span_id,
+        name=item.name,
+        service=item.service,
+        kind=item.kind,
+        start_time=_timestamp_ns(item.start_ns),
+        duration=duration(item.end_ns - item.start_ns),
+        attributes=dict(item.attributes),
+        error=item.error,
+        links=item.links,
+    )
+
+
+def timestamp(time: datetime) -> Timestamp:
+    """A point in time."""
+    message = Timestamp()
+    message.FromDatetime(time)
+    return message
+
+
+def duration(nanoseconds: int) -> Duration:
+    """A length of time."""
+    message = Duration()
+    message.FromNanoseconds(nanoseconds)
+    return message
+
+
+def _timestamp_ns(nanoseconds: int) -> Timestamp:
+    message = Timestamp()
+    message.FromNanoseconds(nanoseconds)
+    return message
+
+
+def _instance(mesh: Mesh, instance: Instance) -> local_pb2.Instance:
+    plan = instance.plan
+    workload = plan.workload
+    leaf = mesh.certificates.leaf(plan.name)
+    node = mesh.configuration.node_status().get(plan.name)
+    port = next(iter(workload.ports.values()), 0)
+    return local_pb2.Instance(
+        name=plan.name,
+        workload=workload.name,
+        namespace=workload.namespace,
+        identity=plan.identity,
+        labels=dict(workload.labels),
+        state=_STATES[instance.state],
+        reason=instance.reason or (node.rejection if node else ""),
+        address=plan.addresses.pod,
+        application_pid=instance.application.pid,
+        sidecar_pid=instance.sidecar.pid,
+        restarts=instance.application.restarts,
+        sidecar_restarts=instance.sidecar.restarts,
+        certificate_expire_time=timestamp(leaf.not_after) if leaf else None,
+        certificate_serial=leaf.serial if leaf else "",
+        acked_version=node.acked_version if node else "",
+        outbound_listeners=[]
+        if workload.is_gateway
+        else [
+            local_pb2.OutboundListener(address=f"{plan.addresses.outbound}:{number}", port=number)
+            for number in mesh.outbound_ports()
+        ],
+        admin_address=f"{plan.addresses.admin}:{ADMIN_PORT}",
+        application_address=f"{plan.addresses.application}:{port}" if port and not workload.is_gateway else "",
+    )

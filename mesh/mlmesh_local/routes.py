@@ -1,0 +1,121 @@
+"""How traffic is routed, for a person: rules of VirtualServices in their order, then services without. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mlmesh_local.resources.catalog import full_host
+from mlmesh_local.resources.model import HttpMatch, HttpRule, Service, VirtualService
+from mlmesh_local.resources.resource_set import ResourceSet
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """Where a route sends; ``share`` is 0 to 1, -1 where no weight applies."""
+
+    host: str
+    subset: str
+    share: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """One rule of one host."""
+
+    virtual_service: str
+    host: str
+    rule: str
+    match: str
+    targets: tuple[Target, ...]
+    policy: str
+
+
+def list_routes(resources: ResourceSet, host: str = "", *, domain: str = "cluster.local") -> list[Route]:
+    """Routes (of a host, short or full) in the order in which they are tried."""
+    routes: list[Route] = []
+    ruled: set[str] = set()
+    for service in resources.specs(VirtualService):
+        for name in service.hosts:
+            full = full_host(name, service.meta.namespace, domain)
+            if "mesh" in service.gateways:
+                ruled.add(full)
+            routes += [_route(service, full, rule, domain) for rule in service.http]
+    for plain in resources.specs(Service):
+        full = full_host(plain.meta.name, plain.meta.namespace, domain)
+        if full not in ruled and plain.selector:
+            target = Target(host=full, subset="", share=-1)
+            routes.append(Route(virtual_service="", host=full, rule="", match="any", targets=(target,), policy=""))
+    return [route for route in routes if host in {"", route.host, route.host.split(".")[0]}]
+
+
+def configured_shares(resources: ResourceSet) -> dict[tuple[str, str], float]:
+    """Share by (host, subset) that the first catch-all rule of each host gives; -1 for hosts without weights."""
+    result: dict[tuple[str, str], float] = {}
+    done: set[str] = set()
+    for route in list_routes(resources):
+        if route.match != "any" or route.host in done:
+            continue
+        done.add(route.host)
+        for target in route.targets:
+            result[target.host, target.subset] = target.share
+    return result
+
+
+def _route(service: VirtualService, host: str, rule: HttpRule, domain: str) -> Route:
+    # As in Istio the weights are proportions; a single destination gets everything whatever its weight says.
+    total = sum(item.weight for item in rule.destinations)
+    alone = len(rule.destinations) == 1
+    targets = tuple(
+        Target(
+            host=full_host(item.destination.host, service.meta.namespace, domain),
+            subset=item.destination.subset,
+            share=1.0 if alone else item.weight / total if total else 0.0,
+        )
+        for item in rule.destinations
+    )
+    return Route(
+        virtual_service=f"{service.meta.namespace}/{service.meta.name}",
+        host=host,
+        rule=rule.name,
+        match=" or ".join(_match(match) for match in rule.matches) or "any",
+        targets=targets,
+        policy=_policy(rule),
+    )
+
+
+def _match(match: HttpMatch) -> str:
+    named = (("uri", match.uri), ("scheme", match.scheme), ("method", match.method), ("authority", match.authority))
+    parts = [f"{name} {value}" for name, value in named if value]
+    parts += [f"header {name} {value}" for name, value in match.headers]
+    parts += [f"not header {name} {value}" for name, value in match.without_headers]
+    parts += [f"query {name} {value}" for name, value in match.query_params]
+    if match.port:
+        parts.append(f"port {match.port}")
+    parts += [f"from {key}={value}" for key, value in sorted(match.source_labels.items())]
+    if match.source_namespace:
+        parts.append(f"from namespace {match.source_namespace}")
+    if match.gateways:
+        parts.append(f"gateways {', '.join(match.gateways)}")
+    return " and ".join(parts) or "any"
+
+
+def _policy(rule: HttpRule) -> str:
+    parts: list[str] = []
+    if rule.timeout_s:
+        parts.append(f"timeout {rule.timeout_s:g} s")
+    if rule.retries:
+        parts.append(f"{rule.retries.attempts} retries" if rule.retries.attempts else "no retries")
+    if rule.fault and rule.fault.delay:
+        parts.append(f"delay {rule.fault.delay.fixed_delay_s:g} s for {rule.fault.delay.percent:g} %")
+    if rule.fault and rule.fault.abort:
+        status = rule.fault.abort.grpc_status or f"HTTP {rule.fault.abort.http_status}"
+        parts.append(f"abort {status} for {rule.fault.abort.percent:g} %")
+    parts += [
+        f"mirror {mirror.percent:g} % to {mirror.destination.host} {mirror.destination.subset}".rstrip()
+        for mirror in rule.mirrors
+    ]
+    if rule.headers:
+        parts.append("header edits")
+    if rule.rewrite:
+        parts.append("rewrite")
+    return ", ".join(parts)
