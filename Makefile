@@ -50,7 +50,7 @@ check: install ## Formatting, lint, types, import rules, protos, manifests
 	$(BIN)/python tools/protos.py breaking
 	$(BIN)/python -m pytest -q tests/contract/manifests
 
-$(TEST_VENV)/.installed: install $(SOURCES)
+$(TEST_VENV)/.installed: $(VENV)/.installed $(SOURCES)
 	@rm -rf build/wheel && $(UV) build --quiet --wheel --out-dir build/wheel
 	@[[ -x $(TEST_VENV)/bin/python ]] || $(UV) venv --quiet --python $(BIN)/python $(TEST_VENV)
 	@$(UV) pip install --quiet --python $(TEST_VENV)/bin/python --reinstall-package mlmesh "$$(echo build/wheel/*.whl)[all]" --group dev
