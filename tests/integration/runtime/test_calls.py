@@ -87,6 +87,16 @@ async def test_a_deadline_is_required_of_every_kind_but_watches() -> None:
         assert [m.text async for m in stub.Watch(Text(text="w"))] == ["w"]
 
 
+async def test_a_public_protocols_method_may_come_without_a_deadline() -> None:
+    service = echo_service(deadline_exempt=set(), deadline_optional={"Unary", "Chat"})
+    async with serving(service) as server, grpc.aio.insecure_channel(server.address) as channel:
+        stub = PROTOS.stub(channel)
+        assert (await stub.Unary(Text(text="no hurry"))).text == "no hurry"
+        assert [m.text async for m in stub.Chat(requests("a"))] == ["a"]
+        _, error = await refused(stub.Watch(Text()))
+        assert error.reason == "DEADLINE_REQUIRED"
+
+
 async def test_an_outgoing_call_has_at_most_what_its_caller_has_left() -> None:
     left: dict[str, float | None] = {}
 

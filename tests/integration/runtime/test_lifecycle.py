@@ -12,6 +12,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from mlmesh_runtime.channel import mesh_error, open_channel
 from mlmesh_runtime.config import ConfigError
+from mlmesh_runtime.limits import Limits
 
 from tests.support.echo import PROTOS, EchoServicer, Text, echo_service
 from tests.support.server import serving, spawn
@@ -211,8 +212,6 @@ async def test_a_failing_main_is_logged_and_ends_with_one() -> None:
 
 async def test_a_hung_peer_is_noticed() -> None:
     """A stopped process keeps its connection open and answers nothing; only pings tell."""
-    from mlmesh_runtime.limits import Limits
-
     limits = Limits(keepalive_time_s=0.5, keepalive_timeout_s=0.5)
     with spawn(PEER, env={"MLMESH_LISTEN": "127.0.0.1:0"}) as process:
         address = await asyncio.to_thread(process.listening)
@@ -240,3 +239,28 @@ async def test_a_signal_while_starting_ends_the_process_at_once() -> None:
         process.signal(signal.SIGTERM)
         assert await asyncio.to_thread(process.wait) == 0
     assert "Traceback" not in process.log()
+
+
+async def test_a_hung_client_is_noticed_by_the_server() -> None:
+    """Its stream would otherwise hold its place until the deadline."""
+    begun, ended = asyncio.Event(), asyncio.Event()
+
+    class Holding(EchoServicer):
+        async def Chat(self, requests: AsyncIterator[Any], _context: Any) -> AsyncIterator[Any]:
+            try:
+                async for request in requests:
+                    begun.set()
+                    yield request
+            finally:
+                ended.set()
+
+    limits = Limits(keepalive_time_s=0.5, keepalive_timeout_s=0.5)
+    async with serving(echo_service(Holding()), limits=limits) as server:
+        with spawn(PEER, "client", server.address) as client:
+            async with asyncio.timeout(30):
+                await begun.wait()
+                client.signal(signal.SIGSTOP)
+                loop = asyncio.get_running_loop()
+                at = loop.time()
+                await ended.wait()
+                assert loop.time() - at < 10

@@ -14,6 +14,7 @@ import pytest
 from mlmesh_runtime import errors, logs, telemetry
 from mlmesh_runtime.channel import open_channel
 from mlmesh_runtime.telemetry import REGISTRY, Telemetry
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode, format_span_id, format_trace_id
 
@@ -213,6 +214,43 @@ async def test_always_on_begins_traces_and_failures_are_marked() -> None:
             assert span.status.status_code is StatusCode.ERROR
     finally:
         recording.telemetry.shutdown()
+
+
+async def test_spans_leave_by_otlp() -> None:
+    """A real OTLP/gRPC collector's end, with the stubs of opentelemetry-proto."""
+    received: list[Any] = []
+
+    class Collector(trace_service_pb2_grpc.TraceServiceServicer):
+        async def Export(self, request: Any, _context: Any) -> Any:
+            received.append(request)
+            return trace_service_pb2.ExportTraceServiceResponse()
+
+    collector = grpc.aio.server()
+    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(Collector(), collector)
+    port = collector.add_insecure_port("127.0.0.1:0")
+    await collector.start()
+    running = Telemetry.start(settings(otlp_endpoint=f"http://127.0.0.1:{port}", pod_name="pod-0"))
+    try:
+        async with serving(echo_service()) as server, open_channel(server.address) as channel:
+            await PROTOS.stub(channel).Unary(Text(), metadata=(("traceparent", SAMPLED),))
+        assert await asyncio.to_thread(running.flush)
+    finally:
+        await asyncio.to_thread(running.shutdown)
+        await collector.stop(0)
+    resource = received[0].resource_spans[0]
+    attributes = {pair.key: pair.value.string_value for pair in resource.resource.attributes}
+    assert (attributes["service.name"], attributes["service.instance.id"]) == ("test", "pod-0")
+    span = resource.scope_spans[0].spans[0]
+    assert (span.trace_id.hex(), span.parent_span_id.hex(), span.name) == (TRACE, PARENT, "test.echo.Echo/Unary")
+
+
+def test_a_collector_that_is_away_holds_nothing_up() -> None:
+    running = Telemetry.start(settings(otlp_endpoint="http://127.0.0.1:9", traces_sampler="always_on"))
+    with telemetry.span("lost"):
+        pass
+    began = time.monotonic()
+    running.shutdown()
+    assert time.monotonic() - began < 10
 
 
 def test_spans_of_the_past_with_links() -> None:
