@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc
 from mlmesh.local.v1 import local_pb2 as pb
-from mlmesh.local.v1.local_pb2_grpc import LocalMeshServiceAsyncStub
 
 from mlmesh_cli.errors import CliError, rpc_failure
+
+if TYPE_CHECKING:
+    from mlmesh.local.v1.local_pb2_grpc import LocalMeshServiceAsyncStub
+
 
 _DEADLINE_S = 30.0
 

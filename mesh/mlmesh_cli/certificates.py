@@ -6,11 +6,14 @@ import asyncio
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mlmesh.local.v1 import local_pb2 as pb
-from mlmesh.local.v1.local_pb2_grpc import LocalMeshServiceAsyncStub
 
 from mlmesh_cli.connection import CONTROL_DEADLINE_S, duration
+
+if TYPE_CHECKING:
+    from mlmesh.local.v1.local_pb2_grpc import LocalMeshServiceAsyncStub
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

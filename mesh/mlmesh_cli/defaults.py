@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
@@ -26,28 +27,36 @@ def builtin_root() -> Path:
     )
 
 
-def find_folders(directory: Path) -> tuple[list[Path], bool]:
-    """The folders that `mlmesh up` reads: those in `directory` where both are there, else the built-in ones.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Folders:
+    """What a mesh is started from: Kubernetes and Istio YAML, and which of FOLDERS the built-in ones stand in for."""
 
-    Returns:
-        The folders, and whether they are the built-in ones.
+    manifests: tuple[Path, ...]
+    istio: tuple[Path, ...]
+    builtin: tuple[str, ...] = ()
+
+
+def choose_folders(directory: Path, manifests: Sequence[Path] = (), istio: Sequence[Path] = ()) -> Folders:
+    """What `mlmesh up` reads: what was named, else the folder in `directory`, else the built-in one.
 
     Raises:
-        CliError: one of the two is in `directory` and the other is not.
+        CliError: a path that was named does not exist.
     """
-    mine = [directory / folder for folder in FOLDERS]
-    present = [folder.is_dir() for folder in mine]
-    if all(present):
-        return mine, False
-    if any(present):
-        missing = FOLDERS[present.index(False)]
-        raise CliError(
-            f"{directory} has one half of the YAML but no {missing}",
-            "`mlmesh init` writes what is missing; or name the files with --file",
-            reason="INCOMPLETE_YAML",
-        )
-    root = builtin_root()
-    return [root / folder for folder in FOLDERS], True
+    for path in (*manifests, *istio):
+        if not path.exists():
+            raise CliError(f"{path} does not exist", "name YAML files or folders of them", reason="FILE_NOT_FOUND")
+    builtin = []
+    chosen: list[tuple[Path, ...]] = []
+    for folder, named in zip(FOLDERS, (manifests, istio), strict=True):
+        mine = directory / folder
+        if named:
+            chosen.append(tuple(named))
+        elif mine.is_dir():
+            chosen.append((mine,))
+        else:
+            builtin.append(folder)
+            chosen.append((builtin_root() / folder,))
+    return Folders(manifests=chosen[0], istio=chosen[1], builtin=tuple(builtin))
 
 
 def yaml_files(folder: Path) -> Iterator[Path]:

@@ -6,16 +6,19 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import numpy as np
 from open_inference import grpc_service_pb2 as oip
-from open_inference.grpc_service_pb2_grpc import GRPCInferenceServiceAsyncStub
 
 from mlmesh_cli.errors import CliError
 from mlmesh_cli.tensors import Array, outputs
 from mlmesh_cli.tracing import request_span
+
+if TYPE_CHECKING:
+    from open_inference.grpc_service_pb2_grpc import GRPCInferenceServiceAsyncStub
+
 
 Metadata = tuple[tuple[str, str], ...]
 # Every this-many-th request of a command is traced, beginning with the first.

@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import grpc
 import yaml
 from google.protobuf.json_format import ParseDict, ParseError
 from mlmesh.training.v1 import training_pb2 as pb
-from mlmesh.training.v1.training_pb2_grpc import TrainingServiceAsyncStub
 
 from mlmesh_cli.errors import CliError, usage_error
 from mlmesh_cli.render.training import FINAL_STATES
+
+if TYPE_CHECKING:
+    from mlmesh.training.v1.training_pb2_grpc import TrainingServiceAsyncStub
+
 
 _CUTS_IN_ROW_MAX = 30
 _PAUSE_S = 1.0

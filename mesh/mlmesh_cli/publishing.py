@@ -7,18 +7,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import grpc
 from mlmesh.registry.v1 import registry_pb2 as pb
-from mlmesh.registry.v1.registry_pb2_grpc import ModelRegistryServiceAsyncStub
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
 from mlmesh_cli.errors import CliError, usage_error
 from mlmesh_cli.names import ModelReference, parse_pairs
 from mlmesh_cli.terminal import Terminal
 from mlmesh_cli.transfer import download, upload
+
+if TYPE_CHECKING:
+    from mlmesh.registry.v1.registry_pb2_grpc import ModelRegistryServiceAsyncStub
+
 
 # onnx.TensorProto.DataType → Open Inference Protocol.
 _DATATYPES = {

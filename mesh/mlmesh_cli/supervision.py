@@ -4,148 +4,102 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import signal
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import grpc
 from mlmesh.local.v1 import local_pb2 as pb
-from mlmesh_local.launcher import Supervised, start_detached
-from mlmesh_local.state import StateDir
+from mlmesh_local.launcher import Progress, StartFailed, shut_down, start_detached
+from mlmesh_local.options import Options
 
-from mlmesh_cli.connection import CONTROL_DEADLINE_S, Connection
-from mlmesh_cli.errors import CliError, ExitCode
+from mlmesh_cli.connection import Connection
+from mlmesh_cli.errors import CliError
 
-POLL_S = 0.2
-_STOP_S = 60.0
-_LOG_LINES = 5
-
-Seen = Callable[[pb.MeshStatus | None, float], None]
-
-
-def already_running(pid: int, state_dir: Path) -> CliError:
-    """A second `mlmesh up`."""
-    return CliError(
-        f"a mesh is already running in {state_dir} (supervisor {pid})",
-        "look at it with `mlmesh status`, or end it with `mlmesh down`",
-        reason="MESH_RUNNING",
-        exit_code=ExitCode.FAILED,
-    )
+_LOOK_S = 0.25
+_LOG_CHARACTERS_MAX = 600
+_HINTS = {
+    "MESH_RUNNING": "look at it with `mlmesh status`, or end it with `mlmesh down`",
+    "PORT_IN_USE": "choose another one with --gateway-address HOST:PORT, or none at all with --gateway-address none",
+    "INVALID_RESOURCE": "correct the file and start again",
+    "ENVOY_NOT_FOUND": "install it with `pip install 'mlmesh[local]'`, or put an envoy on the PATH",
+    "START_TIMED_OUT": "look into the logs, or allow more time with --timeout",
+}
 
 
-def last_log_lines(state: StateDir, count: int = _LOG_LINES) -> str:
-    """The end of the supervisor's log, in one line; empty when there is none."""
-    with contextlib.suppress(OSError):
-        lines = state.supervisor_log.read_text(errors="replace").strip().splitlines()
-        return " | ".join(line.strip() for line in lines[-count:])
-    return ""
+@dataclass(slots=True)
+class Starting:
+    """How far a start is.
+
+    Attributes:
+        steps: what the supervisor told, newest last.
+        status: of the mesh, once it answers.
+    """
+
+    steps: list[str] = field(default_factory=list)
+    status: pb.MeshStatus | None = None
+
+
+def options(state_dir: Path, manifests: Sequence[Path], istio: Sequence[Path], gateway_address: str) -> Options:
+    """What the supervisor is started with."""
+    return Options(state_dir=state_dir, manifests=tuple(manifests), istio=tuple(istio), gateway_address=gateway_address)
+
+
+def start_error(error: StartFailed) -> CliError:
+    """What a person sees of a start that failed."""
+    problem = error.message
+    if error.log_tail:
+        problem += f": {' | '.join(error.log_tail.strip().splitlines()[-3:])[-_LOG_CHARACTERS_MAX:]}"
+    hint = _HINTS.get(error.reason) or (f"the whole story is in {error.log}" if error.log else "")
+    return CliError(problem, hint, reason=error.reason)
 
 
 async def start(
-    state_dir: Path, paths: Sequence[Path], *, gateway_address: str, timeout_s: float, seen: Seen
+    chosen: Options, *, timeout_s: float, seen: Callable[[Starting], None] = lambda _starting: None
 ) -> pb.MeshStatus:
     """Starts the supervisor in the background and waits until the mesh is ready.
 
     When it does not get ready, or the wait is cancelled, what was started is ended again.
 
     Args:
-        state_dir: its state folder.
-        paths: YAML files and folders.
-        gateway_address: "host:port" at which the ingress gateway also listens, or "none".
-        timeout_s: longest wait.
-        seen: called with each status (None: no answer yet) and the seconds since the start.
+        chosen: what to start.
+        timeout_s: longest wait, seconds.
+        seen: called whenever there is news.
 
     Returns:
-        The first status that was ready.
+        The status once it is ready.
 
     Raises:
-        CliError: one is running here already, it ended, or was not ready in time.
+        CliError: one is running here already, something does not start, or it was not ready in time.
     """
-    state = StateDir(state_dir)
-    if pid := state.running_pid():
-        raise already_running(pid, state_dir)
-    supervised = await asyncio.to_thread(start_detached, state_dir, paths, gateway_address=gateway_address)
-    ready = False
-    try:
-        status = await _until_ready(state_dir, supervised, timeout_s=timeout_s, seen=seen)
-        ready = True
-        return status
-    finally:
-        if not ready:
-            await asyncio.shield(stop(state_dir, lambda _step: None))
+    now = Starting()
+    async with Connection.from_environment(chosen.state_dir) as connection:
+        async with asyncio.TaskGroup() as group:
+            looking = group.create_task(_look(connection, now, seen))
+            try:
+                # Closing it early ends what was started; an iterator left to the garbage collector might not.
+                begun = cast("AsyncGenerator[Progress, None]", start_detached(chosen, timeout_s=timeout_s))
+                async with contextlib.aclosing(begun) as steps:
+                    async for step in steps:
+                        now.steps.append(step.message)
+                        seen(now)
+            except StartFailed as error:
+                raise start_error(error) from None
+            finally:
+                looking.cancel()
+        return await connection.status()
 
 
-async def _until_ready(state_dir: Path, supervised: Supervised, *, timeout_s: float, seen: Seen) -> pb.MeshStatus:
-    begin = time.monotonic()
-    state = StateDir(state_dir)
-    status: pb.MeshStatus | None = None
-    async with Connection.from_environment(state_dir) as connection:
-        while (elapsed := time.monotonic() - begin) < timeout_s:
-            if not supervised.alive():
-                raise CliError(
-                    supervised.problem() or f"the supervisor ended: {last_log_lines(state)}",
-                    f"the whole story is in {state.supervisor_log}",
-                    reason="SUPERVISOR_ENDED",
-                )
-            with contextlib.suppress(CliError, grpc.aio.AioRpcError):
-                status = await connection.status()
-            seen(status, elapsed)
-            if status is not None and status.ready:
-                return status
-            await asyncio.sleep(POLL_S)
-    raise CliError(
-        f"the mesh was not ready within {timeout_s:.0f} s: {_unready(status)}",
-        f"logs are in {state.logs}; it was ended again. Allow more time with --timeout",
-        reason="NOT_READY",
-    )
+async def _look(connection: Connection, now: Starting, seen: Callable[[Starting], None]) -> None:
+    while True:
+        await asyncio.sleep(_LOOK_S)
+        with contextlib.suppress(CliError, grpc.aio.AioRpcError):
+            now.status = await connection.status()
+        seen(now)
 
 
-def _unready(status: pb.MeshStatus | None) -> str:
-    if status is None:
-        return "the supervisor does not answer"
-    waiting = [
-        f"{i.name} ({i.reason or pb.InstanceState.Name(i.state)})"
-        for i in status.instances
-        if i.state != pb.INSTANCE_STATE_READY
-    ]
-    return ", ".join(waiting) or "a sidecar has not acknowledged the configuration"
-
-
-async def stop(state_dir: Path, said: Callable[[str], None]) -> bool:
-    """Drains and ends the mesh; a supervisor that does not answer is told by a signal.
-
-    Args:
-        state_dir: its state folder.
-        said: called with each step.
-
-    Returns:
-        Whether there was one.
-
-    Raises:
-        CliError: it did not end in time.
-    """
-    state = StateDir(state_dir)
-    pid = state.running_pid()
-    if not pid:
-        return False
-    try:
-        async with Connection.from_environment(state_dir) as connection:
-            control = await connection.control()
-            async for step in control.Shutdown(pb.ShutdownRequest(), timeout=_STOP_S):
-                said(step.message)
-    except (CliError, grpc.aio.AioRpcError):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGTERM)
-    deadline = time.monotonic() + _STOP_S
-    while state.running_pid():
-        if time.monotonic() > deadline:
-            raise CliError(
-                f"the supervisor {pid} does not end", f"end it by force: kill -9 {pid}", reason="DOES_NOT_END"
-            )
-        await asyncio.sleep(POLL_S)
-    return True
-
-
-__all__ = ["CONTROL_DEADLINE_S", "already_running", "last_log_lines", "start", "stop"]
+async def stop(state_dir: Path, said: Callable[[str], None] = lambda _step: None) -> None:
+    """Drains and ends the mesh, by force when it does not answer; `said` is told each step. None running is fine."""
+    async for step in shut_down(state_dir):
+        said(step)

@@ -125,9 +125,9 @@ def read_file(path: Path, wanted: Sequence[tuple[str, str]]) -> list[tuple[str, 
     Raises:
         CliError: the file is unreadable or its inputs are not the model's.
     """
-    if path.suffix == ".npy":
-        return _for_only_input(np.load(path, allow_pickle=False), wanted, path)
     try:
+        if path.suffix == ".npy":
+            return _for_only_input(np.load(path, allow_pickle=False), wanted, path)
         value = json.loads(path.read_text())
     except ValueError as error:
         raise CliError(

@@ -68,6 +68,10 @@ class Terminal:
         """Prints something that only people read; with JSON output it goes to standard error."""
         (self.err if self.json else self.out).print(text)
 
+    def unwrapped(self, text: str) -> None:
+        """Like `say`, for a line that is copied as it is: never wrapped, never cut."""
+        (self.err if self.json else self.out).print(Text(text), soft_wrap=True)
+
     def fail(self, error: CliError) -> None:
         """Prints a problem and its hint, to standard error."""
         if self.json:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import grpc
 from mlmesh.registry.v1 import registry_pb2 as pb
-from mlmesh.registry.v1.registry_pb2_grpc import ModelRegistryServiceAsyncStub
 from mlmesh_runtime.chunks import VerifyingWriter, read_chunks, sha256_of
 
 from mlmesh_cli.errors import CliError
+
+if TYPE_CHECKING:
+    from mlmesh.registry.v1.registry_pb2_grpc import ModelRegistryServiceAsyncStub
+
 
 # Bytes done, bytes in all.
 Progress = Callable[[int, int], None]

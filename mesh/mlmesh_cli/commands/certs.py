@@ -62,14 +62,17 @@ def issue(
     async def main() -> None:
         from mlmesh_cli.certificates import write_certificate  # noqa: PLC0415  keeps `mlmesh --help` quick
         from mlmesh_cli.connection import Connection  # noqa: PLC0415
-        from mlmesh_cli.render.status import issued_view  # noqa: PLC0415
+        from mlmesh_cli.render.status import grpcurl_example, issued_view  # noqa: PLC0415
 
         folder = to or state_dir / "certs" / service_account
         async with Connection.from_environment(state_dir) as connection:
             written = await write_certificate(await connection.control(), service_account, folder, ttl_s=ttl * 3600)
             status = await connection.status()
         gateway = next((g.address for g in status.gateways if g.tls_mode == "MUTUAL"), "")
-        terminal.show(issued_view(written, gateway, datetime.now(UTC)), written.as_dict())
+        terminal.show(issued_view(written, datetime.now(UTC)), written.as_dict())
+        if gateway:
+            terminal.say("try it:")
+            terminal.unwrapped(f"  {grpcurl_example(written, gateway)}")
 
     run(terminal, main)
 

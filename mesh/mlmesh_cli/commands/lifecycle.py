@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,10 +17,8 @@ from mlmesh_cli.options import DEFAULT_STATE_DIR, Output, OutputFormat, StateDir
 from mlmesh_cli.terminal import Terminal, run
 
 if TYPE_CHECKING:
-    from mlmesh.local.v1 import local_pb2 as pb
-    from rich.live import Live
-
     from mlmesh_cli.connection import Connection
+    from mlmesh_cli.supervision import Starting
 
 GATEWAY_ADDRESS = "127.0.0.1:8443"
 
@@ -52,17 +55,21 @@ def init(
 
 def up(
     *,
-    file: Annotated[
+    manifests: Annotated[
         list[Path] | None,
-        typer.Option("--file", "-f", help="YAML file or folder; may be repeated.", show_default=False),
+        typer.Option("--manifests", help="Kubernetes YAML: a file or a folder; may be repeated.", show_default=False),
+    ] = None,
+    istio: Annotated[
+        list[Path] | None,
+        typer.Option("--istio", help="Istio YAML: a file or a folder; may be repeated.", show_default=False),
     ] = None,
     foreground: Annotated[
-        bool, typer.Option("--foreground", help="Stay here, log here; Ctrl-C ends the mesh.")
+        bool, typer.Option("--foreground", help="Stay here and log here; Ctrl-C ends the mesh.")
     ] = False,
     gateway_address: Annotated[
         str, typer.Option(help="HOST:PORT at which the ingress gateway listens besides its own address, or none.")
     ] = GATEWAY_ADDRESS,
-    timeout: Annotated[float, typer.Option(help="Longest wait until it is ready, seconds.", min=1)] = 120.0,
+    timeout: Annotated[float, typer.Option(help="Longest wait until it is ready, seconds.", min=1)] = 180.0,
     state_dir: StateDir = DEFAULT_STATE_DIR,
     output: Output = OutputFormat.TABLE,
 ) -> None:
@@ -76,59 +83,49 @@ def up(
 
       mlmesh up --gateway-address 127.0.0.1:9443
 
-      mlmesh up -f manifests/base -f my-istio/ --foreground
+      mlmesh up --istio my-istio/ --foreground
     """
     terminal = Terminal(output)
 
     async def main() -> None:
-        from mlmesh_cli.defaults import find_folders  # noqa: PLC0415  keeps `mlmesh --help` quick
-        from mlmesh_cli.errors import CliError  # noqa: PLC0415
+        from mlmesh_cli.defaults import choose_folders  # noqa: PLC0415  keeps `mlmesh --help` quick
         from mlmesh_cli.render.status import status_view  # noqa: PLC0415
-        from mlmesh_cli.supervision import start  # noqa: PLC0415
+        from mlmesh_cli.supervision import options, start  # noqa: PLC0415
 
-        paths, builtin = (file, False) if file else find_folders(Path())
-        for path in paths:
-            if not path.exists():
-                raise CliError(f"{path} does not exist", "name YAML files or folders of them", reason="FILE_NOT_FOUND")
-        if builtin:
+        chosen = choose_folders(Path(), manifests or [], istio or [])
+        if chosen.builtin:
             terminal.say(
-                "no manifests/base and mesh/istio here: using the built-in ones (`mlmesh init` writes them out)"
+                f"no {' and '.join(chosen.builtin)} here: the built-in YAML it is (`mlmesh init` writes it out)"
             )
+        started = options(state_dir, chosen.manifests, chosen.istio, gateway_address)
+        if foreground:
+            # The supervisor takes this process over: signals, exit code and terminal are its own.
+            os.execv(sys.executable, [sys.executable, "-m", "mlmesh_local", *started.arguments()])  # noqa: S606
         with starting(terminal) as seen:
-            status = await start(state_dir, paths, gateway_address=gateway_address, timeout_s=timeout, seen=seen)
+            status = await start(started, timeout_s=timeout, seen=seen)
         terminal.show(status_view(status, datetime.now(UTC)), status)
         terminal.say("next: `mlmesh train`, `mlmesh infer`, `mlmesh routes`; end it with `mlmesh down`")
 
-    if foreground:
-        from mlmesh_cli.foreground import run_foreground  # noqa: PLC0415
-
-        run_foreground(terminal, state_dir, file, gateway_address=gateway_address)
-        return
     run(terminal, main)
 
 
-class starting:  # noqa: N801  used as a function: `with starting(terminal) as seen`
-    """Draws what starts, in place."""
+@contextlib.contextmanager
+def starting(terminal: Terminal) -> Iterator[Callable[[Starting], None]]:
+    """Draws what starts, in place; gives the function that is told. Only people at a terminal see it."""
+    from rich.live import Live  # noqa: PLC0415  keeps `mlmesh --help` quick
 
-    def __init__(self, terminal: Terminal) -> None:
-        from rich.live import Live  # noqa: PLC0415  keeps `mlmesh --help` quick
+    from mlmesh_cli.render.status import starting_view  # noqa: PLC0415
 
-        # Only the last view stays, and that is replaced by the whole status.
-        console = terminal.err if terminal.json else terminal.out
-        self._live: Live = Live(console=console, auto_refresh=False, transient=True)
+    console = terminal.err if terminal.json else terminal.out
+    begin = time.monotonic()
+    # Transient: the whole status takes its place.
+    with Live(console=console, auto_refresh=False, transient=True) as live:
 
-    def __enter__(self) -> starting:
-        self._live.start()
-        return self
+        def seen(now: Starting) -> None:
+            if console.is_terminal:
+                live.update(starting_view(now.status, now.steps, time.monotonic() - begin), refresh=True)
 
-    def __exit__(self, *_: object) -> None:
-        self._live.stop()
-
-    def __call__(self, status: pb.MeshStatus | None, elapsed_s: float) -> None:
-        from mlmesh_cli.render.status import starting_view  # noqa: PLC0415
-
-        if self._live.console.is_terminal:
-            self._live.update(starting_view(status, elapsed_s), refresh=True)
+        yield seen
 
 
 def down(state_dir: StateDir = DEFAULT_STATE_DIR, output: Output = OutputFormat.TABLE) -> None:
@@ -148,8 +145,7 @@ def down(state_dir: StateDir = DEFAULT_STATE_DIR, output: Output = OutputFormat.
             if not terminal.json:
                 terminal.say(step)
 
-        running = await stop(state_dir, said)
-        said("the mesh is down" if running else f"no mesh was running in {state_dir}")
+        await stop(state_dir, said)
 
     run(terminal, main)
 

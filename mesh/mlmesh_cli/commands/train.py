@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mlmesh.training.v1 import training_pb2 as pb
     from mlmesh.training.v1.training_pb2_grpc import TrainingServiceAsyncStub
 
-train_app = typer.Typer(help="Train models; list, watch and cancel jobs.", invoke_without_command=True)
+train_app = typer.Typer(invoke_without_command=True)
 
 _Job = Annotated[str, typer.Argument(metavar="JOB", help="Name of the job, as `mlmesh train list` shows it.")]
 
@@ -50,7 +50,7 @@ def train(
     state_dir: StateDir = DEFAULT_STATE_DIR,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Train a model: submit a job and watch it to its end. Ctrl-C detaches, the job goes on.
+    """Train a model: submit a job and watch it to its end. Ctrl-C detaches, the job goes on. Lists jobs, too.
 
     [bold]Examples[/bold]
 

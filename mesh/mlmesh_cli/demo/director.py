@@ -15,13 +15,13 @@ from mlmesh.local.v1 import local_pb2
 from mlmesh_cli.commands.lifecycle import starting
 from mlmesh_cli.config import CliSettings
 from mlmesh_cli.connection import Connection
-from mlmesh_cli.defaults import find_folders
+from mlmesh_cli.defaults import choose_folders
 from mlmesh_cli.demo import models, security, shift, waterfall
 from mlmesh_cli.demo.checks import Checks, checks_table
 from mlmesh_cli.demo.story import Scale, Story
 from mlmesh_cli.errors import CliError
 from mlmesh_cli.render import text as t
-from mlmesh_cli.supervision import start, stop
+from mlmesh_cli.supervision import options, start, stop
 from mlmesh_cli.terminal import Terminal
 
 _START_S = 120.0
@@ -76,7 +76,7 @@ async def tell(terminal: Terminal, scale: Scale, *, state_dir: Path | None, keep
         told = True
     finally:
         if not told and not keep:
-            await asyncio.shield(stop(folder, lambda _step: None))
+            await asyncio.shield(stop(folder))
     if not keep:
         left = [process for process in processes if process.is_running()]
         checks.add("nothing is left running", not left, f"{len(processes)} processes ended")
@@ -96,9 +96,10 @@ async def _tell_in(
     terminal: Terminal, scale: Scale, folder: Path, checks: Checks, *, gateway_address: str, keep: bool
 ) -> list[psutil.Process]:
     """Everything between up and down. Gives the processes that must be gone afterwards."""
-    paths, _ = find_folders(Path())
+    chosen = choose_folders(Path())
     with starting(terminal) as seen:
-        await start(folder, paths, gateway_address=gateway_address, timeout_s=_START_S, seen=seen)
+        started = options(folder, chosen.manifests, chosen.istio, gateway_address)
+        await start(started, timeout_s=_START_S, seen=seen)
     settings = CliSettings(targets={}, outbound_host="", otlp_endpoint="", debug=False)
     async with Connection(state_dir=folder, settings=settings) as connection:
         story = Story(terminal=terminal, connection=connection, scale=scale)
@@ -109,7 +110,7 @@ async def _tell_in(
                 await scene(story)
         processes = _processes(await connection.status())
     if not keep:
-        await stop(folder, lambda _step: None)
+        await stop(folder)
     return processes
 
 

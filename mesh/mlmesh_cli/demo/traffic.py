@@ -9,12 +9,16 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import grpc
 from open_inference import grpc_service_pb2 as oip
-from open_inference.grpc_service_pb2_grpc import GRPCInferenceServiceAsyncStub
 
 from mlmesh_cli.inferring import Metadata, Query, read_answer
+
+if TYPE_CHECKING:
+    from open_inference.grpc_service_pb2_grpc import GRPCInferenceServiceAsyncStub
+
 
 # Generous: a request that waits out a busy laptop is slow, not failed.
 REQUEST_DEADLINE_S = 20.0

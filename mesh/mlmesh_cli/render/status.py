@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING
 
@@ -121,17 +121,17 @@ def status_view(status: pb.MeshStatus, now: datetime) -> RenderableType:
     return Group(*parts)
 
 
-def starting_view(status: pb.MeshStatus | None, elapsed_s: float) -> RenderableType:
-    """What `mlmesh up` shows while the mesh starts."""
+def starting_view(status: pb.MeshStatus | None, steps: Sequence[str], elapsed_s: float) -> RenderableType:
+    """What `mlmesh up` shows while the mesh starts: the instances once the supervisor answers, and its last word."""
+    last = Text(f"{steps[-1] if steps else 'starting the supervisor'}, {elapsed_s:.0f} s", style="yellow")
     if status is None:
-        return Text(f"starting the supervisor … {elapsed_s:.0f} s", style="yellow")
+        return last
     result = table("instance", "state", "sidecar", "config")
     for instance in sorted(status.instances, key=lambda i: i.name):
         sidecar = f"envoy {instance.sidecar_pid}" if instance.sidecar_pid else "-"
         acked = _acked(instance, status.config_version)
         result.add_row(instance.name, state_text(instance.state), sidecar, acked)
-    ready = sum(1 for i in status.instances if i.state == pb.INSTANCE_STATE_READY)
-    return Group(Text(f"{ready} of {len(status.instances)} instances ready, {elapsed_s:.0f} s", style="bold"), result)
+    return Group(result, last)
 
 
 def routes_view(routes: Iterable[pb.Route]) -> RenderableType:
@@ -203,17 +203,14 @@ def certificates_table(status: pb.MeshStatus, now: datetime) -> RenderableType:
     return Group(result, Text(f"the certificate authority expires {t.until(status.ca_expire_time, now)}"))
 
 
-def issued_view(written: WrittenCertificate, gateway: str, now: datetime) -> RenderableType:
-    """Where a certificate was written and a command that uses it."""
+def issued_view(written: WrittenCertificate, now: datetime) -> RenderableType:
+    """Where a certificate was written."""
     left = t.duration(written.expires_s - now.timestamp())
-    lines = [
-        Text(f"{written.identity}, valid for {left}", style="green"),
-        *(Text(f"  {path}") for path in (written.cert, written.key, written.ca)),
-    ]
-    if gateway:
-        command = (
-            f"grpcurl -cacert {written.ca} -cert {written.cert} -key {written.key} "
-            f"-authority inference.mlmesh.svc.cluster.local {gateway} list"
-        )
-        lines += [Text("try it:", style="bold"), Text(f"  {command}", no_wrap=True, overflow="ignore")]
-    return Group(*lines)
+    head = Text(f"{written.identity}, valid for {left}", style="green")
+    return Group(head, *(Text(f"  {path}") for path in (written.cert, written.key, written.ca)))
+
+
+def grpcurl_example(written: WrittenCertificate, gateway: str) -> str:
+    """A command that lists the services behind the gateway with this certificate."""
+    files = f"-cacert {written.ca} -cert {written.cert} -key {written.key}"
+    return f"grpcurl {files} -authority inference.mlmesh.svc.cluster.local {gateway} list"

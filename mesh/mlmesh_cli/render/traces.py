@@ -39,7 +39,8 @@ def waterfall_rows(spans: Sequence[pb.Span]) -> list[Row]:
     begin = min(t.unix(span.start_time) for span in spans)
     rows: list[Row] = []
     seen: set[str] = set()
-    stack = [(span, 0) for span in reversed(children[""])]
+    # Spans that are each other's ancestors have no root; they come last, so that none is lost.
+    stack = [(span, 0) for span in reversed([*children[""], *spans])]
     while stack:
         span, depth = stack.pop()
         if span.span_id in seen:
