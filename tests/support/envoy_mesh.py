@@ -1,0 +1,408 @@
+"""A small mesh with real Envoys: backends in this process, a sidecar process each, fed by the real control plane.
+
+    async with EnvoyMesh.start(WORKLOADS, POLICY) as mesh:
+        await mesh.apply(SPLIT)
+        assert (await mesh.call()).text == "server-v1-0"
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+from mlmesh_local.addresses import claim
+from mlmesh_local.model import CertificateSecret, ProxyNode, Secret, TrustSecret, World
+from mlmesh_local.resources import Deployment, Document, ResourceSet, load_resources
+from mlmesh_local.sidecar import TOKEN_HEADER, SidecarPlan, admin, bootstrap, command, find_envoy
+from mlmesh_local.snapshot import build_snapshots
+from mlmesh_local.translate import service_endpoints
+from mlmesh_local.xds import AdsServer
+
+from tests.support.pki import Authority, Leaf, spiffe
+
+HOST = "server.mlmesh.svc.cluster.local"
+UNARY = "/test.Echo/Unary"
+CHAT = "/test.Echo/Chat"
+ENVOY_STOP_S = 5.0
+
+
+@dataclass
+class Backend:
+    """The application of one instance: answers its name, and records what it got."""
+
+    name: str
+    calls: int = 0
+    fail: grpc.StatusCode | None = None
+    fail_times: int = 1 << 30
+    delay_s: float = 0.0
+    metadata: list[dict[str, str]] = field(default_factory=list)
+
+    async def unary(self, request: bytes, context: Any) -> bytes:
+        self._record(context)
+        if self.delay_s:
+            await asyncio.sleep(self.delay_s)
+        if self.fail is not None and self.fail_times > 0:
+            self.fail_times -= 1
+            await context.abort(self.fail, f"{self.name} was told to fail")
+        return self.name.encode() + (b":" + request if request else b"")
+
+    async def chat(self, requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
+        self._record(context)
+        async for request in requests:
+            yield self.name.encode() + b":" + request
+
+    def _record(self, context: Any) -> None:
+        self.calls += 1
+        self.metadata.append({key: str(value) for key, value in context.invocation_metadata() or ()})
+
+    async def serve(self, address: str) -> grpc.aio.Server:
+        server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
+        handlers = {
+            "Unary": grpc.unary_unary_rpc_method_handler(self.unary),
+            "Chat": grpc.stream_stream_rpc_method_handler(self.chat),
+        }
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Echo", handlers),))
+        server.add_insecure_port(address)
+        await server.start()
+        return server
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Outcome of one call. ``text`` is the backend's name, or the error's details."""
+
+    code: grpc.StatusCode
+    text: str
+    seconds: float
+    metadata: Mapping[str, str]
+
+
+class EnvoyMesh:
+    """A running mesh; see the module."""
+
+    def __init__(self, resources: ResourceSet, folder: Path) -> None:
+        self.resources = resources
+        self.authority = Authority("mesh root")
+        self.ads = AdsServer(authorize=lambda node, metadata: metadata.get(TOKEN_HEADER) == f"token of {node}")
+        self.backends: dict[str, Backend] = {}
+        self.not_ready: set[str] = set()
+        self.otlp_address = ""
+        self._folder = folder
+        self._claim = claim(str(folder))
+        self._channels: dict[tuple[str, int], grpc.aio.Channel] = {}
+        self._envoys: dict[str, asyncio.subprocess.Process] = {}
+        self.proxies = tuple(self._plan())
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def start(cls, folder: Path, *texts: str, ready_s: float = 15.0) -> AsyncIterator[EnvoyMesh]:
+        """A mesh of the Deployments in these documents, every Envoy configured."""
+        resources = ResourceSet().apply(load(*texts)).resources
+        mesh = cls(resources, folder)
+        async with contextlib.AsyncExitStack() as stack:
+            stack.callback(mesh._claim.close)
+            await mesh._serve(stack)
+            mesh.push()
+            async with asyncio.TaskGroup() as group:
+                for proxy in mesh.proxies:
+                    group.create_task(mesh.ads.wait_connected(proxy.id, timeout_s=ready_s))
+            yield mesh
+
+    # Configuration
+
+    @property
+    def world(self) -> World:
+        ready = [proxy.id for proxy in self.proxies if proxy.id not in self.not_ready]
+        return World(
+            resources=self.resources,
+            proxies=self.proxies,
+            endpoints=service_endpoints(self.resources, self.proxies, ready=ready),
+            otlp_address=self.otlp_address,
+        )
+
+    def push(self) -> str:
+        """Give every sidecar the configuration of the world as it is."""
+        for node_id, snapshot in build_snapshots(self.world).items():
+            self.ads.update(node_id, snapshot)
+        return self.world.version
+
+    async def apply(self, *texts: str, timeout_s: float = 5.0) -> float:
+        """Apply documents; returns the seconds until every sidecar had acknowledged. A refusal changes nothing."""
+        good = self.resources
+        self.resources = good.apply(load(*texts)).resources
+        begin = time.perf_counter()
+        try:
+            version = self.push()
+            await self.ads.wait_acked(version, timeout_s=timeout_s)
+        except Exception:
+            self.resources = good
+            self.push()
+            raise
+        return time.perf_counter() - begin
+
+    async def reset(self, *texts: str) -> None:
+        """Back to these documents alone (Istio's part); backends behave and count from zero."""
+        self.resources = self.resources.apply(load(*texts), prune=True).resources
+        self.not_ready.clear()
+        await self.ads.wait_acked(self.push(), timeout_s=5.0)
+        for backend in self.backends.values():
+            backend.calls, backend.fail, backend.fail_times, backend.delay_s = 0, None, 1 << 30, 0.0
+            backend.metadata.clear()
+
+    def rotate(self) -> None:
+        """New certificates for every sidecar."""
+        for proxy in self.proxies:
+            self.ads.set_secrets(proxy.id, self._secrets(proxy))
+
+    # Calls
+
+    def channel(self, client: str = "client-0", port: int = 9000, host: str = HOST) -> grpc.aio.Channel:
+        """A channel to a client's sidecar, as an application opens it."""
+        return grpc.aio.insecure_channel(
+            f"{self.proxy(client).outbound_address}:{port}",
+            options=(("grpc.default_authority", f"{host}:{port}"), ("grpc.enable_retries", 0)),
+        )
+
+    async def call(
+        self,
+        client: str = "client-0",
+        *,
+        host: str = HOST,
+        port: int = 9000,
+        request: bytes = b"",
+        metadata: Mapping[str, str] | None = None,
+        timeout_s: float = 5.0,
+        channel: grpc.aio.Channel | None = None,
+    ) -> Answer:
+        """One unary call through a client's sidecar, over a connection that stays open."""
+        if channel is None:
+            key = (client + host, port)
+            channel = self._channels.get(key) or self.channel(client, port, host)
+            self._channels[key] = channel
+        return await unary(channel, request, metadata, timeout_s)
+
+    async def spread(self, calls: int, client: str = "client-0", **arguments: Any) -> Counter[str]:
+        """How often each backend answered; failures count under their code's name."""
+        found: Counter[str] = Counter()
+        for begin in range(0, calls, 50):
+            batch = (self.call(client, **arguments) for _ in range(min(50, calls - begin)))
+            for answer in await asyncio.gather(*batch):
+                found[answer.text if answer.code is grpc.StatusCode.OK else answer.code.name] += 1
+        return found
+
+    async def direct(self, instance: str, leaf: Leaf | None, *, ca: bytes | None = None, port: int = 9000) -> Answer:
+        """A call past all client sidecars, to an instance's inbound listener; plaintext without a leaf."""
+        target = f"{self.proxy(instance).pod_address}:{port}"
+        if leaf is None:
+            channel = grpc.aio.insecure_channel(target)
+        else:
+            credentials = grpc.ssl_channel_credentials(ca or self.authority.pem, leaf.key, leaf.cert)
+            options = (("grpc.ssl_target_name_override", "server.test"),)
+            channel = grpc.aio.secure_channel(target, credentials, options=options)
+        async with channel:
+            return await unary(channel, b"", None, 3.0)
+
+    def proxy(self, instance: str) -> ProxyNode:
+        return next(proxy for proxy in self.proxies if proxy.id == instance)
+
+    def calls(self, prefix: str = "server") -> int:
+        """Handlers begun by backends whose name begins so."""
+        return sum(backend.calls for name, backend in self.backends.items() if name.startswith(prefix))
+
+    async def stats(self, instance: str, pattern: str) -> dict[str, int]:
+        """Counters and gauges of an Envoy whose name matches."""
+        body = await admin(self._admin(instance), f"/stats?format=json&filter={pattern}")
+        return {item["name"]: item["value"] for item in json.loads(body)["stats"] if "value" in item}
+
+    async def configuration(self, instance: str, types: str = "") -> Any:
+        """Envoy's own view of its configuration."""
+        return json.loads(await admin(self._admin(instance), f"/config_dump{types}"))
+
+    def kill_control_plane_stream(self, instance: str) -> None:
+        """Forget a node as if the control plane had restarted."""
+        self.ads.forget(instance)
+
+    # Inside
+
+    def _plan(self) -> Iterable[ProxyNode]:
+        number = 0
+        for deployment in self.resources.specs(Deployment):
+            for ordinal in range(deployment.replicas):
+                number += 1
+                addresses = self._claim.block.instance(number)
+                gateway = deployment.is_gateway
+                yield ProxyNode(
+                    id=f"{deployment.meta.name}-{ordinal}",
+                    kind="gateway" if gateway else "sidecar",
+                    namespace=deployment.meta.namespace,
+                    service_account=deployment.service_account,
+                    labels=deployment.labels,
+                    pod_address=addresses.pod,
+                    application_address="" if gateway else addresses.application,
+                    outbound_address="" if gateway else addresses.outbound,
+                    container_ports=deployment.container_ports(),
+                    access_log_path="/dev/null",
+                )
+
+    def _admin(self, instance: str) -> str:
+        return self.proxy(instance).pod_address.replace(".1.", ".4.", 1)
+
+    def _secrets(self, proxy: ProxyNode) -> dict[str, Secret]:
+        leaf = self.authority.leaf(spiffe(proxy.service_account, proxy.namespace))
+        own = CertificateSecret(certificate_chain=leaf.cert, private_key=leaf.key)
+        secrets: dict[str, Secret] = {"default": own, "ROOTCA": TrustSecret(roots=self.authority.pem)}
+        if proxy.kind == "gateway":
+            secrets["kubernetes://ingress-cert"] = own
+            secrets["kubernetes://ingress-cert-cacert"] = TrustSecret(roots=self.authority.pem)
+        return secrets
+
+    async def _serve(self, stack: contextlib.AsyncExitStack) -> None:
+        server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
+        self.ads.attach(server)
+        server.add_insecure_port(self._claim.block.ads)
+        await server.start()
+        stack.push_async_callback(server.stop, None)
+        stack.push_async_callback(self._close_channels)
+        for proxy in self.proxies:
+            if proxy.kind == "sidecar":
+                backend = self.backends[proxy.id] = Backend(proxy.id)
+                stack.push_async_callback((await backend.serve(f"{proxy.application_address}:9000")).stop, None)
+            self.ads.set_secrets(proxy.id, self._secrets(proxy))
+            await self._start_envoy(proxy, stack)
+
+    async def _start_envoy(self, proxy: ProxyNode, stack: contextlib.AsyncExitStack) -> None:
+        host, port = self._claim.block.ads.rsplit(":", 1)
+        plan = SidecarPlan(
+            node_id=proxy.id,
+            cluster="test",
+            metadata={},
+            admin_host=self._admin(proxy.id),
+            ads_host=host,
+            ads_port=int(port),
+            token=f"token of {proxy.id}",
+        )
+        file = self._folder / f"{proxy.id}.json"
+        file.write_text(json.dumps(bootstrap(plan)))
+        with (self._folder / f"{proxy.id}.log").open("wb") as log:
+            process = await asyncio.create_subprocess_exec(
+                *command(find_envoy(os.environ.get("PATH")), file), stdout=log, stderr=log
+            )
+        self._envoys[proxy.id] = process
+        stack.push_async_callback(_stop, process)
+
+    async def _close_channels(self) -> None:
+        for channel in self._channels.values():
+            await channel.close()
+
+
+async def _stop(process: asyncio.subprocess.Process) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        process.kill()
+    async with asyncio.timeout(ENVOY_STOP_S):
+        await process.wait()
+
+
+async def unary(
+    channel: grpc.aio.Channel, request: bytes, metadata: Mapping[str, str] | None, timeout_s: float
+) -> Answer:
+    """One call of the echo service, whatever comes of it."""
+    begin = time.perf_counter()
+    call = channel.unary_unary(UNARY)(request, timeout=timeout_s, metadata=tuple((metadata or {}).items()))
+    try:
+        text = (await call).decode()
+    except grpc.aio.AioRpcError as error:
+        return Answer(error.code(), error.details() or "", time.perf_counter() - begin, {})
+    received = {str(key): str(value) for key, value in await call.initial_metadata() or ()}
+    return Answer(grpc.StatusCode.OK, text, time.perf_counter() - begin, received)
+
+
+def load(*texts: str) -> ResourceSet:
+    """Resources of YAML texts, named by their position."""
+    return load_resources(Document(source=f"test-{index}.yaml", text=text) for index, text in enumerate(texts))
+
+
+def deployment(name: str, app: str, account: str, *, version: str = "", replicas: int = 1) -> str:
+    """A Deployment with a gRPC port."""
+    labels = f"app: {app}" + (f", version: {version}" if version else "")
+    return f"""
+apiVersion: apps/v1
+kind: Deployment
+metadata: {{name: {name}}}
+spec:
+  replicas: {replicas}
+  selector: {{matchLabels: {{{labels}}}}}
+  template:
+    metadata: {{labels: {{{labels}}}}}
+    spec:
+      serviceAccountName: {account}
+      containers:
+        - name: app
+          command: [serve]
+          ports: [{{name: grpc, containerPort: 9000}}]
+---
+"""
+
+
+def service(app: str) -> str:
+    """A Service and a ServiceAccount of one name."""
+    return f"""
+apiVersion: v1
+kind: Service
+metadata: {{name: {app}}}
+spec:
+  selector: {{app: {app}}}
+  ports: [{{name: grpc, port: 9000, targetPort: grpc}}]
+---
+apiVersion: v1
+kind: ServiceAccount
+metadata: {{name: {app}}}
+---
+"""
+
+
+STRICT = """
+apiVersion: security.istio.io/v1
+kind: PeerAuthentication
+metadata: {name: default}
+spec: {mtls: {mode: STRICT}}
+---
+"""
+
+SUBSETS = """
+apiVersion: networking.istio.io/v1
+kind: DestinationRule
+metadata: {name: server}
+spec:
+  host: server
+  subsets:
+    - {name: v1, labels: {version: v1}}
+    - {name: v2, labels: {version: v2}}
+---
+"""
+
+
+def split(v1: int, v2: int, extra: str = "") -> str:
+    """A VirtualService that splits by weight; `extra` is YAML of more fields of the rule, indented by six."""
+    return f"""
+apiVersion: networking.istio.io/v1
+kind: VirtualService
+metadata: {{name: server}}
+spec:
+  hosts: [server]
+  http:
+    - name: split
+      route:
+        - {{destination: {{host: server, subset: v1}}, weight: {v1}}}
+        - {{destination: {{host: server, subset: v2}}, weight: {v2}}}
+{extra}
+---
+"""
