@@ -103,6 +103,6 @@ def read_report(line: bytes) -> Report | Died:
         body = documents.read_body(kind, value)
         if isinstance(body, Metrics | LogLine | Checkpoint):
             return body
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"not a report: {error!r}") from error
     raise ValueError("not a report")

@@ -68,4 +68,8 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # All that counts is on disk by now; taking torch apart again would take another second.
+    os._exit(code)

@@ -1,0 +1,160 @@
+"""Jobs move only as the contract says."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from datetime import datetime
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mlmesh.training.v1 import training_pb2
+from mlmesh_runtime.errors import WrongState
+from mlmesh_training import jobs
+from mlmesh_training.jobs import Checkpoint, Decision, Job, JobChanged, JobPhase, JobState, LogLine, Metrics, Progress
+
+from tests.support.training import PUBLICATION, START, evaluation, job, model, spec
+
+MOVES: dict[str, Callable[[Job, datetime], Decision]] = {
+    "started": jobs.started,
+    "entered": lambda job, now: jobs.entered(job, JobPhase.TRAINING),
+    "measured": lambda job, now: jobs.measured(job, Metrics(progress=Progress(step=1), values={"train_loss": 1.0})),
+    "checkpointed": lambda job, now: jobs.checkpointed(job, Checkpoint(progress=Progress(epoch=1), sha256="00")),
+    "evaluated": lambda job, now: jobs.evaluated(job, evaluation()),
+    "trained": lambda job, now: jobs.trained(job, model(), now),
+    "registration_begun": lambda job, now: jobs.registration_begun(job),
+    "registered": lambda job, now: jobs.registered(job, "models/digits/versions/1"),
+    "succeeded": jobs.succeeded,
+    "failed": lambda job, now: jobs.failed(job, "no", now),
+    "process_died": lambda job, now: jobs.process_died(job, "SIGKILL", now),
+    "interrupted": jobs.interrupted,
+    "cancel_requested": jobs.cancel_requested,
+    "cancelled": jobs.cancelled,
+}
+
+
+def test_states_and_phases_are_those_of_the_contract() -> None:
+    states = {f"JOB_STATE_{state}" for state in JobState} | {"JOB_STATE_UNSPECIFIED"}
+    phases = {f"JOB_PHASE_{phase or 'UNSPECIFIED'}" for phase in JobPhase}
+    assert states == set(training_pb2.JobState.keys())
+    assert phases == set(training_pb2.JobPhase.keys())
+    assert set(jobs.LEGAL) == set(JobState)
+    assert all(not jobs.LEGAL[state] for state in jobs.FINAL)
+
+
+@given(st.lists(st.sampled_from(sorted(MOVES)), max_size=30), st.booleans(), st.integers(-1, 3))
+def test_whatever_happens_only_legal_moves_are_made(moves: list[str], publish: bool, retries: int) -> None:
+    now = job(spec=spec(publication=PUBLICATION if publish else None, retries_max=retries))
+    for move in moves:
+        try:
+            after, events = MOVES[move](now, START)
+        except WrongState:
+            continue
+        assert after.state is now.state or after.state in jobs.LEGAL[now.state]
+        # Every change of state or phase is told, and a final job is never touched again.
+        assert (after.state, after.phase) == (now.state, now.phase) or JobChanged() in events
+        if now.final:
+            assert (after, events) == (now, ())
+        assert (after.end_time is not None) == after.final
+        assert after.phase is JobPhase.NONE or after.state in {JobState.RUNNING, JobState.CANCELLING}
+        now = after
+    assert now.failures <= now.spec.retries + 1
+    assert now.attempts >= now.failures - 1 or moves
+
+
+def running(**changes: object) -> Job:
+    now, _ = jobs.started(job(**changes), START)
+    return now
+
+
+@pytest.mark.parametrize(("asked", "attempts"), [(0, 3), (-1, 1), (1, 2), (5, 6)])
+def test_the_retry_budget_bounds_the_attempts(asked: int, attempts: int) -> None:
+    now = job(spec=spec(retries_max=asked))
+    while not now.final:
+        now, _ = jobs.started(now, START)
+        now, _ = jobs.process_died(now, "its process was ended by SIGKILL", START)
+    assert now.state is JobState.FAILED
+    assert now.attempts == attempts
+    assert "SIGKILL" in now.error
+    assert f"after {attempts} attempts" in now.error
+
+
+def test_a_restart_of_the_service_costs_the_job_nothing_as_long_as_it_gets_on() -> None:
+    now = job(spec=spec(retries_max=-1))
+    for _ in range(3 * jobs.INTERRUPTIONS_MAX):
+        now, _ = jobs.started(now, START)
+        now, _ = jobs.checkpointed(now, Checkpoint(progress=Progress(epoch=1), sha256="00"))
+        now, _ = jobs.interrupted(now, START)
+        assert now.state is JobState.RETRYING
+    assert now.failures == 0
+
+
+def test_a_job_that_always_takes_the_service_with_it_is_given_up() -> None:
+    now = job()
+    for _ in range(jobs.INTERRUPTIONS_MAX + 1):
+        now, _ = jobs.started(now, START)
+        now, _ = jobs.interrupted(now, START)
+    assert now.state is JobState.FAILED
+    assert "without a checkpoint" in now.error
+
+
+def test_a_queued_or_retrying_job_is_cancelled_at_once_and_a_running_one_when_its_process_ended() -> None:
+    assert jobs.cancel_requested(job(), START)[0].state is JobState.CANCELLED
+    retrying, _ = jobs.process_died(running(), "x", START)
+    assert jobs.cancel_requested(retrying, START)[0].state is JobState.CANCELLED
+    asked, _ = jobs.cancel_requested(running(), START)
+    assert asked.state is JobState.CANCELLING
+    assert jobs.cancel_requested(asked, START) == (asked, ())
+    # However the process ends now, the job is cancelled.
+    for ended in (jobs.process_died(asked, "x", START), jobs.failed(asked, "x", START), jobs.interrupted(asked, START)):
+        assert ended[0].state is JobState.CANCELLED
+
+
+def test_what_was_cancelled_stays_cancelled_and_what_ended_otherwise_cannot_be() -> None:
+    cancelled, _ = jobs.cancel_requested(job(), START)
+    assert jobs.cancel_requested(cancelled, START) == (cancelled, ())
+    for ended in (jobs.succeeded(running(), START)[0], jobs.failed(running(), "x", START)[0]):
+        with pytest.raises(WrongState) as raised:
+            jobs.cancel_requested(ended, START)
+        assert raised.value.reason == "JOB_FINISHED"
+
+
+def test_a_version_that_is_being_registered_is_not_cancelled_any_more() -> None:
+    now, _ = jobs.trained(running(spec=spec(publication=PUBLICATION)), model(), START)
+    assert now.phase is JobPhase.PUBLISHING
+    stopped, _ = jobs.cancel_requested(now, START)
+    with pytest.raises(WrongState, match="CANCELLING"):
+        jobs.registration_begun(stopped)
+    begun, _ = jobs.registration_begun(now)
+    stopped, _ = jobs.cancel_requested(begun, START)
+    # The service restarts here, and still finishes what may exist already.
+    stopped, _ = jobs.interrupted(stopped, START)
+    assert stopped.state is JobState.CANCELLING
+    registered, _ = jobs.registered(stopped, "models/digits/versions/4")
+    assert jobs.succeeded(registered, START)[0].state is JobState.SUCCEEDED
+
+
+def test_without_a_publication_a_trained_job_has_succeeded() -> None:
+    now, events = jobs.trained(running(), model(), START)
+    assert now.state is JobState.SUCCEEDED
+    assert now.evaluation == evaluation()
+    assert events == (JobChanged(),)
+
+
+def test_a_restart_leaves_a_job_that_only_publishes_as_it_is() -> None:
+    now, _ = jobs.trained(running(spec=spec(publication=PUBLICATION)), model(), START)
+    assert jobs.interrupted(now, START) == (now, ())
+
+
+@pytest.mark.parametrize("text", ["x" * 9000, "é" * 5000, "線" * 3000])
+def test_long_lines_are_cut_on_a_character(text: str) -> None:
+    line = jobs.shortened(LogLine(severity="info", message=text))
+    assert len(line.message.encode()) <= jobs.LOG_LINE_BYTES_MAX
+    assert line.message[:-1] == text[: len(line.message) - 1]
+
+
+def test_a_cancelled_job_hears_nothing_more_from_its_process() -> None:
+    now = dataclasses.replace(job(), state=JobState.CANCELLED)
+    assert jobs.measured(now, Metrics(progress=Progress(step=9), values={})) == (now, ())
+    assert jobs.logged(now, LogLine(severity="info", message="late")) == (now, ())
