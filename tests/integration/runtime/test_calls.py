@@ -279,7 +279,11 @@ async def test_a_client_that_goes_frees_everything_at_once() -> None:
     ended = asyncio.Event()
 
     class Holding(EchoServicer):
-        async def Expand(self, request: Any, _context: Any) -> AsyncIterator[Any]:
+        def Expand(self, request: Any, _context: Any) -> AsyncIterator[Any]:
+            self.kept = self.produce()  # a generator that nobody collects must be closed by its caller
+            return self.kept
+
+        async def produce(self) -> AsyncIterator[Any]:
             try:
                 while True:
                     yield Text(data=bytes(100_000))

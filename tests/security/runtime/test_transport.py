@@ -1,6 +1,7 @@
 """Who gets in: certificates, identities, rotation. A refusal counts only when no handler ran."""
 
 import asyncio
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from mlmesh_runtime.channel import ClientTls, mesh_error, open_channel
 from mlmesh_runtime.config import ConfigError
 from mlmesh_runtime.identity import current_identity
 from mlmesh_runtime.telemetry import REGISTRY
-from mlmesh_runtime.tls import RotatingCredentials, load
+from mlmesh_runtime.tls import RotatingCredentials
 
 from tests.support.echo import PROTOS, EchoServicer, Text, echo_service
 from tests.support.pki import SERVER_NAME, Authority, spiffe
@@ -47,8 +48,6 @@ async def test_the_identity_is_the_certificates_whatever_the_header_says(authori
 
 @pytest.mark.parametrize("who", ["plaintext", "no certificate", "another authority", "expired", "not yet valid"])
 async def test_refused_before_any_handler(who: str, authority: Authority, tmp_path: Path) -> None:
-    from datetime import timedelta
-
     servicer = Naming()
     files = authority.leaf(REGISTRY_ID).write(tmp_path / "server", authority.pem)
     clients: dict[str, ClientTls | None] = {
@@ -179,11 +178,13 @@ def test_files_are_looked_at_no_more_often_than_asked(authority: Authority, tmp_
     clock = [0.0]
     files = authority.leaf(REGISTRY_ID).write(tmp_path, authority.pem, reload_s=5)
     credentials = RotatingCredentials(files, monotonic=lambda: clock[0])
-    authority.leaf(REGISTRY_ID).write(tmp_path, authority.pem)
+    authority.leaf(REGISTRY_ID, ends_in=timedelta(hours=9)).write(tmp_path, authority.pem)
     clock[0] = 4.9
     assert credentials.reload() is None
     clock[0] = 5.0
-    assert credentials.reload() is not None
+    renewed = credentials.reload()
+    assert renewed is not None
+    assert credentials.expires == renewed.expires
     clock[0] = 10.0
     assert credentials.reload() is None  # nothing new
 
@@ -203,4 +204,3 @@ def test_expiry_is_an_alarm_to_watch(authority: Authority, tmp_path: Path) -> No
     credentials = RotatingCredentials(authority.leaf(REGISTRY_ID).write(tmp_path, authority.pem))
     metric = REGISTRY.get_sample_value("mlmesh_tls_certificate_expiry_timestamp_seconds")
     assert metric == credentials.expires.timestamp()
-    assert load is not None
