@@ -45,6 +45,7 @@ check: install ## Formatting, lint, types, import rules, protos, manifests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy $(addprefix -p ,$(PACKAGES))
+	$(BIN)/mypy tools
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python tools/protos.py lint
 	$(BIN)/python tools/protos.py breaking
