@@ -1,0 +1,295 @@
+"""The training process's own code, with real torch, real data and real ONNX: what it leaves is right and repeatable."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from mlmesh_training import documents, export, recipes
+from mlmesh_training.backends.base import Died, Report, TrainingTask, read_report, report_line
+from mlmesh_training.backends.local import read_result
+from mlmesh_training.jobs import Checkpoint, Evaluation, JobPhase, LogLine, Metrics
+from mlmesh_training.trainer import checkpoint, data, networks, run
+from mlmesh_training.trainer.reporter import PermanentError, Reporter
+
+from tests.support.training import spec
+
+torch = pytest.importorskip("torch")
+
+
+class Killed(Exception):  # noqa: N818 - not an error of ours
+    """Stands for the end of the process."""
+
+
+class Listener(Reporter):
+    """Takes reports as the service would read them from the pipe; dies at a report that the test names."""
+
+    def __init__(self, die_at: Report | None = None, die_at_step: int = 0) -> None:
+        super().__init__(io.BytesIO())
+        self.reports: list[Report | Died] = []
+        self._die_at = die_at
+        self._die_at_step = die_at_step
+
+    def send(self, report: Report | Died) -> None:
+        self.reports.append(read_report(report_line(report)))
+        late = isinstance(report, Metrics) and 0 < self._die_at_step <= report.progress.step
+        if report == self._die_at or late:
+            raise Killed
+
+    def of(self, kind: type) -> list[Report | Died]:
+        return [report for report in self.reports if isinstance(report, kind)]
+
+
+def put_task(folder: Path, recipe: str = "cnn", dataset: str = "digits", **hyperparameters: float) -> Path:
+    values = recipes.resolve(spec(recipe=recipe, dataset=dataset, hyperparameters=hyperparameters))
+    folder.mkdir(exist_ok=True)
+    task = {"recipe": recipe, "dataset": dataset, "hyperparameters": dict(values), "seed": 7}
+    (folder / "task.json").write_text(json.dumps(task))
+    return folder
+
+
+SMALL = {"epochs": 4.0, "width": 8.0, "dropout": 0.2, "batch_size": 32.0, "shift": 1.0}
+STEPS_AN_EPOCH = 41
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Listener]:
+    """A training from start to end."""
+    folder = put_task(tmp_path_factory.mktemp("jobs") / "undisturbed", **SMALL)
+    listener = Listener()
+    run.train(folder, listener, threads=2)
+    return folder, listener
+
+
+def test_it_reports_phases_figures_checkpoints_and_measures_in_order(undisturbed: tuple[Path, Listener]) -> None:
+    folder, listener = undisturbed
+    assert listener.of(JobPhase) == [JobPhase.TRAINING, JobPhase.EVALUATING, JobPhase.EXPORTING]
+    epochs = [r for r in listener.of(Metrics) if isinstance(r, Metrics) and "validation_loss" in r.values]
+    assert [r.progress.epoch for r in epochs] == [1, 2, 3, 4]
+    names = {"train_loss", "train_accuracy", "learning_rate", "examples_per_second"}
+    assert set(epochs[-1].values) == names | {"validation_loss", "validation_accuracy"}
+    assert epochs[-1].progress.step == epochs[-1].progress.steps
+    assert epochs[-1].values["train_loss"] < epochs[0].values["train_loss"] / 2
+    assert [r.progress.epoch for r in listener.of(Checkpoint) if isinstance(r, Checkpoint)] == [1, 2, 3, 4]
+    assert len(list(folder.glob("checkpoint-*.pt"))) == checkpoint.KEPT
+
+
+def test_the_model_is_good_and_its_measures_are_those_of_scikit_learn(undisturbed: tuple[Path, Listener]) -> None:
+    metrics = pytest.importorskip("sklearn.metrics")
+    folder, _ = undisturbed
+    found = read_result(folder).evaluation
+    assert found.accuracy > 0.9
+    loaded = data.load("digits")
+    test = data.split(loaded.classes, seed=7).test
+    session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+    logits, probabilities = session.run(None, {"image": loaded.images[test].astype(np.float32)})
+    right, answers = loaded.classes[test], logits.argmax(1)
+    assert found.examples == len(test)
+    assert found.accuracy == pytest.approx(metrics.accuracy_score(right, answers))
+    assert found.precision == pytest.approx(metrics.precision_score(right, answers, average="macro", zero_division=0))
+    assert found.recall == pytest.approx(metrics.recall_score(right, answers, average="macro"))
+    assert found.f1 == pytest.approx(metrics.f1_score(right, answers, average="macro"))
+    assert found.loss == pytest.approx(metrics.log_loss(right, probabilities), rel=1e-3)
+    assert np.array(found.confusion).tolist() == metrics.confusion_matrix(right, answers).tolist()
+    assert found.export_max_abs_diff < 1e-4
+
+
+def test_measures_of_classes_that_never_occur_are_those_of_scikit_learn() -> None:
+    metrics = pytest.importorskip("sklearn.metrics")
+    from mlmesh_training.evaluate import evaluate
+
+    right = np.array([0, 0, 1, 1, 3], dtype=np.int64)
+    logits = np.eye(4, dtype=np.float32)[[0, 1, 1, 1, 0]] * 1000
+    found = evaluate(logits, right, ("a", "b", "c", "d"))
+    labels = {"labels": [0, 1, 2, 3], "average": "macro", "zero_division": 0}
+    assert found.precision == pytest.approx(metrics.precision_score(right, logits.argmax(1), **labels))
+    assert found.recall == pytest.approx(metrics.recall_score(right, logits.argmax(1), **labels))
+    assert found.f1 == pytest.approx(metrics.f1_score(right, logits.argmax(1), **labels))
+    assert np.isfinite(found.loss)
+
+
+def test_the_exported_model_takes_raw_images_in_batches_of_any_size(undisturbed: tuple[Path, Listener]) -> None:
+    folder, _ = undisturbed
+    model = read_result(folder)
+    (image,), (logits, probabilities) = model.inputs, model.outputs
+    assert (image.name, image.datatype, image.shape) == ("image", "FP32", (-1, 1, 8, 8))
+    assert (logits.name, logits.datatype, logits.shape) == ("logits", "FP32", (-1, 10))
+    assert (probabilities.name, probabilities.shape) == ("probabilities", (-1, 10))
+    proto = onnx.load(folder / "model.onnx")
+    assert [(opset.domain, opset.version) for opset in proto.opset_import] == [("", export.OPSET)]
+    session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+    images = data.load("digits").images[:129].astype(np.float32)
+    whole = session.run(["logits"], {"image": images})[0]
+    for size in (1, 2, 64, 129):
+        part = session.run(["logits"], {"image": images[:size]})[0]
+        np.testing.assert_allclose(part, whole[:size], atol=1e-4)
+    assert model.labels["input_range"] == "0..16"
+    assert model.labels["hyperparameters.epochs"] == "4"
+
+
+def test_the_exported_model_says_nothing_of_the_machine_that_made_it(undisturbed: tuple[Path, Listener]) -> None:
+    folder, _ = undisturbed
+    raw = (folder / "model.onnx").read_bytes()
+    for secret in (str(Path.home()), str(Path(run.__file__).parent), "site-packages", ".py"):
+        assert secret.encode() not in raw
+
+
+@pytest.mark.parametrize("at", ["first epoch", "third epoch", "evaluation", "export"])
+def test_killed_anywhere_it_goes_on_and_leaves_the_very_same_model(
+    undisturbed: tuple[Path, Listener], tmp_path: Path, at: str
+) -> None:
+    complete, _ = undisturbed
+    folder = put_task(tmp_path / "killed", **SMALL)
+    dying = {
+        "first epoch": Listener(die_at_step=1),
+        "third epoch": Listener(die_at_step=2 * STEPS_AN_EPOCH + 1),
+        "evaluation": Listener(die_at=JobPhase.EVALUATING),
+        "export": Listener(die_at=JobPhase.EXPORTING),
+    }[at]
+    with pytest.raises(Killed):
+        run.train(folder, dying, threads=2)
+    assert not (folder / "result.json").exists()
+    torch.rand(3)  # whatever came between has no part in it
+    again = Listener()
+    run.train(folder, again, threads=2)
+    resumed = [r for r in again.of(LogLine) if isinstance(r, LogLine) and "resumed" in r.message]
+    assert bool(resumed) == (at != "first epoch")
+    assert read_result(folder).evaluation == read_result(complete).evaluation
+    assert (folder / "model.onnx").read_bytes() == (complete / "model.onnx").read_bytes()
+
+
+def test_another_seed_gives_another_model(undisturbed: tuple[Path, Listener], tmp_path: Path) -> None:
+    loaded = data.load("digits")
+    folder = put_task(tmp_path / "seed", **SMALL)
+    task = run.read_task(folder)
+    models = []
+    for seed in (7, 7, 8):
+        chosen = TrainingTask(
+            uid="x", recipe=task.recipe, dataset=task.dataset, hyperparameters=task.hyperparameters, seed=seed
+        )
+        fit = run.Fit(chosen, loaded, data.split(loaded.classes, seed=seed))
+        models.append(torch.cat([p.flatten() for p in fit.model.parameters()]))
+    assert torch.equal(models[0], models[1])
+    assert not torch.equal(models[0], models[2])
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
+def test_a_torn_checkpoint_is_passed_over(tmp_path: Path, damage: str) -> None:
+    folder = put_task(tmp_path / "torn", **SMALL)
+    with pytest.raises(Killed):
+        run.train(folder, Listener(die_at=JobPhase.EVALUATING), threads=2)
+    newest = next(checkpoint.stored(folder))
+    raw = bytearray(newest.path.read_bytes())
+    if damage == "flipped":
+        raw[len(raw) // 2] ^= 1
+    newest.path.write_bytes({"cut": raw[: len(raw) // 2], "flipped": raw, "empty": b""}[damage])
+    listener = Listener(die_at=JobPhase.TRAINING)
+    with pytest.raises(Killed):
+        run.train(folder, listener, threads=2)
+    messages = [report.message for report in listener.of(LogLine) if isinstance(report, LogLine)]
+    assert any("torn" in message for message in messages)
+    assert "resumed after epoch 3" in messages
+
+
+def test_a_checkpoint_of_another_network_is_passed_over(tmp_path: Path) -> None:
+    folder = put_task(tmp_path / "other", **SMALL)
+    with pytest.raises(Killed):
+        run.train(folder, Listener(die_at=JobPhase.EVALUATING), threads=2)
+    put_task(folder, **{**SMALL, "width": 4.0})
+    listener = Listener(die_at=JobPhase.TRAINING)
+    with pytest.raises(Killed):
+        run.train(folder, listener, threads=2)
+    messages = [report.message for report in listener.of(LogLine) if isinstance(report, LogLine)]
+    assert len([message for message in messages if "does not fit" in message]) == 2
+    assert not any("resumed" in message for message in messages)
+
+
+def test_half_written_files_are_swept(tmp_path: Path) -> None:
+    folder = put_task(tmp_path / "swept", **SMALL)
+    (folder / f"checkpoint-00000009-{'0' * 64}.part").write_bytes(b"half")
+    with pytest.raises(Killed):
+        run.train(folder, Listener(die_at=JobPhase.TRAINING), threads=2)
+    assert list(folder.glob("*.part")) == []
+
+
+def test_a_loss_that_leaves_the_numbers_ends_the_job_for_good(tmp_path: Path) -> None:
+    folder = put_task(tmp_path / "nan", recipe="mlp", epochs=3.0)
+    loaded = data.load("digits")
+    task = run.read_task(folder)
+    fit = run.Fit(task, loaded, data.split(loaded.classes, seed=7))
+    with torch.no_grad():
+        next(fit.model.parameters()).fill_(float("inf"))
+    with pytest.raises(PermanentError, match="learning_rate"):
+        fit.run(folder, Listener())
+
+
+def test_a_model_that_answers_differently_is_not_exported() -> None:
+    loaded = data.load("digits")
+    images = loaded.images[:50].astype(np.float32)
+    model = networks.build(
+        "mlp",
+        recipes.resolve(spec(recipe="mlp", hyperparameters={})),
+        height=8,
+        width=8,
+        classes=10,
+        mean=5.0,
+        std=6.0,
+    ).eval()
+    with torch.inference_mode():
+        logits = model(torch.from_numpy(images)).numpy()
+    with pytest.raises(export.ExportError, match="differ"):
+        export.export(model, images, logits + np.float32(0.01), Path("never-written.onnx"))
+    assert not Path("never-written.onnx").exists()
+
+
+def test_recipes_know_how_many_examples_are_fitted() -> None:
+    for name, known in recipes.DATASETS.items():
+        loaded = data.load(name)
+        split = data.split(loaded.classes, seed=3)
+        assert len(split.train) == known.training_examples
+        assert loaded.images.shape[2:] == (known.height, known.width)
+        assert loaded.images.max() == known.value_max
+
+
+def test_splits_are_disjoint_whole_stratified_and_seeded() -> None:
+    classes = data.load("mnist").classes
+    split = data.split(classes, seed=1)
+    parts = (split.train, split.validation, split.test)
+    assert sorted(np.concatenate(parts).tolist()) == list(range(5000))
+    for part, each in zip(parts, (360, 40, 100), strict=True):
+        assert np.bincount(classes[part]).tolist() == [each] * 10
+    assert np.array_equal(data.split(classes, seed=1).test, split.test)
+    assert not np.array_equal(data.split(classes, seed=2).test, split.test)
+
+
+def test_a_missing_data_package_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(data._FILES, "mnist", ("no_such_package", "no-such-package", "x.csv.gz"))
+    with pytest.raises(PermanentError, match="no-such-package"):
+        data.load("mnist")
+
+
+def test_evaluations_are_kept_with_the_version(undisturbed: tuple[Path, Listener]) -> None:
+    folder, listener = undisturbed
+    model = read_result(folder)
+    assert [file.path for file in model.files] == ["model.onnx", "evaluation.json"]
+    stored = documents.read_evaluation(json.loads((folder / "evaluation.json").read_bytes()))
+    assert stored == model.evaluation
+    measured = listener.of(Evaluation)[0]
+    assert isinstance(measured, Evaluation)
+    assert measured.accuracy == stored.accuracy
+
+
+@pytest.mark.parametrize("recipe", ["cnn", "mlp"])
+@pytest.mark.parametrize("dataset", ["digits", "mnist"])
+def test_every_recipe_trains_on_every_data_set_it_names(recipe: str, dataset: str, tmp_path: Path) -> None:
+    folder = put_task(tmp_path / "short", recipe=recipe, dataset=dataset, epochs=1.0, width=8.0, batch_size=16.0)
+    listener = Listener(die_at=JobPhase.EVALUATING)
+    with pytest.raises(Killed):
+        run.train(folder, listener, threads=2)
+    figures = [r for r in listener.of(Metrics) if isinstance(r, Metrics)][-1]
+    assert figures.values["validation_accuracy"] > 0.2
