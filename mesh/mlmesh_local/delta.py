@@ -37,6 +37,8 @@ class Response:
     nonce: str
     resources: tuple[Packed, ...]
     removed: tuple[str, ...]
+    generation: int
+    """Which snapshot, or which secrets, it came from."""
 
 
 @dataclass(slots=True)
@@ -46,6 +48,7 @@ class _Subscription:
     names: set[str] = field(default_factory=set)
     sent: dict[str, str] = field(default_factory=dict)
     under_way: Response | None = None
+    answered: bool = False
 
 
 class DeltaStream:
@@ -56,6 +59,7 @@ class DeltaStream:
         self._snapshot: Snapshot | None = None
         self._secrets: Named = {}
         self._count = 0
+        self._generations = {SECRET: 0, CLUSTER: 0}
         self._rejected_type = ""
         self.rejection = ""
         """Envoy's text about the snapshot, or about secrets; nothing more of it is sent."""
@@ -63,11 +67,13 @@ class DeltaStream:
     def set_snapshot(self, snapshot: Snapshot) -> None:
         """What Envoy shall run. A rejection of the one before is over."""
         self._snapshot = snapshot
+        self._generations[CLUSTER] += 1
         self.rejection = self._rejected_type = ""
 
     def set_secrets(self, secrets: Named) -> None:
         """Secrets of this Envoy, by SDS name."""
         self._secrets = secrets
+        self._generations[SECRET] += 1
         if self._rejected_type == SECRET:
             self.rejection = self._rejected_type = ""
 
@@ -98,7 +104,12 @@ class DeltaStream:
         # Envoy may have taken some of the resources: what it has is unknown, so they will be sent again.
         for packed in response.resources:
             subscription.sent.pop(packed.name, None)
-        self.rejection, self._rejected_type = error, response.type_url
+        # A refusal of what has been replaced since says nothing about what is there now.
+        if response.generation == self._generation(response.type_url):
+            self.rejection, self._rejected_type = error, response.type_url
+
+    def _generation(self, type_url: str) -> int:
+        return self._generations[SECRET if type_url == SECRET else CLUSTER]
 
     def poll(self) -> list[Response]:
         """Responses to send now."""
@@ -176,10 +187,18 @@ class DeltaStream:
         removed: tuple[str, ...] = ()
         if type_url == LISTENER or removals:
             removed = tuple(sorted(subscription.sent.keys() - desired.keys()))
-        if not changed and not removed:
+        # Envoy does not become ready before it has heard of every wildcard type once, be it that there is nothing.
+        if not changed and not removed and (subscription.answered or type_url not in WILDCARDS):
             return
+        subscription.answered = True
         self._count += 1
-        response = Response(type_url=type_url, nonce=str(self._count), resources=changed, removed=removed)
+        response = Response(
+            type_url=type_url,
+            nonce=str(self._count),
+            resources=changed,
+            removed=removed,
+            generation=self._generation(type_url),
+        )
         subscription.under_way = response
         for packed in changed:
             subscription.sent[packed.name] = packed.version

@@ -176,7 +176,7 @@ class AdsServer:
             node.acked_version = acked
         if stream.rejection and stream.rejection != node.rejection:
             node.rejection = stream.rejection[:REJECTION_CHARACTERS_MAX]
-            logger.warning("Envoy refused configuration", extra={"rejection": node.rejection})
+            logger.warning("Envoy refused configuration: %s", node.rejection)
         self._notify()
 
     def _notify(self) -> None:

@@ -1,8 +1,8 @@
 """A small mesh with real Envoys: backends in this process, a sidecar process each, fed by the real control plane.
 
-    async with EnvoyMesh.start(WORKLOADS, POLICY) as mesh:
-        await mesh.apply(SPLIT)
-        assert (await mesh.call()).text == "server-v1-0"
+async with EnvoyMesh.start(WORKLOADS, POLICY) as mesh:
+    await mesh.apply(SPLIT)
+    assert (await mesh.call()).text == "server-v1-0"
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
+from urllib.request import urlopen
 
 import grpc
-from mlmesh_local.addresses import claim
+from mlmesh_local.addresses import ADMIN_PORT, claim
 from mlmesh_local.model import CertificateSecret, ProxyNode, Secret, TrustSecret, World
 from mlmesh_local.resources import Deployment, Document, ResourceSet, load_resources
-from mlmesh_local.sidecar import TOKEN_HEADER, SidecarPlan, admin, bootstrap, command, find_envoy
+from mlmesh_local.sidecar import TOKEN_HEADER, SidecarPlan, bootstrap, command, find_envoy
 from mlmesh_local.snapshot import build_snapshots
 from mlmesh_local.translate import service_endpoints
 from mlmesh_local.xds import AdsServer
@@ -62,7 +64,10 @@ class Backend:
 
     def _record(self, context: Any) -> None:
         self.calls += 1
-        self.metadata.append({key: str(value) for key, value in context.invocation_metadata() or ()})
+        received: dict[str, str] = {}
+        for key, value in context.invocation_metadata() or ():
+            received[key] = f"{received[key]},{value}" if key in received else str(value)
+        self.metadata.append(received)
 
     async def serve(self, address: str) -> grpc.aio.Server:
         server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
@@ -220,12 +225,12 @@ class EnvoyMesh:
 
     async def stats(self, instance: str, pattern: str) -> dict[str, int]:
         """Counters and gauges of an Envoy whose name matches."""
-        body = await admin(self._admin(instance), f"/stats?format=json&filter={pattern}")
+        body = await self._ask(instance, f"/stats?format=json&filter={quote(pattern)}")
         return {item["name"]: item["value"] for item in json.loads(body)["stats"] if "value" in item}
 
     async def configuration(self, instance: str, types: str = "") -> Any:
         """Envoy's own view of its configuration."""
-        return json.loads(await admin(self._admin(instance), f"/config_dump{types}"))
+        return json.loads(await self._ask(instance, f"/config_dump{types}"))
 
     def kill_control_plane_stream(self, instance: str) -> None:
         """Forget a node as if the control plane had restarted."""
@@ -255,6 +260,13 @@ class EnvoyMesh:
 
     def _admin(self, instance: str) -> str:
         return self.proxy(instance).pod_address.replace(".1.", ".4.", 1)
+
+    async def _ask(self, instance: str, request: str) -> bytes:
+        def get() -> bytes:
+            with urlopen(f"http://{self._admin(instance)}:{ADMIN_PORT}{request}", timeout=5) as answer:  # noqa: S310
+                return bytes(answer.read())
+
+        return await asyncio.to_thread(get)
 
     def _secrets(self, proxy: ProxyNode) -> dict[str, Secret]:
         leaf = self.authority.leaf(spiffe(proxy.service_account, proxy.namespace))
@@ -323,6 +335,47 @@ async def unary(
         return Answer(error.code(), error.details() or "", time.perf_counter() - begin, {})
     received = {str(key): str(value) for key, value in await call.initial_metadata() or ()}
     return Answer(grpc.StatusCode.OK, text, time.perf_counter() - begin, received)
+
+
+class Outcomes:
+    """Codes of calls under way in the background."""
+
+    def __init__(self) -> None:
+        self._codes: list[grpc.StatusCode] = []
+        self._more = asyncio.Event()
+
+    def add(self, code: grpc.StatusCode) -> None:
+        self._codes.append(code)
+        self._more.set()
+
+    def codes(self) -> set[grpc.StatusCode]:
+        return set(self._codes)
+
+    async def more(self, count: int) -> None:
+        """Wait for so many more calls."""
+        target = len(self._codes) + count
+        while len(self._codes) < target:
+            self._more.clear()
+            await self._more.wait()
+
+
+@contextlib.asynccontextmanager
+async def under_load(mesh: EnvoyMesh, *, callers: int = 4, client: str = "client-0") -> AsyncIterator[Outcomes]:
+    """Calls without pause by several callers while the block runs."""
+    outcomes = Outcomes()
+    stop = asyncio.Event()
+
+    async def call() -> None:
+        while not stop.is_set():
+            outcomes.add((await mesh.call(client)).code)
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(callers):
+            group.create_task(call())
+        try:
+            yield outcomes
+        finally:
+            stop.set()
 
 
 def load(*texts: str) -> ResourceSet:
