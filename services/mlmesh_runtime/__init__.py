@@ -16,7 +16,8 @@ The rooms, and the one thing to know of each:
 - `health`: `HealthStatuses`: per service and per model version.
 - `telemetry`: `REGISTRY` of metrics, `span` and `record_span`, `Telemetry`. `logs`: JSON with trace ids.
 - `executors`: named, bounded threads for blocking work.
-- `handlers`, `status`, `validation`, `reflection`, `tls`, `process`: how the above is done.
+- `chunks`: bytes in verified, resumable chunks, for both ends of uploads and downloads.
+- `handlers`, `rpcs`, `streams`, `status`, `validation`, `reflection`, `tls`, `process`: how the above is done.
 
 A servicer's method::
 

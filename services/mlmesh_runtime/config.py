@@ -184,6 +184,7 @@ class Settings:
     def from_environment(cls, environ: Mapping[str, str], *, service: str) -> Settings:
         """Read and check every variable. Raises ConfigError that names the first wrong one."""
         read = _Reader(environ)
+        tls = read.tls()
         return cls(
             service=read.text("OTEL_SERVICE_NAME") or service,
             listen=read.address("MLMESH_LISTEN"),
@@ -191,8 +192,8 @@ class Settings:
             data_dir=Path(read.text("MLMESH_DATA_DIR")),
             log_level=read.choice("MLMESH_LOG_LEVEL", {"debug", "info", "warning", "error"}),
             log_format=read.choice("MLMESH_LOG_FORMAT", {"json", "text"}),
-            identity_source=read.choice("MLMESH_IDENTITY_SOURCE", {"xfcc", "tls", "none"}),
-            tls=read.tls(),
+            identity_source=read.identity_source(tls),
+            tls=tls,
             drain_s=read.seconds("MLMESH_DRAIN_S"),
             grace_s=read.seconds("MLMESH_GRACE_S"),
             outbound_host=read.text("MLMESH_OUTBOUND_HOST"),
@@ -280,6 +281,15 @@ class _Reader:
             raise ConfigError(f"{missing[0]}: mutual TLS needs all of {', '.join(names)}; it is empty")
         cert, key, ca = (Path(self.text(name)) for name in names)
         return TlsFiles(cert=cert, key=key, ca=ca, reload_s=self.seconds("MLMESH_TLS_RELOAD_S"))
+
+    def identity_source(self, tls: TlsFiles | None) -> str:
+        value = self.choice("MLMESH_IDENTITY_SOURCE", {"xfcc", "tls", "none"})
+        if value == "tls" and tls is None:
+            raise ConfigError("MLMESH_IDENTITY_SOURCE: tls needs MLMESH_TLS_CERT, _KEY and _CA; they are empty")
+        if value == "xfcc" and tls is not None:
+            # Clients that reach the port themselves would write the header themselves.
+            raise ConfigError("MLMESH_IDENTITY_SOURCE: expected tls or none where MLMESH_TLS_CERT is set; got 'xfcc'")
+        return value
 
     def _number(self, name: str, parse: Callable[[str], T]) -> T:
         try:

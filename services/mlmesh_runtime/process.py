@@ -64,8 +64,8 @@ async def _until_signal(main: Callable[[Settings], Awaitable[None]], settings: S
 class Signals:
     """SIGTERM and SIGINT of this process, from its first moment to its last.
 
-    The first one asks to stop: whoever waits for `asked`, or else, while the process is starting, `interrupt` is called.
-    The second one asks to hurry.
+    The first one asks to stop: whoever waits for `asked`, or else, while the process starts, `interrupt` is called. The
+    second one asks to hurry.
     """
 
     current: ClassVar[Signals | None] = None

@@ -18,11 +18,12 @@ from mlmesh_runtime import health as health_protocol
 from mlmesh_runtime import telemetry
 from mlmesh_runtime.channel import keepalive_options
 from mlmesh_runtime.config import ConfigError, Settings, split_address
-from mlmesh_runtime.handlers import Gate, Meters, Method, Wrapper
+from mlmesh_runtime.handlers import Wrapper
 from mlmesh_runtime.health import HealthServicer, HealthStatuses
 from mlmesh_runtime.limits import Limits
 from mlmesh_runtime.process import Signals, run
 from mlmesh_runtime.reflection import DescriptorIndex, Protocol, ReflectionServicer
+from mlmesh_runtime.rpcs import Gate, Meters, Method
 from mlmesh_runtime.tls import RotatingCredentials
 
 __all__ = ["Server", "Service", "run"]

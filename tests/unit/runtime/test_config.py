@@ -27,7 +27,7 @@ def test_everything_is_read() -> None:
         MLMESH_METRICS_LISTEN="[::1]:9090",
         MLMESH_DATA_DIR="/var/lib/x",
         MLMESH_LOG_LEVEL="DEBUG",
-        MLMESH_IDENTITY_SOURCE="xfcc",
+        MLMESH_IDENTITY_SOURCE="tls",
         MLMESH_TLS_CERT="c",
         MLMESH_TLS_KEY="k",
         MLMESH_TLS_CA="a",
@@ -61,6 +61,7 @@ def test_everything_is_read() -> None:
         ("MLMESH_LOG_LEVEL", "loud"),
         ("MLMESH_LOG_FORMAT", "xml"),
         ("MLMESH_IDENTITY_SOURCE", "header"),
+        ("MLMESH_IDENTITY_SOURCE", "tls"),
         ("MLMESH_DRAIN_S", "-1"),
         ("MLMESH_DRAIN_S", "nan"),
         ("MLMESH_GRACE_S", "inf"),
@@ -78,6 +79,12 @@ def test_a_wrong_variable_is_named_with_what_came(name: str, value: str) -> None
         read(**{name: value})
     assert str(caught.value).startswith(("MLMESH_TLS_KEY" if name == "MLMESH_TLS_CERT" else name) + ":")
     assert "expected" in str(caught.value) or "needs" in str(caught.value)
+
+
+def test_the_header_is_not_believed_where_clients_connect_themselves() -> None:
+    files = {"MLMESH_TLS_CERT": "c", "MLMESH_TLS_KEY": "k", "MLMESH_TLS_CA": "a"}
+    with pytest.raises(ConfigError, match="MLMESH_IDENTITY_SOURCE: expected tls or none"):
+        read(MLMESH_IDENTITY_SOURCE="xfcc", **files)
 
 
 def test_every_variable_read_is_in_the_table() -> None:

@@ -1,6 +1,8 @@
 """Who calls: the last word of x-forwarded-client-cert, or the one URI SAN."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from mlmesh_runtime.calls import CURRENT, Call
 from mlmesh_runtime.errors import Unauthenticated
 from mlmesh_runtime.identity import current_identity, tls_uris, xfcc_uris
@@ -32,6 +34,18 @@ OPERATOR = "spiffe://cluster.local/ns/mlmesh/sa/operator"
 )
 def test_only_the_last_element_counts(header: str, uris: list[str]) -> None:
     assert xfcc_uris(header) == uris
+
+
+PIECES = ["URI=spiffe://cluster.local/ns/mlmesh/sa/operator", "x=", '"', ";", ",", "\\", 'Subject="', " "]
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=8).map("".join))
+def test_no_header_of_the_peers_own_makes_it_somebody_else(peers: str) -> None:
+    """The sidecar appends its element to whatever the peer sent, unclosed quotes and stray escapes included."""
+    for own in (f'By=b;Hash=00;Subject="";URI={REGISTRY}', f'By=b;Subject="O=x,CN=\\"y\\"";URI={REGISTRY}'):
+        uris = xfcc_uris(f"{peers},{own}")
+        # Right, unknown, or refused as ambiguous; never one other identity.
+        assert uris == [] or REGISTRY in uris
 
 
 class Context:

@@ -1,0 +1,134 @@
+"""Messages on their way in and out: decoded and checked, encoded and counted, and bounded in idleness."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+
+from mlmesh_runtime.errors import InvalidInput, TimedOut
+from mlmesh_runtime.rpcs import Method, Rpc
+
+_EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]
+
+
+def decode(method: Method, raw: bytes) -> Any:
+    try:
+        message = method.decode(raw)
+    except Exception as error:
+        # The decoder's own text may quote what was sent.
+        raise InvalidInput(
+            f"the request of {method.name} is not a valid message ({len(raw)} bytes)", reason="MALFORMED_MESSAGE"
+        ) from error
+    if method.check is not None:
+        method.check(message)
+    return message
+
+
+async def pump(rpc: Rpc, result: Any) -> None:
+    """Send what a servicer's method yields; or let it write by itself."""
+    if not hasattr(result, "__aiter__"):
+        if inspect.isawaitable(result):
+            await result
+        return
+    write, encode, sent = rpc.call.context.write, rpc.method.encode, rpc.method.meters.sent
+    try:
+        async for message in result:
+            await write(encode(message))
+            sent()
+            rpc.touched = time.monotonic()
+    finally:
+        if (aclose := getattr(result, "aclose", None)) is not None:
+            await aclose()
+
+
+class Requests:
+    """The request stream as a servicer sees it: decoded, checked, counted, bounded in idleness."""
+
+    __slots__ = ("_next", "_raw", "_rpc")
+
+    def __init__(self, rpc: Rpc, raw: AsyncIterator[bytes]) -> None:
+        self._rpc, self._raw = rpc, raw
+        self._next: Callable[[], Awaitable[bytes]] | None = None
+
+    def __aiter__(self) -> Requests:
+        return self
+
+    async def __anext__(self) -> Any:
+        if self._next is None:  # gRPC's generator complains when it is made and never run
+            self._next = self._raw.__aiter__().__anext__
+        return await _receive(self._rpc, self._next)
+
+
+async def _receive(rpc: Rpc, read: Callable[[], Awaitable[Any]]) -> Any:
+    rpc.reader = asyncio.current_task()
+    try:
+        raw = await read()
+    except asyncio.CancelledError:
+        reader = rpc.reader
+        if rpc.ended is not None and reader is not None and reader.cancelling():
+            reader.uncancel()
+            raise rpc.ended from None
+        raise
+    finally:
+        rpc.reader = None
+    if raw is _EOF:
+        return raw
+    rpc.touched = time.monotonic()
+    rpc.method.meters.received()
+    return decode(rpc.method, raw)
+
+
+class StreamContext:
+    """gRPC's context, with `read` and `write` that decode and encode; the rest is gRPC's own."""
+
+    __slots__ = ("_context", "_rpc")
+
+    def __init__(self, rpc: Rpc) -> None:
+        self._rpc = rpc
+        self._context = rpc.call.context
+
+    async def read(self) -> Any:
+        """The next request, or grpc.aio.EOF."""
+        return await _receive(self._rpc, self._context.read)
+
+    async def write(self, message: Any) -> None:
+        """Send one response; waits while the reader is behind."""
+        await self._context.write(self._rpc.method.encode(message))
+        self._rpc.method.meters.sent()
+        self._rpc.touched = time.monotonic()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+
+class IdleWatch:
+    """Ends the stream when its handler waits for a request and nothing moved for `idle_s`.
+
+    One timer a stream looks now and then; nothing is armed and disarmed for every message.
+    """
+
+    def __init__(self, rpc: Rpc, idle_s: float) -> None:
+        self._rpc, self._idle_s = rpc, idle_s
+        self._loop = asyncio.get_running_loop()
+
+    def __enter__(self) -> None:
+        self._timer = self._loop.call_later(self._idle_s, self._look)
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+
+    def _look(self) -> None:
+        rpc, quiet_s = self._rpc, time.monotonic() - self._rpc.touched
+        if rpc.reader is not None and quiet_s >= self._idle_s:
+            if rpc.ended is None:
+                rpc.ended = TimedOut(f"nothing moved on the stream for {self._idle_s:g} s", reason="STREAM_IDLE")
+                rpc.reader.cancel()
+            return
+        # While the handler is busy elsewhere the silence is its own.
+        left_s = self._idle_s - quiet_s if rpc.reader is not None else self._idle_s
+        self._timer = self._loop.call_later(left_s, self._look)
