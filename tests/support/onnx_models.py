@@ -101,10 +101,10 @@ def fixed(width: int = 4) -> bytes:
 def wrong_shape() -> bytes:
     """Says y[N,4] and gives one row, whatever came in: a model that lies about its batch dimension."""
     return _model(
-        [helper.make_node("ReduceSum", ["x", "axes"], ["y"], keepdims=1)],
+        [helper.make_node("Compress", ["x", "first"], ["y"], axis=0)],
         {"x": (TensorProto.FLOAT, ["batch", 4])},
         {"y": (TensorProto.FLOAT, ["rows", 4])},
-        [numpy_helper.from_array(np.array([0], np.int64), "axes")],
+        [numpy_helper.from_array(np.array([True]), "first")],
     )
 
 
