@@ -4,7 +4,7 @@ What it writes, all ignored by git and carried by the wheel and the sdist:
 
 - ``protos/mlmesh/**``: messages, gRPC stubs and their types, plus ``mlmesh/descriptor_set.binpb`` (with source info and
   imports) for grpcurl and buf.
-- ``protos/open_inference/**``: the same, in a descriptor pool of its own: the protocol's symbols (package ``inference``)
+- ``protos/open_inference/**``: the same, in a descriptor pool of its own: its symbols (package ``inference``)
   are also registered by ``tritonclient`` and others, and one pool takes a symbol once.
 - ``protos/buf/validate``: the module that ``protovalidate`` (1.x) expects its user to generate; its descriptor is read
   out of the protovalidate 2.x wheel.
