@@ -20,6 +20,7 @@ from mlmesh_training.trainer.fit import Fit
 from mlmesh_training.trainer.reporter import PermanentError, Reporter
 
 EVALUATION_FILE = "evaluation.json"
+LABELS_FILE = "labels.txt"
 MODEL_FILE = "model.onnx"
 
 
@@ -68,6 +69,7 @@ def train(folder: Path, reporter: Reporter, *, threads: int) -> None:
         files=(
             exported.file,
             export.write_file(folder / EVALUATION_FILE, text, media_type="application/json"),
+            export.write_file(folder / LABELS_FILE, "\n".join(loaded.labels).encode(), media_type="text/plain"),
         ),
         inputs=exported.inputs,
         outputs=exported.outputs,

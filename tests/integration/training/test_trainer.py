@@ -276,7 +276,7 @@ def test_a_missing_data_package_is_said(monkeypatch: pytest.MonkeyPatch) -> None
 def test_evaluations_are_kept_with_the_version(undisturbed: tuple[Path, Listener]) -> None:
     folder, listener = undisturbed
     model = read_result(folder)
-    assert [file.path for file in model.files] == ["model.onnx", "evaluation.json"]
+    assert [file.path for file in model.files] == ["model.onnx", "evaluation.json", "labels.txt"]
     stored = documents.read_evaluation(json.loads((folder / "evaluation.json").read_bytes()))
     assert stored == model.evaluation
     measured = listener.of(Evaluation)[0]
