@@ -15,11 +15,6 @@ from tests.support import wheel
 SERVES_S = 60.0
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return wheel.build(tmp_path_factory.mktemp("wheel"))
-
-
 def _listening(process: subprocess.Popen[str]) -> str:
     """The address that the process says it listens on; fails with what it said when it ends before."""
     said = []

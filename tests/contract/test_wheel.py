@@ -71,11 +71,6 @@ async def infer(channel: grpc.aio.Channel, data: bytes) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return wheel.build(tmp_path_factory.mktemp("wheel"))
-
-
-@pytest.fixture(scope="module")
 def archive(built: Path) -> Iterator[zipfile.ZipFile]:
     with zipfile.ZipFile(built) as opened:
         yield opened
