@@ -69,7 +69,8 @@ def _log_to(path: Path, level: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
-    for name in ("grpc", "asyncio"):
+    # Each check of a request is pages of their debug logs.
+    for name in ("grpc", "asyncio", "celpy", "protovalidate"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 

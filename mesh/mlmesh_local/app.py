@@ -21,7 +21,7 @@ from mlmesh_runtime.config import Settings
 from mlmesh_runtime.errors import AlreadyExists
 from mlmesh_runtime.executors import BoundedExecutor
 from mlmesh_runtime.server import Server, Service
-from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc
 
 from mlmesh_local import addresses
 from mlmesh_local.certificates import Certificates
@@ -50,7 +50,7 @@ from mlmesh_local.xds import AdsServer
 logger = logging.getLogger(__name__)
 
 Token = Callable[[str], str]
-ADS_BYTES_MAX = 16 * 1024 * 1024
+PEER_BYTES_MAX = 16 * 1024 * 1024
 READY_CHECK_S = 0.1
 TELL_S = 2.0
 
@@ -199,25 +199,30 @@ async def _control_plane(block: addresses.Block, token: Token) -> AsyncIterator[
         return hmac.compare_digest(metadata.get(TOKEN_HEADER, ""), token(node_id))
 
     ads = AdsServer(authorize=authorize)
-    server = grpc.aio.server(options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", ADS_BYTES_MAX)])
-    ads.attach(server)
-    server.add_insecure_port(block.ads)
+    async with _plain_server(block.ads, ads.attach):
+        yield ads
+
+
+def _collector(
+    block: addresses.Block, traces: TraceStore, executor: BoundedExecutor
+) -> contextlib.AbstractAsyncContextManager[None]:
+    servicer = TraceServicer(traces, executor)
+    return _plain_server(
+        block.otlp, lambda server: trace_service_pb2_grpc.add_TraceServiceServicer_to_server(servicer, server)
+    )
+
+
+@contextlib.asynccontextmanager
+async def _plain_server(address: str, attach: Callable[[grpc.aio.Server], None]) -> AsyncIterator[None]:
+    """A server for Envoy's own protocols: no deadlines, no health, no reflection."""
+    server = grpc.aio.server(options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", PEER_BYTES_MAX)])
+    attach(server)
+    server.add_insecure_port(address)
     await server.start()
     try:
-        yield ads
+        yield
     finally:
         await server.stop(0)
-
-
-def _collector(block: addresses.Block, traces: TraceStore, executor: BoundedExecutor) -> Server:
-    service = Service(
-        add=trace_service_pb2_grpc.add_TraceServiceServicer_to_server,
-        servicer=TraceServicer(traces, executor),
-        descriptor=trace_service_pb2.DESCRIPTOR.services_by_name["TraceService"],
-        validate=False,
-        deadline_exempt={"Export"},
-    )
-    return Server(Settings(service="traces", listen=block.otlp, grace_s=0.5), [service])
 
 
 def _control(mesh: Mesh, state: StateDir) -> Server:

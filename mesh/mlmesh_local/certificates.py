@@ -17,6 +17,7 @@ from mlmesh_local.model import (
     TrustSecret,
 )
 from mlmesh_local.pki import Authority, Certificate, Clock
+from mlmesh_local.translate import credential_secret
 
 logger = logging.getLogger(__name__)
 
@@ -110,8 +111,8 @@ class Certificates:
         roots = TrustSecret(roots=self.authority.bundle_pem.encode())
         secrets: dict[str, Secret] = {WORKLOAD_SECRET: _secret(held.leaf), TRUST_SECRET: roots}
         for name, certificate in held.servers.items():
-            secrets[name] = _secret(certificate)
-            secrets[f"{name}-cacert"] = roots
+            secrets[credential_secret(name)] = _secret(certificate)
+            secrets[f"{credential_secret(name)}-cacert"] = roots
         self._held[proxy.id] = held
         self._sink.set_secrets(proxy.id, secrets)
 

@@ -20,7 +20,7 @@ from mlmesh_local.resources.model import Deployment, Gateway
 from mlmesh_local.resources.parse import Document, load_resources
 from mlmesh_local.resources.resource_set import Change, ResourceSet
 from mlmesh_local.snapshot import Snapshot, build_snapshots
-from mlmesh_local.translate.view import service_endpoints
+from mlmesh_local.translate import service_endpoints
 from mlmesh_local.workloads import Workload, workload_of
 from mlmesh_local.xds import AdsServer, ConfigurationRejectedError
 

@@ -163,7 +163,7 @@ def _progress(entry: Mapping[str, Any], failures_max: int) -> Progress:
         return Progress(message=entry["message"])
     if entry["failures"] >= failures_max:
         log = Path(entry["log"])
-        text = f"{entry['instance']} does not start: {entry['reason']}; its log is {log}"
+        text = f"{entry['instance']} does not start: {entry['exit']}; its log is {log}"
         raise StartFailed(text, reason="INSTANCE_FAILED", log=str(log), log_tail=tail(log))
     text = f"{entry['instance']}: {entry['state']}"
     if entry["reason"]:

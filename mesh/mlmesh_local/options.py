@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 GATEWAY_ADDRESS = "127.0.0.1:8443"
+NOTHING = Path("none")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +32,7 @@ class Options:
         words += ["--log-level", self.log_level, "--startup-fd", str(self.startup_fd)]
         for path in self.manifests:
             words += ["--manifests", str(path)]
-        for path in self.istio:
+        for path in self.istio or (NOTHING,):
             words += ["--istio", str(path)]
         return words
 
@@ -44,7 +45,7 @@ def parse(arguments: Sequence[str]) -> Options:
     default = Options()
     parser.add_argument("--state-dir", type=Path, default=default.state_dir, help="folder for sockets, logs and data")
     parser.add_argument("--manifests", type=Path, action="append", help="Kubernetes YAML: a file or a folder")
-    parser.add_argument("--istio", type=Path, action="append", help="Istio YAML: a file or a folder")
+    parser.add_argument("--istio", type=Path, action="append", help="Istio YAML: a file or a folder, or none")
     parser.add_argument(
         "--gateway-address",
         default=default.gateway_address,
@@ -56,7 +57,7 @@ def parse(arguments: Sequence[str]) -> Options:
     return Options(
         state_dir=found.state_dir,
         manifests=tuple(found.manifests or default.manifests),
-        istio=tuple(found.istio or default.istio),
+        istio=tuple(path for path in found.istio or default.istio if path != NOTHING),
         gateway_address=found.gateway_address,
         log_level=found.log_level,
         startup_fd=found.startup_fd,

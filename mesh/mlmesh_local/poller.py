@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 POLL_S = 1.0
 # Who asks more often than this gets the last figures: each look costs every Envoy about a millisecond.
-FRESH_S = 0.2
+FRESH_S = 0.05
 
 
 class StatsPoller:

@@ -38,7 +38,8 @@ class HealthProbe:
         try:
             answer = await self._stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=timeout_s)
         except grpc.aio.AioRpcError as error:
-            return f"{error.code().name}: {error.details()}"
+            # gRPC's text tells every attempt; the last words say why, such as "Connection refused".
+            return f"{error.code().name}: {(error.details() or '').rpartition(': ')[2]}"
         if answer.status == health_pb2.HealthCheckResponse.SERVING:
             return ""
         return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))

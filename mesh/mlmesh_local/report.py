@@ -28,7 +28,9 @@ class Report:
             return
         self._told[instance.name] = now
         failures = max(instance.application.failures, instance.sidecar.failures)
-        failed_log = instance.plan.log if instance.application.failures else instance.plan.sidecar_log
+        application = instance.application.failures > 0
+        failed_log = instance.plan.log if application else instance.plan.sidecar_log
+        slot = instance.application if application else instance.sidecar
         self._write(
             {
                 "event": "instance",
@@ -36,6 +38,7 @@ class Report:
                 "state": instance.state.value,
                 "reason": instance.reason,
                 "failures": failures,
+                "exit": f"{'application' if application else 'sidecar'}: {slot.last_exit}",
                 "log": str(failed_log),
             },
             f"{instance.name}: {instance.state.value}{f' ({instance.reason})' if instance.reason else ''}",

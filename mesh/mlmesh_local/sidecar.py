@@ -18,6 +18,7 @@ from mlmesh_local.model import ADS_CLUSTER
 TOKEN_HEADER = "x-mlmesh-token"  # noqa: S105  (a name)
 # Istio's drainDuration: how long listeners that changed or go away keep their connections.
 DRAIN_S = 45
+CONNECTIONS_MAX = 10_000
 ADMIN_ANSWER_BYTES_MAX = 64 * 1024 * 1024
 
 
@@ -77,13 +78,24 @@ def bootstrap(plan: SidecarPlan) -> dict[str, Any]:
             "lds_config": {"ads": {}, "resource_api_version": "V3", "initial_fetch_timeout": "0s"},
         },
         "static_resources": {"clusters": [_control_plane(plan)]},
+        # Bounds a peer that opens connections without end; file descriptors run out far later.
+        "overload_manager": {
+            "resource_monitors": [
+                {
+                    "name": "envoy.resource_monitors.global_downstream_max_connections",
+                    "typed_config": {
+                        "@type": "type.googleapis.com/envoy.extensions.resource_monitors.downstream_connections.v3."
+                        "DownstreamConnectionsConfig",
+                        "max_active_downstream_connections": CONNECTIONS_MAX,
+                    },
+                }
+            ]
+        },
         "layered_runtime": {
             "layers": [
                 {
                     "name": "static",
                     "static_layer": {
-                        # Bounds a peer that opens connections without end; file descriptors run out far later.
-                        "overload.global_downstream_max_connections": 10000,
                         # Spans show up while a person looks for them; the default is 5 s.
                         "tracing.opentelemetry.flush_interval_ms": 500,
                     },
@@ -128,24 +140,39 @@ async def admin(host: str, request: str, *, method: str = "GET", timeout_s: floa
 async def _request(host: str, request: str, method: str) -> bytes:
     reader, writer = await asyncio.open_connection(host, ADMIN_PORT)
     try:
-        # HTTP/1.0: the answer comes unchunked and ends with the connection.
-        writer.write(f"{method} {request} HTTP/1.0\r\nHost: {host}\r\nContent-Length: 0\r\n\r\n".encode())
+        head = f"{method} {request} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+        writer.write(head.encode())
         await writer.drain()
-        status = await reader.readline()
-        while (await reader.readline()).strip():
-            pass
-        parts: list[bytes] = []
-        size = 0
-        while part := await reader.read(1 << 16):
-            parts.append(part)
-            size += len(part)
-            if size > ADMIN_ANSWER_BYTES_MAX:
-                raise ValueError("the answer is too large")
+        status = (await reader.readline()).split()
+        chunked = False
+        while line := (await reader.readline()).strip().lower():
+            chunked = chunked or line == b"transfer-encoding: chunked"
+        body = await (_chunks(reader) if chunked else _rest(reader))
     finally:
         writer.close()
-    words = status.split()
-    if len(words) < 2 or words[1] != b"200":
-        raise ValueError(f"answered {status.decode(errors='replace').strip()!r}")
+    if len(status) < 2 or status[1] != b"200":
+        raise ValueError(f"answered {b' '.join(status).decode(errors='replace')!r}")
+    return body
+
+
+async def _chunks(reader: asyncio.StreamReader) -> bytes:
+    parts: list[bytes] = []
+    total = 0
+    while size := int((await reader.readline()).split(b";")[0], 16):
+        total += size
+        if total > ADMIN_ANSWER_BYTES_MAX:
+            raise ValueError("the answer is too large")
+        parts.append(await reader.readexactly(size))
+        await reader.readline()
+    return b"".join(parts)
+
+
+async def _rest(reader: asyncio.StreamReader) -> bytes:
+    parts: list[bytes] = []
+    while part := await reader.read(1 << 16):
+        parts.append(part)
+        if len(parts) * (1 << 16) > ADMIN_ANSWER_BYTES_MAX:
+            raise ValueError("the answer is too large")
     return b"".join(parts)
 
 

@@ -68,7 +68,7 @@ class Slot:
                 delay_s = self._backoff.next_delay_s(ran_s)
                 logger.warning(
                     "process ended, will start again",
-                    extra={"process": self.name, "exit": self.last_exit, "delay_s": delay_s, "restarts": self.restarts},
+                    extra={"child": self.name, "exit": self.last_exit, "delay_s": delay_s, "restarts": self.restarts},
                 )
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(delay_s):
@@ -94,7 +94,7 @@ class Slot:
             self.last_exit = f"could not be started: {error}"
             self._changed()
             return 0.0
-        logger.info("process started", extra={"process": self.name, "child_pid": child.pid})
+        logger.info("process started", extra={"child": self.name, "child_pid": child.pid})
         self._changed()
         try:
             async with asyncio.TaskGroup() as group:
@@ -117,7 +117,7 @@ class Slot:
             await self._session(child)
         except Exception:
             # A probe that breaks must not end what it watches.
-            logger.exception("probing failed", extra={"process": self.name})
+            logger.exception("probing failed", extra={"child": self.name})
 
 
 def describe_exit(code: int) -> str:

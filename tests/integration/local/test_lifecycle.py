@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,10 +23,10 @@ from mlmesh_runtime.errors import AlreadyExists, WrongState
 from tests.integration.local.conftest import HERE, RunningMesh, start
 
 
-def wait_until_nothing_is_left(state: StateDir, timeout_s: float = 10.0) -> None:
+def wait_until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
     deadline = time.monotonic() + timeout_s
-    while left := process.leftovers(state.path):
-        assert time.monotonic() < deadline, [item.cmdline() for item in left]
+    while not condition():
+        assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
@@ -33,11 +34,10 @@ def test_kill_9_of_the_supervisor_leaves_nothing_and_the_next_start_keeps_data(s
     running = RunningMesh(small, start(small))
     pid = running.state.running_pid()
     first = asyncio.run(running.status())
-    children = {item.pid for item in process.leftovers(running.state.path)}
     # The shell, its child, the sidecar and the guardian.
-    assert len(children) >= 4
+    wait_until(lambda: len(process.leftovers(running.state.path)) == 4)
     os.kill(pid, signal.SIGKILL)
-    wait_until_nothing_is_left(running.state)
+    wait_until(lambda: not process.leftovers(running.state.path))
     assert running.state.running_pid() == 0
     starts = running.state.path / "data" / "toolbox-0" / "starts"
     assert starts.read_text() == "started\n"
@@ -46,7 +46,7 @@ def test_kill_9_of_the_supervisor_leaves_nothing_and_the_next_start_keeps_data(s
     again = RunningMesh(small, start(small))
     second = asyncio.run(again.status())
     assert second.supervisor_pid != first.supervisor_pid
-    assert starts.read_text() == "started\nstarted\n"
+    wait_until(lambda: starts.read_text() == "started\nstarted\n")
     assert (running.state.authority / "root.pem").read_text() == root
     assert second.instances[0].address == first.instances[0].address
 
@@ -67,10 +67,7 @@ def test_sigterm_drains_and_ends_well(small: Options) -> None:
     running = RunningMesh(small, start(small))
     supervisor = psutil.Process(running.state.running_pid())
     supervisor.terminate()
-    deadline = time.monotonic() + 15
-    while running.state.running_pid():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: not running.state.running_pid())
     assert process.leftovers(running.state.path) == []
     last = running.state.supervisor_log.read_text().splitlines()[-1]
     assert '"event": "ended"' in last
@@ -78,7 +75,8 @@ def test_sigterm_drains_and_ends_well(small: Options) -> None:
 
 def test_a_workload_that_does_not_start_is_told_with_its_log(small: Options, tmp_path: Path) -> None:
     broken = tmp_path / "broken.yaml"
-    broken.write_text((HERE / "small.yaml").read_text().replace("sleep infinity & wait", "echo no disk >&2; exit 3"))
+    text = (HERE / "small.yaml").read_text().replace("sleep infinity & wait", "echo no disk >&2; exit 3")
+    broken.write_text(text.replace("command:", "readinessProbe: {grpc: {port: 9000}}\n          command:"))
     with pytest.raises(StartFailed, match=r"toolbox-0 does not start: application: exit code 3") as failed:
         start(replace(small, manifests=(broken,)))
     assert failed.value.log_tail.endswith("no disk")

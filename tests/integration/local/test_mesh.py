@@ -6,6 +6,7 @@ import asyncio
 import os
 import re
 import signal
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ async def test_status_tells_everything(mesh: RunningMesh) -> None:
         assert psutil.Process(item.sidecar_pid).name() == "envoy"
         assert item.acked_version == status.config_version
         assert re.fullmatch(r"[0-9a-f]+", item.certificate_serial)
-        assert 0 < item.certificate_expire_time.ToSeconds() - status.start_time.ToSeconds() <= 86400
+        assert 0 < item.certificate_expire_time.ToSeconds() - time.time() <= 86400
         assert item.address.startswith("127.")
         assert item.admin_address.endswith(":15000")
         assert item.namespace == "mlmesh"
@@ -282,7 +283,7 @@ async def test_a_killed_sidecar_comes_back_with_its_counts(mesh: RunningMesh) ->
     await mesh.until(back)
     async with mesh.echo() as stub:
         await answer(stub)
-    assert requests(await mesh.status()) > counted > 0
+    await mesh.until(lambda status: requests(status) > counted > 0)
 
 
 async def test_the_status_is_watched(mesh: RunningMesh) -> None:
