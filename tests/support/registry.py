@@ -14,6 +14,11 @@ def chunk(data: bytes, offset: int = 0) -> Chunk:
     return Chunk(offset, data, crc32c(data))
 
 
+def some_bytes(seed: object, size: int) -> bytes:
+    """Bytes that do not compress, the same for the same seed."""
+    return hashlib.shake_256(repr(seed).encode()).digest(size)
+
+
 def sha256(data: bytes) -> str:
     """Hex SHA-256."""
     return hashlib.sha256(data).hexdigest()

@@ -245,9 +245,13 @@ async def test_a_flipped_bit_is_noticed_before_the_last_chunk(registry: Registry
     damaged[bit // 8] ^= 1 << bit % 8
     _blob_path(tmp_path, DATA).write_bytes(damaged)
     parts: list[bytes] = []
-    with pytest.raises(Corrupt) as noticed:
+
+    async def download() -> None:
         async for part, _ in registry.artifacts.read(sha256(DATA), offset=0, limit_bytes=0):
             parts.append(part.data)
+
+    with pytest.raises(Corrupt) as noticed:
+        await download()
     assert noticed.value.reason == "BLOB_CORRUPT"
     assert len(b"".join(parts)) < len(DATA)
 
