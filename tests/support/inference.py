@@ -18,9 +18,10 @@ from mlmesh_inference.engines.onnx import OnnxKind
 from mlmesh_inference.statistics import Statistics
 from mlmesh_inference.tensors import DATATYPES, Array, Signature, TensorSpec
 from mlmesh_runtime.errors import NotFound
+from mlmesh_runtime.health import HealthStatuses
 from mlmesh_runtime.server import Server
 
-from tests.support.server import serving
+from tests.support.server import settings
 
 WAIT_S = 10.0
 """Longest a test waits for a thread; long, because it only matters when the test fails."""
@@ -134,19 +135,27 @@ def install(catalog: Catalog, *models: ReadyModel) -> None:
 
 @contextlib.asynccontextmanager
 async def inference_server(
-    *models: ReadyModel, catalog: Catalog | None = None, **settings: Any
+    *models: ReadyModel, catalog: Catalog | None = None, health: HealthStatuses | None = None, **changes: Any
 ) -> AsyncIterator[Server]:
-    """A server in this process that answers for the models given."""
+    """A server in this process that answers for the models given; `changes` are fields of its `Settings`."""
     catalog = catalog or Catalog()
     install(catalog, *models)
     going_away = asyncio.Event()
-    async with serving(*services(catalog, NoRepository(), [OnnxKind()], going_away), **settings) as server:
+    offered = services(catalog, NoRepository(), [OnnxKind()], going_away)
+    async with Server(settings(**changes), offered, health=health) as server:
         server.on_drain(going_away.set)
         try:
             yield server
         finally:
             for model in models:
                 model.batcher.abort()
+
+
+async def eventually(condition: Callable[[], bool]) -> None:
+    """Wait for what another party does and nothing announces, such as a message that arrives."""
+    async with asyncio.timeout(WAIT_S):
+        while not condition():
+            await asyncio.sleep(0.001)
 
 
 def rows(*values: float, width: int = 4) -> Array:

@@ -67,6 +67,11 @@ class MemoryRegistry:
             self._generation += 1
             self._changed.notify_all()
 
+    async def watched(self, times: int) -> None:
+        """Wait until a watch was asked for this often."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: len(self.watched_from) >= times)
+
     async def _add(self, event: Event) -> None:
         async with self._changed:
             self.events.append(event)
@@ -74,7 +79,9 @@ class MemoryRegistry:
 
     async def watch(self, from_revision: int) -> AsyncGenerator[Event]:
         """See follow.Source; events of the present state are the whole log here."""
-        self.watched_from.append(from_revision)
+        async with self._changed:
+            self.watched_from.append(from_revision)
+            self._changed.notify_all()
         if self.down:
             raise NotReady("connection refused")
         if 0 < from_revision < self.kept_from:
@@ -89,7 +96,8 @@ class MemoryRegistry:
                 bookmarked = True
                 yield Bookmark(revision=self.revision)
             async with self._changed:
-                await self._changed.wait_for(lambda: len(self.events) > place or generation != self._generation)
+                while len(self.events) <= place and generation == self._generation:
+                    await self._changed.wait()
             if generation != self._generation:
                 raise NotReady("the connection was cut")
 

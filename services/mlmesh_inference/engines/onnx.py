@@ -77,52 +77,57 @@ class OnnxEngine:
             text = str(error).replace(str(model), model.name)
             raise EngineError(f"ONNX Runtime cannot load it: {text}") from error
         self.concurrency = options.concurrency
-        self._ort = ort
-        tensors = (*self.signature.inputs, *self.signature.outputs)
-        self._brain_floats = any(spec.datatype is _BF16 for spec in tensors)
-        self._strings = frozenset(spec.name for spec in self.signature.inputs if spec.datatype is _BYTES)
-        self._string_outputs = frozenset(spec.name for spec in self.signature.outputs if spec.datatype is _BYTES)
+        self._value = ort.OrtValue
+        self._inputs = {spec.name: spec.datatype for spec in self.signature.inputs}
+        self._outputs = {spec.name: spec.datatype for spec in self.signature.outputs}
+        if _BYTES in self._inputs.values() and _BF16 in self._outputs.values():
+            raise EngineError("ONNX Runtime takes no BYTES from Python in a run that gives BF16")
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
         """See Engine.run. Strings are UTF-8 in ONNX: other bytes are refused."""
         try:
-            feed = {name: _text(array) if name in self._strings else array for name, array in inputs.items()}
-            if self._brain_floats:
+            feed = {name: self._fed(name, array) for name, array in inputs.items()}
+            kinds = [self._outputs[name] for name in outputs]
+            if _BF16 in kinds:
                 return self._run_values(feed, outputs)
             results: list[Array] = self._session.run(outputs, feed)
+            if _BYTES in kinds:
+                return [_plain(array) for array in results]
         except Exception as error:
             raise EngineError(f"ONNX Runtime: {error}") from error
-        if self._string_outputs:
-            return [
-                _bytes(array) if name in self._string_outputs else array
-                for name, array in zip(outputs, results, strict=True)
-            ]
         return results
 
-    def _run_values(self, feed: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
-        """Run with OrtValues, which know BF16 as numpy does not."""
-        value = self._ort.OrtValue
-        kinds = {spec.name: spec.datatype for spec in self.signature.inputs}
+    def _fed(self, name: str, array: Array) -> Any:
+        """What ONNX Runtime takes: the array itself, but for the two datatypes that numpy has not got."""
+        kind = self._inputs[name]
+        if kind is _BYTES:
+            return object_array([element.decode() for element in array.ravel()], array.shape)
+        if kind is _BF16:
+            return self._value.ortvalue_from_numpy_with_onnx_type(np.ascontiguousarray(array), _ONNX_BFLOAT16)
+        return array
+
+    def _run_values(self, feed: Mapping[str, Any], outputs: Sequence[str]) -> list[Array]:
+        """Run with OrtValues, the only way to get BF16 out."""
         values = {
-            name: value.ortvalue_from_numpy_with_onnx_type(np.ascontiguousarray(array), _ONNX_BFLOAT16)
-            if kinds[name] is _BF16
-            else value.ortvalue_from_numpy(array)
-            for name, array in feed.items()
+            name: self._value.ortvalue_from_numpy(value) if isinstance(value, np.ndarray) else value
+            for name, value in feed.items()
         }
         results = self._session.run_with_ort_values(list(outputs), values)
         return [
-            _brain_floats(result) if result.element_type() == _ONNX_BFLOAT16 else self._plain(result)
+            _brain_floats(result) if result.element_type() == _ONNX_BFLOAT16 else _plain(result.numpy())
             for result in results
         ]
-
-    @staticmethod
-    def _plain(result: Any) -> Array:
-        array: Array = result.numpy()
-        return _bytes(array) if array.dtype.hasobject else array
 
     def close(self) -> None:
         """Drop the session; its memory goes with it."""
         del self._session
+
+
+def _plain(array: Array) -> Array:
+    """Strings as bytes, everything else as it is."""
+    if not array.dtype.hasobject:
+        return array
+    return object_array([element.encode() for element in array.ravel()], array.shape)
 
 
 def _spec(node: Any) -> TensorSpec:
@@ -131,14 +136,6 @@ def _spec(node: Any) -> TensorSpec:
         raise EngineError(f"'{node.name}' is a {node.type}, which cannot be served")
     shape = tuple(dim if isinstance(dim, int) and dim >= 0 else -1 for dim in node.shape)
     return TensorSpec(name=node.name, datatype=DATATYPES[name], shape=shape)
-
-
-def _text(array: Array) -> Array:
-    return object_array([element.decode() for element in array.ravel()], array.shape)
-
-
-def _bytes(array: Array) -> Array:
-    return object_array([element.encode() for element in array.ravel()], array.shape)
 
 
 def _brain_floats(result: Any) -> Array:

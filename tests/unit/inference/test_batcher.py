@@ -1,4 +1,4 @@
-"""The batcher on a real thread with an engine that the test steps: batches, blame, cancellation, deadlines, draining."""
+"""The batcher with an engine that the test steps: batches, blame, cancellation, deadlines, draining."""
 
 from __future__ import annotations
 

@@ -53,7 +53,9 @@ def test_selectors_are_read(text: str, expected: tuple[Selector, ...]) -> None:
     assert parse_selectors(text) == expected
 
 
-@pytest.mark.parametrize("text", ["Mnist", "*/3", "mnist/0", "mnist/x", "mnist@", "@stable", "a b", "mnist@Stable", "../x"])
+@pytest.mark.parametrize(
+    "text", ["Mnist", "*/3", "mnist/0", "mnist/x", "mnist@", "@stable", "a b", "mnist@Stable", "../x"]
+)
 def test_wrong_selectors_are_named(text: str) -> None:
     with pytest.raises(ValueError, match="is none of") as caught:
         parse_selectors(f"ok@stable,{text}")

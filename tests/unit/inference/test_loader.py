@@ -1,4 +1,4 @@
-"""The loader with a registry in memory and real ONNX Runtime: load before unload, failures, cache, restarts, by hand."""
+"""The loader with a registry in memory and real ONNX Runtime: swaps, failures, cache, restarts, by hand."""
 
 from __future__ import annotations
 
@@ -288,8 +288,7 @@ async def test_without_registry_and_cache_the_start_is_not_over(tmp_path: Path) 
     source.down = True
     async with loader(source, tmp_path) as it:
         async with asyncio.timeout(5):
-            while len(source.watched_from) < 20:
-                await asyncio.sleep(0.001)
+            await source.watched(20)
         assert not it.synced
         source.down = False
         await it.until(lambda: it.synced)
