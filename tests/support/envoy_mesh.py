@@ -13,7 +13,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from urllib.request import urlopen
 
 import grpc
 from mlmesh_local.addresses import ADMIN_PORT, claim
+from mlmesh_local.envoy_types import CLUSTER, build
 from mlmesh_local.model import CertificateSecret, ProxyNode, Secret, TrustSecret, World
 from mlmesh_local.resources import Deployment, Document, ResourceSet, load_resources
 from mlmesh_local.sidecar import TOKEN_HEADER, SidecarPlan, bootstrap, command, find_envoy
@@ -97,7 +98,7 @@ class EnvoyMesh:
     def __init__(self, resources: ResourceSet, folder: Path) -> None:
         self.resources = resources
         self.authority = Authority("mesh root")
-        self.ads = AdsServer(authorize=lambda node, metadata: metadata.get(TOKEN_HEADER) == f"token of {node}")
+        self.ads = AdsServer()
         self.backends: dict[str, Backend] = {}
         self.not_ready: set[str] = set()
         self.otlp_address = ""
@@ -116,7 +117,6 @@ class EnvoyMesh:
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(mesh._claim.close)
             await mesh._serve(stack)
-            mesh.push()
             async with asyncio.TaskGroup() as group:
                 for proxy in mesh.proxies:
                     group.create_task(mesh.ads.wait_connected(proxy.id, timeout_s=ready_s))
@@ -204,17 +204,26 @@ class EnvoyMesh:
                 found[answer.text if answer.code is grpc.StatusCode.OK else answer.code.name] += 1
         return found
 
-    async def direct(self, instance: str, leaf: Leaf | None, *, ca: bytes | None = None, port: int = 9000) -> Answer:
-        """A call past all client sidecars, to an instance's inbound listener; plaintext without a leaf."""
+    async def direct(
+        self,
+        instance: str,
+        leaf: Leaf | None,
+        *,
+        port: int = 9000,
+        host: str = "",
+        metadata: Mapping[str, str] | None = None,
+    ) -> Answer:
+        """A call past all client sidecars, to a proxy's listener in the mesh; plaintext without a leaf."""
         target = f"{self.proxy(instance).pod_address}:{port}"
+        options = [("grpc.default_authority", host)] if host else []
         if leaf is None:
-            channel = grpc.aio.insecure_channel(target)
+            channel = grpc.aio.insecure_channel(target, options=options)
         else:
-            credentials = grpc.ssl_channel_credentials(ca or self.authority.pem, leaf.key, leaf.cert)
-            options = (("grpc.ssl_target_name_override", "server.test"),)
+            credentials = grpc.ssl_channel_credentials(self.authority.pem, leaf.key, leaf.cert)
+            options.append(("grpc.ssl_target_name_override", "server.test"))
             channel = grpc.aio.secure_channel(target, credentials, options=options)
         async with channel:
-            return await unary(channel, b"", None, 3.0)
+            return await unary(channel, b"", metadata, 3.0)
 
     def proxy(self, instance: str) -> ProxyNode:
         return next(proxy for proxy in self.proxies if proxy.id == instance)
@@ -232,9 +241,40 @@ class EnvoyMesh:
         """Envoy's own view of its configuration."""
         return json.loads(await self._ask(instance, f"/config_dump{types}"))
 
-    def kill_control_plane_stream(self, instance: str) -> None:
-        """Forget a node as if the control plane had restarted."""
-        self.ads.forget(instance)
+    @property
+    def control_plane(self) -> str:
+        """ "host:port" of the control plane."""
+        return self._claim.block.ads
+
+    def first_request(self, node_id: str) -> bytes:
+        """What an Envoy of that name would ask first."""
+        request = {"node": {"id": node_id}, "type_url": CLUSTER}
+        return build("envoy.service.discovery.v3.DeltaDiscoveryRequest", request).SerializeToString()
+
+    def secrets_of(self, account: str) -> dict[str, Secret]:
+        """Secrets as a workload of this ServiceAccount has them."""
+        leaf = self.authority.leaf(spiffe(account))
+        own = CertificateSecret(certificate_chain=leaf.cert, private_key=leaf.key)
+        return {"default": own, "ROOTCA": TrustSecret(roots=self.authority.pem)}
+
+    async def secrets_taken(self, instance: str) -> None:
+        """Wait until an Envoy has acknowledged its secrets."""
+        await self.ads.wait_connected(instance, timeout_s=5)
+
+    async def start_control_plane(self) -> None:
+        """Serve ADS, with a state as new, at the address that Envoys know."""
+        self.ads = AdsServer(authorize=lambda node, metadata: metadata.get(TOKEN_HEADER) == f"token of {node}")
+        for proxy in self.proxies:
+            self.ads.set_secrets(proxy.id, self._secrets(proxy))
+        self.push()
+        self._server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
+        self.ads.attach(self._server)
+        self._server.add_insecure_port(self._claim.block.ads)
+        await self._server.start()
+
+    async def stop_control_plane(self) -> None:
+        """End it at once; Envoys go on with what they have."""
+        await self._server.stop(None)
 
     # Inside
 
@@ -269,26 +309,20 @@ class EnvoyMesh:
         return await asyncio.to_thread(get)
 
     def _secrets(self, proxy: ProxyNode) -> dict[str, Secret]:
-        leaf = self.authority.leaf(spiffe(proxy.service_account, proxy.namespace))
-        own = CertificateSecret(certificate_chain=leaf.cert, private_key=leaf.key)
-        secrets: dict[str, Secret] = {"default": own, "ROOTCA": TrustSecret(roots=self.authority.pem)}
+        secrets = self.secrets_of(proxy.service_account)
         if proxy.kind == "gateway":
-            secrets["kubernetes://ingress-cert"] = own
-            secrets["kubernetes://ingress-cert-cacert"] = TrustSecret(roots=self.authority.pem)
+            secrets["kubernetes://ingress-cert"] = secrets["default"]
+            secrets["kubernetes://ingress-cert-cacert"] = secrets["ROOTCA"]
         return secrets
 
     async def _serve(self, stack: contextlib.AsyncExitStack) -> None:
-        server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
-        self.ads.attach(server)
-        server.add_insecure_port(self._claim.block.ads)
-        await server.start()
-        stack.push_async_callback(server.stop, None)
+        await self.start_control_plane()
+        stack.push_async_callback(self.stop_control_plane)
         stack.push_async_callback(self._close_channels)
         for proxy in self.proxies:
             if proxy.kind == "sidecar":
                 backend = self.backends[proxy.id] = Backend(proxy.id)
                 stack.push_async_callback((await backend.serve(f"{proxy.application_address}:9000")).stop, None)
-            self.ads.set_secrets(proxy.id, self._secrets(proxy))
             await self._start_envoy(proxy, stack)
 
     async def _start_envoy(self, proxy: ProxyNode, stack: contextlib.AsyncExitStack) -> None:
@@ -338,23 +372,34 @@ async def unary(
 
 
 class Outcomes:
-    """Codes of calls under way in the background."""
+    """Codes of calls that several callers make in the background without pause."""
 
-    def __init__(self) -> None:
-        self._codes: list[grpc.StatusCode] = []
+    def __init__(self, callers: int) -> None:
+        self._codes: list[tuple[float, grpc.StatusCode]] = []
+        self._ended = [0] * callers
         self._more = asyncio.Event()
 
-    def add(self, code: grpc.StatusCode) -> None:
-        self._codes.append(code)
+    def add(self, caller: int, began: float, code: grpc.StatusCode) -> None:
+        self._codes.append((began, code))
+        self._ended[caller] += 1
         self._more.set()
 
-    def codes(self) -> set[grpc.StatusCode]:
-        return set(self._codes)
+    def codes(self, *, since: float = 0.0) -> set[grpc.StatusCode]:
+        """Codes of calls that began since a time of `time.perf_counter`."""
+        return {code for began, code in self._codes if began >= since}
 
     async def more(self, count: int) -> None:
         """Wait for so many more calls."""
         target = len(self._codes) + count
-        while len(self._codes) < target:
+        await self._until(lambda: len(self._codes) >= target)
+
+    async def settled(self) -> None:
+        """Wait until every call that is under way now has ended."""
+        before = list(self._ended)
+        await self._until(lambda: all(now > then for now, then in zip(self._ended, before, strict=True)))
+
+    async def _until(self, holds: Callable[[], bool]) -> None:
+        while not holds():
             self._more.clear()
             await self._more.wait()
 
@@ -362,16 +407,17 @@ class Outcomes:
 @contextlib.asynccontextmanager
 async def under_load(mesh: EnvoyMesh, *, callers: int = 4, client: str = "client-0") -> AsyncIterator[Outcomes]:
     """Calls without pause by several callers while the block runs."""
-    outcomes = Outcomes()
+    outcomes = Outcomes(callers)
     stop = asyncio.Event()
 
-    async def call() -> None:
+    async def call(caller: int) -> None:
         while not stop.is_set():
-            outcomes.add((await mesh.call(client)).code)
+            began = time.perf_counter()
+            outcomes.add(caller, began, (await mesh.call(client)).code)
 
     async with asyncio.TaskGroup() as group:
-        for _ in range(callers):
-            group.create_task(call())
+        for caller in range(callers):
+            group.create_task(call(caller))
         try:
             yield outcomes
         finally:

@@ -1,0 +1,173 @@
+"""What sidecars do about servers that fail: retries, ejection, bounds. And about a control plane that goes away."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import grpc
+import pytest
+import pytest_asyncio
+
+from tests.support.envoy_mesh import STRICT, EnvoyMesh, deployment, service
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+WORKLOADS = (
+    deployment("client", "client", "client")
+    + service("client")
+    + deployment("server", "server", "server", replicas=3)
+    + service("server")
+)
+
+
+def rule(policy: str) -> str:
+    return f"""
+apiVersion: networking.istio.io/v1
+kind: DestinationRule
+metadata: {{name: server}}
+spec:
+  host: server
+  trafficPolicy: {policy}
+---
+"""
+
+
+def retries(text: str) -> str:
+    return f"""
+apiVersion: networking.istio.io/v1
+kind: VirtualService
+metadata: {{name: server}}
+spec:
+  hosts: [server]
+  http: [{{retries: {text}, route: [{{destination: {{host: server}}}}]}}]
+---
+"""
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def running(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[EnvoyMesh]:
+    async with EnvoyMesh.start(tmp_path_factory.mktemp("mesh"), WORKLOADS, STRICT) as mesh:
+        yield mesh
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def mesh(running: EnvoyMesh) -> EnvoyMesh:
+    await running.reset(STRICT)
+    return running
+
+
+async def test_default_retries_hide_a_failing_replica(mesh: EnvoyMesh) -> None:
+    mesh.backends["server-0"].fail = grpc.StatusCode.UNAVAILABLE
+    found = await mesh.spread(150)
+    assert set(found) == {"server-1", "server-2"}
+    assert mesh.backends["server-0"].calls > 20  # it was tried, and another answered
+
+
+async def test_two_retries_are_the_default(mesh: EnvoyMesh) -> None:
+    for backend in mesh.backends.values():
+        backend.fail = grpc.StatusCode.UNAVAILABLE
+    assert (await mesh.call()).code is grpc.StatusCode.UNAVAILABLE
+    assert mesh.calls() == 3
+
+
+@pytest.mark.parametrize("code", [grpc.StatusCode.INTERNAL, grpc.StatusCode.RESOURCE_EXHAUSTED])
+async def test_other_codes_are_not_retried(mesh: EnvoyMesh, code: grpc.StatusCode) -> None:
+    for backend in mesh.backends.values():
+        backend.fail = code
+    assert (await mesh.call()).code is code
+    assert mesh.calls() == 1
+
+
+async def test_what_is_retried_can_be_said(mesh: EnvoyMesh) -> None:
+    for backend in mesh.backends.values():
+        backend.fail = grpc.StatusCode.RESOURCE_EXHAUSTED
+    await mesh.apply(retries("{attempts: 4, retryOn: resource-exhausted, backoff: 1ms}"))
+    assert (await mesh.call()).code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert mesh.calls() == 5
+
+
+async def test_no_attempts_means_no_retries(mesh: EnvoyMesh) -> None:
+    for backend in mesh.backends.values():
+        backend.fail = grpc.StatusCode.UNAVAILABLE
+    await mesh.apply(retries("{attempts: 0}"))
+    assert (await mesh.call()).code is grpc.StatusCode.UNAVAILABLE
+    assert mesh.calls() == 1
+
+
+async def test_each_try_has_its_own_timeout(mesh: EnvoyMesh) -> None:
+    for backend in mesh.backends.values():
+        backend.delay_s = 5.0
+    await mesh.apply(retries("{attempts: 2, perTryTimeout: 100ms, retryOn: 'gateway-error,reset'}"))
+    answer = await mesh.call()
+    assert answer.code is grpc.StatusCode.UNAVAILABLE
+    assert 0.3 <= answer.seconds < 2
+    assert mesh.calls() == 3
+
+
+async def test_a_failing_endpoint_is_ejected_and_comes_back(mesh: EnvoyMesh) -> None:
+    await mesh.apply(
+        rule(
+            "{outlierDetection: {consecutive5xxErrors: 3, interval: 200ms, baseEjectionTime: 1s, maxEjectionPercent: 50}}"
+        ),
+        retries("{attempts: 0}"),
+    )
+    broken = mesh.backends["server-1"]
+    broken.fail = grpc.StatusCode.UNAVAILABLE
+    codes = [(await mesh.call()).code for _ in range(60)]
+    assert codes.count(grpc.StatusCode.UNAVAILABLE) == 3
+    broken.fail, tried = None, broken.calls
+    assert "UNAVAILABLE" not in await mesh.spread(40)
+    assert broken.calls == tried
+    async with asyncio.timeout(10):
+        while broken.calls == tried:
+            await mesh.spread(5)
+            await asyncio.sleep(0.05)
+
+
+async def test_requests_beyond_the_bound_fail_at_once(mesh: EnvoyMesh) -> None:
+    await mesh.apply(rule("{connectionPool: {http: {http2MaxRequests: 2}}}"), retries("{attempts: 0}"))
+    for backend in mesh.backends.values():
+        backend.delay_s = 0.5
+    answers = await asyncio.gather(*(mesh.call() for _ in range(8)))
+    codes = [answer.code for answer in answers]
+    assert codes.count(grpc.StatusCode.OK) == 2
+    assert codes.count(grpc.StatusCode.UNAVAILABLE) == 6
+    assert all(a.seconds < 0.4 for a in answers if a.code is grpc.StatusCode.UNAVAILABLE)
+
+
+async def test_a_hash_of_a_header_sticks_to_one_endpoint(mesh: EnvoyMesh) -> None:
+    await mesh.apply(rule("{loadBalancer: {consistentHash: {httpHeaderName: x-user}}}"))
+    chosen = {}
+    for user in map(str, range(12)):
+        found = await mesh.spread(5, metadata={"x-user": user})
+        assert len(found) == 1
+        chosen[user] = next(iter(found))
+    assert len(set(chosen.values())) > 1
+
+
+async def test_an_endpoint_that_is_not_ready_gets_nothing(mesh: EnvoyMesh) -> None:
+    mesh.not_ready.add("server-2")
+    await mesh.ads.wait_acked(mesh.push(), timeout_s=5)
+    assert set(await mesh.spread(60)) == {"server-0", "server-1"}
+    mesh.not_ready.update({"server-0", "server-1"})
+    await mesh.ads.wait_acked(mesh.push(), timeout_s=5)
+    assert (await mesh.call()).code is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_traffic_goes_on_without_a_control_plane(mesh: EnvoyMesh) -> None:
+    await mesh.apply(retries("{attempts: 1}"))
+    await mesh.stop_control_plane()
+    assert set(await mesh.spread(60)) == {"server-0", "server-1", "server-2"}
+    listeners = await mesh.configuration("client-0", "?resource=dynamic_listeners")
+    await mesh.start_control_plane()
+    async with asyncio.TaskGroup() as group:
+        for proxy in mesh.proxies:
+            group.create_task(mesh.ads.wait_connected(proxy.id, timeout_s=20))
+    # What Envoy already has is not sent again: nothing drains.
+    assert await mesh.configuration("client-0", "?resource=dynamic_listeners") == listeners
+    for backend in mesh.backends.values():
+        backend.calls, backend.fail = 0, grpc.StatusCode.UNAVAILABLE
+    await mesh.apply(retries("{attempts: 0}"))
+    assert (await mesh.call()).code is grpc.StatusCode.UNAVAILABLE
+    assert mesh.calls() == 1

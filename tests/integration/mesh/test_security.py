@@ -1,0 +1,243 @@
+"""Who is let in: identities, mutual TLS, permissions, and gateways. A refused call never reaches a handler."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+
+import grpc
+import pytest
+import pytest_asyncio
+
+from tests.support.envoy_mesh import CHAT, STRICT, EnvoyMesh, deployment, service, under_load
+from tests.support.pki import Authority, Leaf, spiffe
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+GATEWAY_POD = """
+apiVersion: apps/v1
+kind: Deployment
+metadata: {name: gateway}
+spec:
+  selector: {matchLabels: {istio: gateway}}
+  template:
+    metadata:
+      labels: {istio: gateway}
+      annotations: {inject.istio.io/templates: gateway}
+    spec:
+      containers: [{name: istio-proxy, image: auto, ports: [{name: tls-grpc, containerPort: 8443}]}]
+---
+"""
+WORKLOADS = (
+    deployment("client", "client", "client")
+    + service("client")
+    + deployment("other", "other", "other")
+    + service("other")
+    + deployment("server", "server", "server")
+    + service("server")
+    + GATEWAY_POD
+)
+GATEWAY = """
+apiVersion: networking.istio.io/v1
+kind: Gateway
+metadata: {name: way-in}
+spec:
+  selector: {istio: gateway}
+  servers:
+    - port: {number: 8443, name: tls-grpc, protocol: HTTPS}
+      tls: {mode: MUTUAL, credentialName: ingress-cert}
+      hosts: [server.mlmesh.svc.cluster.local]
+---
+apiVersion: networking.istio.io/v1
+kind: VirtualService
+metadata: {name: way-in}
+spec:
+  hosts: [server]
+  gateways: [way-in]
+  http: [{route: [{destination: {host: server, port: {number: 9000}}}]}]
+---
+"""
+BASE = STRICT + GATEWAY
+
+
+def policy(name: str, body: str) -> str:
+    return f"""
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {{name: {name}}}
+spec: {body}
+---
+"""
+
+
+def allow(account: str, operation: str = "") -> str:
+    to = f", to: [{{operation: {operation}}}]" if operation else ""
+    source = f"from: [{{source: {{principals: [cluster.local/ns/mlmesh/sa/{account}]}}}}]"
+    return policy("server", f"{{selector: {{matchLabels: {{app: server}}}}, rules: [{{{source}{to}}}]}}")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def running(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[EnvoyMesh]:
+    async with EnvoyMesh.start(tmp_path_factory.mktemp("mesh"), WORKLOADS, BASE) as mesh:
+        yield mesh
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def mesh(running: EnvoyMesh) -> EnvoyMesh:
+    await running.reset(BASE)
+    return running
+
+
+async def test_the_server_learns_who_calls(mesh: EnvoyMesh) -> None:
+    forged = f"URI={spiffe('operator')}"
+    answer = await mesh.call(metadata={"x-forwarded-client-cert": forged})
+    assert answer.code is grpc.StatusCode.OK
+    (received,) = mesh.backends["server-0"].metadata
+    elements = received["x-forwarded-client-cert"].split(",")
+    assert len(elements) == 1  # what the application made up was dropped by its own sidecar
+    assert f"URI={spiffe('client')}" in elements[-1]
+
+
+async def test_a_made_up_identity_is_never_the_last_element(mesh: EnvoyMesh) -> None:
+    """A peer that speaks to the sidecar itself, with a true certificate, cannot speak for another."""
+    leaf = mesh.authority.leaf(spiffe("other"))
+    answer = await mesh.direct("server-0", leaf, metadata={"x-forwarded-client-cert": f"URI={spiffe('operator')}"})
+    assert answer.code is grpc.StatusCode.OK
+    (received,) = mesh.backends["server-0"].metadata
+    assert f"URI={spiffe('other')}" in received["x-forwarded-client-cert"].split(",")[-1]
+
+
+async def test_strict_refuses_whoever_is_not_of_the_mesh(mesh: EnvoyMesh) -> None:
+    authority = mesh.authority
+    stranger = Authority("mesh root")
+    intruders: dict[str, Leaf | None] = {
+        "plaintext": None,
+        "another authority": stranger.leaf(spiffe("client")),
+        "another trust domain of the same authority": authority.leaf("spiffe://evil.local/ns/mlmesh/sa/client"),
+        "a trust domain that begins alike": authority.leaf("spiffe://cluster.local.evil/ns/mlmesh/sa/client"),
+        "no identity": authority.leaf(),
+        "an expired certificate": authority.expired(spiffe("client")),
+    }
+    for name, leaf in intruders.items():
+        answer = await mesh.direct("server-0", leaf)
+        assert answer.code is grpc.StatusCode.UNAVAILABLE, name
+    assert mesh.calls() == 0
+    assert (await mesh.direct("server-0", authority.leaf(spiffe("client")))).text == "server-0"
+
+
+async def test_a_server_of_another_identity_is_not_trusted(mesh: EnvoyMesh) -> None:
+    """A workload that got hold of the address, but not of the identity, gets no call."""
+    proxy = mesh.proxy("server-0")
+    impostor = mesh.secrets_of("other")
+    try:
+        mesh.ads.set_secrets(proxy.id, impostor)
+        await mesh.secrets_taken(proxy.id)
+        async with mesh.channel("other-0") as channel:
+            answer = await mesh.call("other-0", channel=channel)
+        assert answer.code is grpc.StatusCode.UNAVAILABLE
+        assert mesh.calls() == 0
+    finally:
+        mesh.ads.set_secrets(proxy.id, mesh.secrets_of("server"))
+        await mesh.secrets_taken(proxy.id)
+
+
+async def test_permissive_takes_both_and_disable_only_plaintext(mesh: EnvoyMesh) -> None:
+    await mesh.apply(STRICT.replace("STRICT", "PERMISSIVE"))
+    forged = {"x-forwarded-client-cert": f"URI={spiffe('operator')}"}
+    assert (await mesh.direct("server-0", None, metadata=forged)).text == "server-0"
+    assert (await mesh.call()).text == "server-0"
+    plain, mutual = mesh.backends["server-0"].metadata
+    assert "x-forwarded-client-cert" not in plain
+    assert spiffe("client") in mutual["x-forwarded-client-cert"]
+
+    # Clients learn it with their endpoints, and call in plaintext.
+    await mesh.apply(STRICT.replace("STRICT", "DISABLE"))
+    assert (await mesh.direct("server-0", None)).text == "server-0"
+    assert (await mesh.call()).text == "server-0"
+    assert "x-forwarded-client-cert" not in mesh.backends["server-0"].metadata[-1]
+
+    # Listeners drain as Istio's do: a connection that is open is told to go with its next answer.
+    await mesh.apply(STRICT)
+    await mesh.call()
+    assert (await mesh.call()).text == "server-0"
+    assert spiffe("client") in mesh.backends["server-0"].metadata[-1]["x-forwarded-client-cert"]
+
+
+async def test_permissions_by_identity_and_method(mesh: EnvoyMesh) -> None:
+    await mesh.apply(policy("nobody", "{}"), allow("client", "{paths: [/test.Echo/Unary], methods: [POST]}"))
+    assert (await mesh.call("client-0")).code is grpc.StatusCode.OK
+    refused = await mesh.call("other-0")
+    assert (refused.code, refused.text) == (grpc.StatusCode.PERMISSION_DENIED, "RBAC: access denied")
+    async with mesh.channel("client-0") as channel:
+        stream = channel.stream_stream(CHAT)(timeout=5)
+        assert await stream.code() is grpc.StatusCode.PERMISSION_DENIED
+    assert mesh.calls() == 1
+
+
+async def test_denials_win_over_allowances(mesh: EnvoyMesh) -> None:
+    deny = "{action: DENY, rules: [{when: [{key: 'request.headers[x-evil]', values: ['yes*']}]}]}"
+    await mesh.apply(policy("deny", deny), allow("client"))
+    assert (await mesh.call()).code is grpc.StatusCode.OK
+    assert (await mesh.call(metadata={"x-evil": "no"})).code is grpc.StatusCode.OK
+    assert (await mesh.call(metadata={"x-evil": "yes, sir"})).code is grpc.StatusCode.PERMISSION_DENIED
+
+
+async def test_a_denial_acts_on_open_connections_and_lets_nothing_through(mesh: EnvoyMesh) -> None:
+    await mesh.apply(allow("client"))
+    listeners = await mesh.configuration("server-0", "?resource=dynamic_listeners")
+    for _ in range(3):
+        async with under_load(mesh) as outcomes:
+            await outcomes.more(20)
+            await mesh.apply(allow("other"))
+            acknowledged = time.perf_counter()
+            await outcomes.settled()
+            handled = mesh.calls()
+            await outcomes.more(40)
+            assert outcomes.codes(since=acknowledged) == {grpc.StatusCode.PERMISSION_DENIED}
+            assert mesh.calls() == handled
+            await mesh.apply(allow("client"))
+            await outcomes.more(20)
+        assert outcomes.codes() == {grpc.StatusCode.OK, grpc.StatusCode.PERMISSION_DENIED}
+    assert (await mesh.call()).code is grpc.StatusCode.OK
+    assert await mesh.configuration("server-0", "?resource=dynamic_listeners") == listeners
+
+
+async def test_the_gateway_demands_a_certificate_and_says_who_called(mesh: EnvoyMesh) -> None:
+    leaf = mesh.authority.leaf(spiffe("operator"))
+    host = "server.mlmesh.svc.cluster.local"
+    forged = {"x-forwarded-client-cert": f"URI={spiffe('training')}"}
+    answer = await mesh.direct("gateway-0", leaf, port=8443, host=host, metadata=forged)
+    assert answer.text == "server-0"
+    (received,) = mesh.backends["server-0"].metadata
+    elements = received["x-forwarded-client-cert"].split(",")
+    assert spiffe("default") in elements[-1]  # the gateway's own identity is who calls the server
+    assert spiffe("operator") in elements[0]
+    assert spiffe("training") not in received["x-forwarded-client-cert"]
+
+    for intruder in (None, Authority().leaf(spiffe("operator"))):
+        refused = await mesh.direct("gateway-0", intruder, port=8443, host=host)
+        assert refused.code is grpc.StatusCode.UNAVAILABLE
+    elsewhere = await mesh.direct("gateway-0", leaf, port=8443, host="client.mlmesh.svc.cluster.local")
+    assert elsewhere.code is grpc.StatusCode.UNIMPLEMENTED
+    assert "no VirtualService of this gateway" in elsewhere.text
+
+
+async def test_policies_apply_to_the_gateway_too(mesh: EnvoyMesh) -> None:
+    only = "{selector: {matchLabels: {istio: gateway}}, rules: [{from: [{source: {namespaces: [mlmesh], notPrincipals: ['*/sa/other']}}]}]}"
+    await mesh.apply(policy("gateway", only))
+    host = "server.mlmesh.svc.cluster.local"
+    allowed = await mesh.direct("gateway-0", mesh.authority.leaf(spiffe("operator")), port=8443, host=host)
+    assert allowed.code is grpc.StatusCode.OK
+    for uri in (spiffe("other"), spiffe("operator", "elsewhere")):
+        refused = await mesh.direct("gateway-0", mesh.authority.leaf(uri), port=8443, host=host)
+        assert refused.code is grpc.StatusCode.PERMISSION_DENIED
+
+
+async def test_a_node_without_its_token_gets_no_configuration(mesh: EnvoyMesh) -> None:
+    async with grpc.aio.insecure_channel(mesh.control_plane) as channel:
+        call = channel.stream_stream("/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources")(
+            metadata=(("x-mlmesh-token", "made up"),), timeout=5
+        )
+        await call.write(mesh.first_request("server-0"))
+        assert await call.code() is grpc.StatusCode.PERMISSION_DENIED
+    assert (await mesh.call()).code is grpc.StatusCode.OK
