@@ -208,7 +208,8 @@ def _collector(
 ) -> contextlib.AbstractAsyncContextManager[None]:
     servicer = TraceServicer(traces, executor)
     return _plain_server(
-        block.otlp, lambda server: trace_service_pb2_grpc.add_TraceServiceServicer_to_server(servicer, server)
+        block.otlp,
+        lambda server: trace_service_pb2_grpc.add_TraceServiceServicer_to_server(servicer, server),  # type: ignore[no-untyped-call]
     )
 
 
