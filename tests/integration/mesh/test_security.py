@@ -223,7 +223,8 @@ async def test_the_gateway_demands_a_certificate_and_says_who_called(mesh: Envoy
 
 
 async def test_policies_apply_to_the_gateway_too(mesh: EnvoyMesh) -> None:
-    only = "{selector: {matchLabels: {istio: gateway}}, rules: [{from: [{source: {namespaces: [mlmesh], notPrincipals: ['*/sa/other']}}]}]}"
+    source = "{namespaces: [mlmesh], notPrincipals: ['*/sa/other']}"
+    only = f"{{selector: {{matchLabels: {{istio: gateway}}}}, rules: [{{from: [{{source: {source}}}]}}]}}"
     await mesh.apply(policy("gateway", only))
     host = "server.mlmesh.svc.cluster.local"
     allowed = await mesh.direct("gateway-0", mesh.authority.leaf(spiffe("operator")), port=8443, host=host)
