@@ -39,7 +39,7 @@ class Backoff:
     """Waits that double up to a bound, each shortened by chance so that many clients do not come back at once."""
 
     first_s: float = 0.1
-    most_s: float = 15.0
+    most_s: float = 5.0
     random: Callable[[], float] = random.random
     attempt: int = field(default=0)
 

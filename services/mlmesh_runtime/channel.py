@@ -86,6 +86,9 @@ def channel_options(limits: Limits) -> list[tuple[str, Any]]:
         ("grpc.max_send_message_length", limits.message_bytes_max),
         *keepalive_options(limits),
         ("grpc.enable_retries", 0),
+        # A peer that was away for long is found again within seconds; gRPC's own bound is two minutes.
+        ("grpc.initial_reconnect_backoff_ms", 200),
+        ("grpc.max_reconnect_backoff_ms", 5000),
     ]
 
 

@@ -154,7 +154,7 @@ async def inference_server(
 async def eventually(condition: Callable[[], bool]) -> None:
     """Wait for what another party does and nothing announces, such as a message that arrives."""
     async with asyncio.timeout(WAIT_S):
-        while not condition():
+        while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.001)
 
 
