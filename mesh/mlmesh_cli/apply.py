@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import grpc
 from mlmesh.local.v1 import local_pb2 as pb
 
-from mlmesh_cli.errors import CliError, rpc_failure
+from mlmesh_cli.errors import CliError, RpcFailure, rpc_failure
 
 if TYPE_CHECKING:
     from mlmesh.local.v1.local_pb2_grpc import LocalMeshServiceAsyncStub
@@ -41,7 +41,16 @@ async def apply_documents(
         if failure.code != "INVALID_ARGUMENT":
             raise
         raise CliError(
-            "; ".join(failure.violations) or failure.message,
+            _problems(failure),
             "correct it and apply again; nothing was changed, the configuration before stays active",
             reason=failure.reason or failure.code,
         ) from None
+
+
+def _problems(failure: RpcFailure) -> str:
+    """Each problem once: a violation's text names its field already when it says where in which file it stands."""
+    texts = []
+    for violation in failure.violations:
+        field, _, description = violation.partition(": ")
+        texts.append(description if field in description else violation)
+    return "\n       ".join(texts) or failure.message

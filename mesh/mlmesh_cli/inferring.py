@@ -24,6 +24,7 @@ Metadata = tuple[tuple[str, str], ...]
 # Every this-many-th request of a command is traced, beginning with the first.
 _TRACE_EVERY = 100
 STREAM_DEADLINE_S = 3600.0
+_WRITE_AFTER_END = "Internal error from Core"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,13 +187,19 @@ async def infer_stream(
             yield query.request
 
     with request_span("mlmesh infer --stream") as span:
-        async for message in stub.ModelStreamInfer(requests(), metadata=metadata, timeout=STREAM_DEADLINE_S):
-            index = len(answers)
-            took = time.perf_counter() - sent[index]
-            answer = _stream_answer(queries[index], message, took, span.trace_id)
-            answers.append(answer)
-            each(answer)
-            room.release()
+        call = stub.ModelStreamInfer(requests(), metadata=metadata, timeout=STREAM_DEADLINE_S)
+        try:
+            async for message in call:
+                index = len(answers)
+                took = time.perf_counter() - sent[index]
+                answer = _stream_answer(queries[index], message, took, span.trace_id)
+                answers.append(answer)
+                each(answer)
+                room.release()
+        except grpc.aio.AioRpcError as error:
+            # A write that meets a stream already ended with OK fails with this text in place of a status.
+            if error.details() != _WRITE_AFTER_END:
+                raise
     if len(answers) != len(queries):
         problem = f"the stream ended after {len(answers)} of {len(queries)} answers"
         raise CliError(problem, "try again; `mlmesh status` shows what restarted", reason="STREAM_CUT")

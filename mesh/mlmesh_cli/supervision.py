@@ -49,6 +49,9 @@ def options(state_dir: Path, manifests: Sequence[Path], istio: Sequence[Path], g
 def start_error(error: StartFailed) -> CliError:
     """What a person sees of a start that failed."""
     problem = error.message
+    if error.reason in _HINTS:
+        # The launcher's own advice comes after a semicolon; here it is the hint's line.
+        problem = problem.partition("; ")[0]
     if error.log_tail:
         problem += f": {' | '.join(error.log_tail.strip().splitlines()[-3:])[-_LOG_CHARACTERS_MAX:]}"
     hint = _HINTS.get(error.reason) or (f"the whole story is in {error.log}" if error.log else "")

@@ -18,8 +18,9 @@ from mlmesh_cli.options import OutputFormat
 if TYPE_CHECKING:
     from google.protobuf.message import Message
 
-# A pipe has no width: wide enough that no table breaks its cells.
+# A pipe has no width, and rich then takes 80: wide enough that no table breaks its cells. COLUMNS still decides.
 _PIPE_COLUMNS = 160
+_RICH_COLUMNS = 80
 
 JsonValue = Mapping[str, Any] | list[Any]
 
@@ -90,7 +91,7 @@ class Terminal:
 
 def _console(stream: IO[str]) -> Console:
     plain = Console(file=stream, highlight=False, emoji=False)
-    if plain.is_terminal:
+    if plain.is_terminal or plain.width != _RICH_COLUMNS:
         return plain
     return Console(file=stream, highlight=False, emoji=False, width=_PIPE_COLUMNS)
 

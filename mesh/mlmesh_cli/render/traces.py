@@ -15,7 +15,16 @@ from mlmesh_cli.render import text as t
 from mlmesh_cli.render.status import table
 
 _KIND_STYLES = {"client": "cyan", "server": "green", "internal": "magenta", "producer": "yellow", "consumer": "yellow"}
-_TIMELINE_MIN = 20
+_TIMELINE_MIN, _TIMELINE_MAX = 20, 60
+# Attributes worth a word, and the word.
+_NOTES = (
+    ("rpc.grpc.status_code", "grpc"),
+    ("grpc.status_code", "grpc"),
+    ("mlmesh.model_version", "version"),
+    ("mlmesh.batch.rows", "rows"),
+    ("mlmesh.batch.requests", "requests"),
+    ("upstream_cluster.name", "to"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,28 +69,28 @@ def timeline(offset_s: float, duration_s: float, total_s: float, *, width: int, 
     return Text(" " * first) + Text("━" * (last - first), style=style) + Text(" " * (width - last))
 
 
+def short_name(name: str) -> str:
+    """A span's name without the package of its RPC: inference.GRPCInferenceService/X → GRPCInferenceService/X."""
+    service, slash, method = name.partition("/")
+    return f"{service.rsplit('.', 1)[-1]}/{method}" if slash and method != "*" else name
+
+
 def _notes(span: pb.Span) -> str:
-    wanted = (
-        ("rpc.grpc.status_code", "grpc"),
-        ("grpc.status_code", "grpc"),
-        ("mlmesh.model.version", "version"),
-        ("model_version", "version"),
-        ("batch_size", "batch"),
-        ("mlmesh.batch.size", "batch"),
-        ("mlmesh.engine", "engine"),
-        ("upstream_cluster.name", "to"),
-    )
     found: dict[str, str] = {}
-    for attribute, label in wanted:
+    for attribute, label in _NOTES:
         if attribute in span.attributes:
             found.setdefault(label, span.attributes[attribute])
+    if "to" in found:
+        # outbound|9000|v1|host: the subset is what the route decided.
+        parts = found["to"].split("|")
+        found["to"] = (parts[2] or parts[3].split(".")[0]) if len(parts) == 4 else found["to"]
     if span.links:
-        found["links"] = str(len(span.links))
-    return " ".join(f"{label}={value}" for label, value in found.items())
+        found["mates"] = str(len(span.links))
+    return " ".join(f"{label}={value}" for label, value in found.items() if value)
 
 
 class Waterfall:
-    """A trace drawn to the width of the terminal.
+    """A trace drawn to the width of the terminal: the narrower it is, the less stands beside the timeline.
 
     Args:
         spans: the spans of one trace, in any order.
@@ -94,30 +103,40 @@ class Waterfall:
         if not self.rows:
             yield Text("no spans", style="dim")
             return
-        total = max(row.offset_s + row.duration_s for row in self.rows)
-        names = max(len(row.span.name) + 2 * row.depth for row in self.rows)
-        services = max(len(row.span.service) for row in self.rows)
-        notes = max(len(_notes(row.span)) for row in self.rows)
-        room = options.max_width - names - services - 30
-        show_notes = room - notes - 2 >= 2 * _TIMELINE_MIN
-        width = max(min(room - (notes + 2 if show_notes else 0), 60), _TIMELINE_MIN)
-        columns = ["span", "service", "kind", "timeline", ">start", ">took"] + (["notes"] if show_notes else [])
+        sizes = {
+            "span": max(len(short_name(row.span.name)) + 2 * row.depth for row in self.rows),
+            "service": max(len(row.span.service) for row in self.rows),
+            ">start": 8,
+            ">took": 8,
+            "notes": max(len(_notes(row.span)) for row in self.rows),
+        }
+        shown = ["span", ">took"]
+        for column in ("service", ">start", "notes"):
+            with_it = [*shown, column]
+            if sum(sizes[c] + 3 for c in with_it) + _TIMELINE_MIN + 3 <= options.max_width:
+                shown = with_it
+        room = options.max_width - sum(sizes[c] + 3 for c in shown) - 3
+        width = max(min(room, _TIMELINE_MAX), _TIMELINE_MIN)
+        columns = [c for c in ("span", "service", "timeline", ">start", ">took", "notes") if c in {*shown, "timeline"}]
         result = table(*columns)
+        total = max(row.offset_s + row.duration_s for row in self.rows)
         for row in self.rows:
-            style = "red" if row.span.error else _KIND_STYLES.get(row.span.kind, "default")
-            name = Text("  " * row.depth + row.span.name, style="red" if row.span.error else "default", no_wrap=True)
-            cells: list[RenderableType] = [
-                name,
-                Text(row.span.service, no_wrap=True),
-                Text(row.span.kind, style=style),
-                timeline(row.offset_s, row.duration_s, total, width=width, style=style),
-                t.duration(row.offset_s) if row.offset_s else "0",
-                t.duration(row.duration_s),
-            ]
-            if show_notes:
-                cells.append(Text(_notes(row.span), style="dim"))
-            result.add_row(*cells)
+            cells = self._cells(row, total, width)
+            result.add_row(*(cells[column] for column in columns))
         yield result
+
+    @staticmethod
+    def _cells(row: Row, total_s: float, width: int) -> dict[str, RenderableType]:
+        style = "red" if row.span.error else _KIND_STYLES.get(row.span.kind, "default")
+        name = "  " * row.depth + short_name(row.span.name)
+        return {
+            "span": Text(name, style="red" if row.span.error else "default", no_wrap=True),
+            "service": Text(row.span.service, style=style, no_wrap=True),
+            "timeline": timeline(row.offset_s, row.duration_s, total_s, width=width, style=style),
+            ">start": t.duration(row.offset_s) if row.offset_s else "0",
+            ">took": t.duration(row.duration_s),
+            "notes": Text(_notes(row.span), style="dim", no_wrap=True),
+        }
 
 
 def trace_view(trace: pb.GetTraceResponse) -> RenderableType:

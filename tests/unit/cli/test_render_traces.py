@@ -71,7 +71,7 @@ def test_errors_and_links_are_told() -> None:
     text = text_of(view.trace_view(pb.GetTraceResponse(trace_id="cd" * 16, spans=[failed])))
     assert "server: UNAVAILABLE" in text
     assert "grpc=14" in text
-    assert "links=1" in text
+    assert "mates=1" in text
 
 
 def test_the_waterfall_fits_a_narrow_terminal() -> None:

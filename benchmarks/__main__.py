@@ -1,0 +1,41 @@
+"""`python -m benchmarks [NAME] [OPTIONS]`: runs one benchmark, or all with their defaults."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks import paths
+
+RESULTS = Path("benchmarks/results")
+
+
+def runtime_overhead(arguments: list[str]) -> None:
+    """The runtime against a bare gRPC server; prints JSON."""
+    script = Path(__file__).with_name("runtime_overhead.py")
+    done = subprocess.run([sys.executable, str(script), *arguments], check=True, stdout=subprocess.PIPE, text=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / "runtime_overhead.json").write_text(done.stdout)
+    print(done.stdout)
+
+
+BENCHMARKS = {"paths": paths.main, "runtime": runtime_overhead}
+
+
+def main() -> None:
+    """Runs what was named."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    name, *arguments = sys.argv[1:] or ["all"]
+    if name == "all":
+        for run in BENCHMARKS.values():
+            run([])
+    elif name in BENCHMARKS:
+        BENCHMARKS[name](arguments)
+    else:
+        sys.exit(f"usage: python -m benchmarks [{'|'.join(BENCHMARKS)}|all] [OPTIONS]")
+
+
+if __name__ == "__main__":
+    main()
