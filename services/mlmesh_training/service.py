@@ -52,13 +52,19 @@ async def open_training(
                     folder / "jobs",
                     executor=executors["disk"],
                     environ=trainer_environment(settings.environ),
-                    limits=LocalLimits(stop_grace_s=own.stop_s, silence_s_max=own.silence_s, threads=own.threads),
+                    limits=LocalLimits(
+                        stop_grace_s=own.stop_s,
+                        silence_s_max=own.silence_s,
+                        threads=own.threads,
+                        warm=own.warm > 0,
+                    ),
                 )
                 await _sweep(queue, backend)
                 publisher = RegistryPublisher(registry, folder=backend.folder, executor=executors["disk"])
                 limits = RunnerLimits(jobs_max=own.jobs_max, retry_s=own.retry_s, publish_s=own.publish_s)
-                runner = Runner(queue, backend=backend, publisher=publisher, limits=limits)
-                yield Training(queue=queue, runner=runner)
+                async with backend:
+                    runner = Runner(queue, backend=backend, publisher=publisher, limits=limits)
+                    yield Training(queue=queue, runner=runner)
             finally:
                 await run_blocking(executors["ledger"], ledger.close)
 

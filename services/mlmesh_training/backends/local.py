@@ -4,6 +4,9 @@ The process gets a session of its own (so that all it starts can be ended with i
 asks the kernel for that), and holds a lock on the job's folder (so that two never work on one job). It reports JSON
 lines through a pipe; what it prints becomes log lines. The folder keeps what outlives an attempt: checkpoints, and at
 the end `result.json` with the files that it names.
+
+Loading torch takes longer than many a small training. So one process may be kept warm: it has loaded its libraries and
+waits for a task. It is still one process an attempt.
 """
 
 from __future__ import annotations
@@ -11,15 +14,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import shutil
 import signal
-import subprocess
 import sys
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 
 from mlmesh_runtime.chunks import sha256_of
 from mlmesh_runtime.executors import BoundedExecutor, run_blocking
@@ -36,8 +38,8 @@ from mlmesh_training.backends.base import (
     TrainingTask,
     read_report,
 )
-from mlmesh_training.backends.lines import LineSplitter
-from mlmesh_training.jobs import LOG_LINE_BYTES_MAX, LogLine, TrainedModel
+from mlmesh_training.backends.process import TrainerProcess, epitaph, first, lines
+from mlmesh_training.jobs import LOG_LINE_BYTES_MAX, JobPhase, LogLine, TrainedModel
 
 REPORT_BYTES_MAX = 1 << 20
 
@@ -54,15 +56,18 @@ class LocalLimits:
     """Log lines kept of an attempt; the rest is dropped, and a line says so."""
     threads: int = 0
     """Threads that torch may use; 0 lets the trainer take all processors it may run on."""
+    warm: bool = False
+    """Keep one process ready, with its libraries loaded."""
 
 
 class LocalBackend:
-    """Runs attempts as `python -m mlmesh_training.trainer`.
+    """Runs attempts as `python -m mlmesh_training.trainer`. An async context manager: at its end no process is left.
 
     Args:
         folder: one folder a job is made in it.
         executor: threads for the disk.
         environ: the environment that trainers get.
+        command: how a trainer is started; arguments are added.
     """
 
     def __init__(
@@ -72,11 +77,25 @@ class LocalBackend:
         executor: BoundedExecutor,
         environ: Mapping[str, str],
         limits: LocalLimits = LocalLimits(),
+        command: Sequence[str] = (sys.executable, "-m", "mlmesh_training.trainer"),
     ) -> None:
         self._folder = folder.resolve()
         self._executor = executor
         self._environ = dict(environ)
         self._limits = limits
+        self._command = tuple(command)
+        self._warm: TrainerProcess | None = None
+
+    async def __aenter__(self) -> LocalBackend:
+        await self._warm_up()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        warm, self._warm = self._warm, None
+        if warm is not None:
+            await warm.end()
 
     def folder(self, uid: str) -> Path:
         """The folder of one job."""
@@ -91,15 +110,25 @@ class LocalBackend:
             await run_blocking(self._executor, _prepare, folder, task)
         except OSError as error:
             return Died(reason=f"cannot write the task: {error.strerror}")
-        attempt = _Attempt(report=report, limits=self._limits)
-        async with self._process(folder, attempt) as process:
+
+        async def heard(told: Report) -> None:
+            await report(told)
+            if told is JobPhase.EVALUATING:
+                # The fitting is over: there is a processor to spare.
+                await self._warm_up()
+
+        await report(JobPhase.LOADING_DATA)
+        attempt = _Attempt(report=heard, limits=self._limits)
+        async with self._process() as process:
+            process.tell(json.dumps({"folder": str(folder), "threads": self._limits.threads}).encode() + b"\n")
             await attempt.follow(process, stop)
+        await self._warm_up()
         if stop.is_set():
             return Stopped()
         if attempt.died is not None:
             return attempt.died
-        if process.returncode != 0:
-            return Died(reason=_epitaph(process.returncode or 0, attempt.tail))
+        if code := process.process.returncode:
+            return Died(reason=epitaph(code, attempt.tail[-1] if attempt.tail else ""))
         try:
             return Finished(model=await run_blocking(self._executor, read_result, folder))
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -111,42 +140,26 @@ class LocalBackend:
 
     async def kept(self) -> list[str]:
         """The jobs of which something is kept."""
-        names = await run_blocking(self._executor, lambda: sorted(path.name for path in self._folder.glob("*/")))
-        return list(names)
+        return await run_blocking(
+            self._executor, lambda: sorted(path.name for path in self._folder.glob("*/") if path.is_dir())
+        )
+
+    async def _warm_up(self) -> None:
+        """Have a warm process, where that is wanted."""
+        if self._limits.warm and (self._warm is None or not self._warm.alive):
+            with contextlib.suppress(OSError):
+                self._warm = await TrainerProcess.start((*self._command, "--preload"), self._environ)
 
     @contextlib.asynccontextmanager
-    async def _process(self, folder: Path, attempt: _Attempt) -> AsyncIterator[asyncio.subprocess.Process]:
-        """A trainer process with its pipe connected; all of its session is gone at the end."""
-        reading, writing = os.pipe()
-        with os.fdopen(reading, "rb", buffering=0) as pipe:
-            try:
-                process = await asyncio.create_subprocess_exec(
-                    *(sys.executable, "-m", "mlmesh_training.trainer", "--folder", str(folder)),
-                    *(
-                        "--report-fd",
-                        str(writing),
-                        "--parent",
-                        str(os.getpid()),
-                        "--threads",
-                        str(self._limits.threads),
-                    ),
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    pass_fds=(writing,),
-                    start_new_session=True,
-                    env=self._environ,
-                )
-            finally:
-                os.close(writing)
-            try:
-                await attempt.connect(pipe)
-                yield process
-            finally:
-                if process.returncode is None:
-                    _signal_session(process.pid, signal.SIGKILL)
-                await _reaped(process)
-                attempt.disconnect()
+    async def _process(self) -> AsyncIterator[TrainerProcess]:
+        """The warm process, or a new one; all of its session is gone at the end."""
+        process, self._warm = self._warm, None
+        if process is None or not process.alive:
+            process = await TrainerProcess.start(self._command, self._environ)
+        try:
+            yield process
+        finally:
+            await process.end()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -157,55 +170,43 @@ class _Attempt:
     limits: LocalLimits
     died: Died | None = None
     tail: deque[str] = field(default_factory=lambda: deque(maxlen=5))
-    _reports: asyncio.StreamReader = field(default_factory=asyncio.StreamReader)
-    _transport: asyncio.ReadTransport | None = None
     _heard: float = 0.0
 
-    async def connect(self, pipe: object) -> None:
-        """Read reports from this end of the pipe."""
-        loop = asyncio.get_running_loop()
-        protocol = asyncio.StreamReaderProtocol(self._reports)
-        self._transport, _ = await loop.connect_read_pipe(lambda: protocol, pipe)
-        self._heard = loop.time()
-
-    def disconnect(self) -> None:
-        """Close the pipe."""
-        if self._transport is not None:
-            self._transport.close()
-
-    async def follow(self, process: asyncio.subprocess.Process, stop: asyncio.Event) -> None:
+    async def follow(self, process: TrainerProcess, stop: asyncio.Event) -> None:
         """Until the process has ended and everything it said is reported."""
+        self._heard = asyncio.get_running_loop().time()
+        ended = asyncio.Event()
         async with asyncio.TaskGroup() as group:
-            ended = asyncio.Event()
+            group.create_task(self._outlive(process, ended))
             group.create_task(self._end(process, stop, ended))
-            group.create_task(self._listen(process, ended))
-            group.create_task(self._hear_reports())
+            group.create_task(self._hear_reports(process))
             group.create_task(self._hear_prints(process))
 
-    async def _listen(self, process: asyncio.subprocess.Process, ended: asyncio.Event) -> None:
-        await process.wait()
+    async def _outlive(self, process: TrainerProcess, ended: asyncio.Event) -> None:
+        await process.process.wait()
         ended.set()
         # What it started must not keep the pipes open.
-        _signal_session(process.pid, signal.SIGKILL)
+        process.signal(signal.SIGKILL)
 
-    async def _end(self, process: asyncio.subprocess.Process, stop: asyncio.Event, ended: asyncio.Event) -> None:
+    async def _end(self, process: TrainerProcess, stop: asyncio.Event, ended: asyncio.Event) -> None:
         """End the process when it is asked to stop, or hangs."""
         loop = asyncio.get_running_loop()
         while not ended.is_set() and not stop.is_set():
             quiet_until = self._heard + self.limits.silence_s_max
             if loop.time() >= quiet_until:
                 self.died = Died(reason=f"its process was silent for {self.limits.silence_s_max:g} s and was ended")
-                _signal_session(process.pid, signal.SIGKILL)
+                process.signal(signal.SIGKILL)
                 return
-            await _first(ended, stop, timeout_s=quiet_until - loop.time())
+            await first(ended, stop, timeout_s=quiet_until - loop.time())
         if not ended.is_set():
-            _signal_session(process.pid, signal.SIGTERM)
-            await _first(ended, timeout_s=self.limits.stop_grace_s)
+            process.signal(signal.SIGTERM)
+            await first(ended, timeout_s=self.limits.stop_grace_s)
             if not ended.is_set():
-                _signal_session(process.pid, signal.SIGKILL)
+                process.signal(signal.SIGKILL)
 
-    async def _hear_reports(self) -> None:
-        async for line in self._lines(self._reports, REPORT_BYTES_MAX):
+    async def _hear_reports(self, process: TrainerProcess) -> None:
+        async for line in lines(process.reports, line_bytes_max=REPORT_BYTES_MAX):
+            self._heard = asyncio.get_running_loop().time()
             try:
                 report = read_report(line)
             except ValueError as error:
@@ -216,10 +217,10 @@ class _Attempt:
             else:
                 await self.report(report)
 
-    async def _hear_prints(self, process: asyncio.subprocess.Process) -> None:
+    async def _hear_prints(self, process: TrainerProcess) -> None:
         count = 0
-        assert process.stdout is not None  # noqa: S101 - asked for above
-        async for line in self._lines(process.stdout, LOG_LINE_BYTES_MAX):
+        async for line in lines(process.prints, line_bytes_max=LOG_LINE_BYTES_MAX):
+            self._heard = asyncio.get_running_loop().time()
             text = line.decode("utf-8", "replace").rstrip()
             if not text:
                 continue
@@ -229,15 +230,6 @@ class _Attempt:
                 await self.report(LogLine(severity="info", message=text))
             elif count == self.limits.log_lines_max:
                 await self.report(LogLine(severity="warning", message="too many log lines; the rest is dropped"))
-
-    async def _lines(self, reader: asyncio.StreamReader, line_bytes_max: int) -> AsyncIterator[bytes]:
-        splitter = LineSplitter(line_bytes_max)
-        while data := await reader.read(1 << 16):
-            self._heard = asyncio.get_running_loop().time()
-            for line in splitter.feed(data):
-                yield line
-        for line in splitter.end():
-            yield line
 
 
 def read_result(folder: Path) -> TrainedModel:
@@ -262,39 +254,3 @@ def _prepare(folder: Path, task: TrainingTask) -> None:
         "seed": task.seed,
     }
     (folder / TASK_FILE).write_text(documents.dumps(document))
-
-
-def _epitaph(returncode: int, tail: deque[str]) -> str:
-    if returncode < 0:
-        with contextlib.suppress(ValueError):
-            return f"its process was ended by {signal.Signals(-returncode).name}"
-        return f"its process was ended by signal {-returncode}"
-    said = f": {tail[-1]}" if tail else ""
-    return f"its process ended with exit code {returncode}{said}"
-
-
-def _signal_session(pid: int, number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, number)
-
-
-async def _reaped(process: asyncio.subprocess.Process) -> None:
-    """Wait for a killed process, even while being cancelled: it ends at once, and nothing of it may be left."""
-    waiting = asyncio.ensure_future(process.wait())
-    cancelled = False
-    while not waiting.done():
-        try:
-            await asyncio.shield(waiting)
-        except asyncio.CancelledError:
-            cancelled = True
-    if cancelled:
-        raise asyncio.CancelledError
-
-
-async def _first(*events: asyncio.Event, timeout_s: float) -> None:
-    """Wait until one of the events is set, or for so long."""
-    async with asyncio.TaskGroup() as group:
-        waiters = [group.create_task(event.wait()) for event in events]
-        await asyncio.wait(waiters, timeout=max(0.0, timeout_s), return_when=asyncio.FIRST_COMPLETED)
-        for waiter in waiters:
-            waiter.cancel()

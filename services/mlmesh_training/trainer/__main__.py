@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import ctypes
 import fcntl
+import json
 import os
 import signal
 import sys
@@ -13,39 +14,49 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mlmesh_training.backends.base import RESULT_FILE, Died
-from mlmesh_training.jobs import JobPhase
 from mlmesh_training.trainer.reporter import PermanentError, Reporter
 
 _PR_SET_PDEATHSIG = 1
 
 
 def main(argv: Sequence[str]) -> int:
-    """Train the task in --folder. 0: a result is there. 1: it died, and said why."""
+    """Train the task that comes as one JSON line on standard input. 0: a result is there. 1: it died, and said why."""
     parser = argparse.ArgumentParser(prog="python -m mlmesh_training.trainer", description=main.__doc__)
-    parser.add_argument("--folder", type=Path, required=True, help="the job's folder, with task.json")
     parser.add_argument("--report-fd", type=int, required=True, help="open file descriptor for JSON lines")
     parser.add_argument("--parent", type=int, default=0, help="end when this process ends; 0: do not")
-    parser.add_argument("--threads", type=int, default=0, help="threads of torch; 0: all processors")
+    parser.add_argument("--preload", action="store_true", help="load torch before the task comes")
     arguments = parser.parse_args(argv)
     if arguments.parent and not die_with(arguments.parent):
         return 1
     os.set_inheritable(arguments.report_fd, False)
-    with os.fdopen(arguments.report_fd, "wb", buffering=0) as pipe, locked(arguments.folder):
-        reporter = Reporter(pipe)
-        # A result that is there was written whole: the service ended before it could take it.
-        if (arguments.folder / RESULT_FILE).exists():
-            return 0
-        reporter.send(JobPhase.LOADING_DATA)
-        try:
-            from mlmesh_training.trainer.run import train  # noqa: PLC0415 - torch takes seconds to import
+    if arguments.preload:
+        from mlmesh_training.trainer import run  # noqa: PLC0415 - as below
 
-            train(arguments.folder, reporter, threads=arguments.threads)
-        except PermanentError as error:
-            reporter.send(Died(reason=str(error), permanent=True))
-            return 1
-        except OSError as error:
-            reporter.send(Died(reason=f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"))
-            return 1
+        run.preload()
+    line = sys.stdin.buffer.readline()
+    if not line:
+        # The service went away while it kept this process in reserve.
+        return 0
+    task = json.loads(line)
+    with os.fdopen(arguments.report_fd, "wb", buffering=0) as pipe, locked(Path(task["folder"])):
+        return work(Path(task["folder"]), Reporter(pipe), threads=int(task["threads"]))
+
+
+def work(folder: Path, reporter: Reporter, *, threads: int) -> int:
+    """Train the task in the folder, unless its result is there; the process's exit code."""
+    if (folder / RESULT_FILE).exists():
+        # It was written whole: the service ended before it could take it.
+        return 0
+    try:
+        from mlmesh_training.trainer.run import train  # noqa: PLC0415 - torch takes seconds to import
+
+        train(folder, reporter, threads=threads)
+    except PermanentError as error:
+        reporter.send(Died(reason=str(error), permanent=True))
+        return 1
+    except OSError as error:
+        reporter.send(Died(reason=f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"))
+        return 1
     return 0
 
 

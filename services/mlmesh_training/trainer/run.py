@@ -24,6 +24,12 @@ LABELS_FILE = "labels.txt"
 MODEL_FILE = "model.onnx"
 
 
+def preload() -> None:
+    """Load all that a training needs, before there is one."""
+    torch.use_deterministic_algorithms(True)
+    export.preload()
+
+
 def train(folder: Path, reporter: Reporter, *, threads: int) -> None:
     """Train the task in the folder, from its last whole checkpoint, and leave result.json.
 
