@@ -71,6 +71,7 @@ class Device:
         context = c_void_p()
         self._check("cuDevicePrimaryCtxRetain", byref(context), ordinal)
         self._context = context
+        self._held = True
 
     def enter(self) -> None:
         """Make the device current on this thread."""
@@ -119,8 +120,10 @@ class Device:
         self._check("cuStreamDestroy_v2", stream)
 
     def close(self) -> None:
-        """Let the primary context go; the last one out frees it."""
-        self._check("cuDevicePrimaryCtxRelease_v2", self._ordinal)
+        """Let the primary context go; the last one out frees it. Safe to call twice."""
+        if self._held:
+            self._held = False
+            self._check("cuDevicePrimaryCtxRelease_v2", self._ordinal)
 
     def _check(self, function: str, *arguments: Any) -> None:
         code = getattr(self._driver, function)(*arguments)

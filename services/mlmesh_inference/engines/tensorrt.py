@@ -28,7 +28,7 @@ from mlmesh_inference.engines.cuda import Device, gpu_name
 from mlmesh_inference.tensors import DATATYPES, Array, Signature, TensorSpec
 
 NAME: Final = "tensorrt"
-_MODULES: Final = ("tensorrt", "tensorrt_rtx")
+_MODULES: Final = ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")
 _TYPES: Final = {
     "FLOAT": "FP32",
     "HALF": "FP16",
@@ -42,7 +42,7 @@ _TYPES: Final = {
 
 
 class TensorRTKind:
-    """Builds engines where there is an NVIDIA GPU and one of the two packages."""
+    """Builds engines where there is an NVIDIA GPU and one of the packages."""
 
     name = NAME
 
@@ -62,8 +62,15 @@ class TensorRTKind:
         """Compile an ONNX file for the first GPU; takes seconds to minutes."""
         trt = load_module()
         device = Device()
-        device.enter()
-        return TensorRTEngine(trt, compile_plan(trt, model, options), device, options)
+        try:
+            device.enter()
+            return TensorRTEngine(trt, compile_plan(trt, model, options), device, options)
+        except EngineError:
+            device.close()
+            raise
+        except Exception as error:  # bindings raise what they like; another engine may still take the model
+            device.close()
+            raise EngineError(f"TensorRT: {error}") from error
 
 
 def load_module() -> ModuleType:
@@ -74,7 +81,7 @@ def load_module() -> ModuleType:
             return importlib.import_module(name)
         except (ImportError, OSError) as error:
             problems.append(f"{name}: {error}")
-    raise EngineError("neither package can be imported: " + "; ".join(problems))
+    raise EngineError("no TensorRT package can be imported: " + "; ".join(problems))
 
 
 @cache

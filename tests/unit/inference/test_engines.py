@@ -159,5 +159,5 @@ def test_tensorrt_without_its_package_says_so(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(tensorrt.importlib, "import_module", absent)
     probe = TensorRTKind().probe()
     assert not probe.available
-    assert "NVIDIA H100 is here, but neither package can be imported" in probe.reason
+    assert "NVIDIA H100 is here, but no TensorRT package can be imported" in probe.reason
     assert "tensorrt_rtx" in probe.reason
