@@ -1,9 +1,6 @@
 """The control plane's gRPC side: delta ADS to every Envoy, secrets in-band, acknowledgements to those who wait.
 
-ads = AdsServer()
-ads.attach(server)                       # a grpc.aio.Server
-ads.set_secrets("registry-0", {...}); ads.update("registry-0", snapshot)
-await ads.wait_acked(world.version, timeout_s=5.0)
+Attach an `AdsServer` to a grpc.aio server, give it secrets and snapshots by node id, and await acknowledgements.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal, TypeVar, cast
 
-from mlmesh_local.resources.fields import Fields
+from mlmesh_local.resources.fields import INT32_MAX, Fields
 from mlmesh_local.resources.model import (
     ClientTls,
     ConnectionPool,
@@ -21,7 +21,6 @@ from mlmesh_local.resources.model import (
 from mlmesh_local.resources.networking import export_to
 
 T = TypeVar("T")
-_INT32_MAX = 2**31 - 1
 
 
 def parse_destination_rule(meta: Meta, spec: Fields) -> DestinationRule:
@@ -91,16 +90,16 @@ def _connection_pool(fields: Fields) -> ConnectionPool:
         http.unsupported("useClientProtocol")
         upgrade = http.choice("h2UpgradePolicy", ("DEFAULT", "DO_NOT_UPGRADE", "UPGRADE"), "DEFAULT")
         return ConnectionPool(
-            max_connections=tcp.integer("maxConnections", high=_INT32_MAX),
+            max_connections=tcp.integer("maxConnections", high=INT32_MAX),
             connect_timeout_s=tcp.duration_s("connectTimeout"),
             max_connection_duration_s=tcp.duration_s("maxConnectionDuration"),
             tcp_keepalive=part(tcp, "tcpKeepalive", _tcp_keepalive),
-            http1_max_pending_requests=http.integer("http1MaxPendingRequests", high=_INT32_MAX),
-            http2_max_requests=http.integer("http2MaxRequests", high=_INT32_MAX),
+            http1_max_pending_requests=http.integer("http1MaxPendingRequests", high=INT32_MAX),
+            http2_max_requests=http.integer("http2MaxRequests", high=INT32_MAX),
             max_requests_per_connection=http.integer("maxRequestsPerConnection", high=2**29),
-            max_retries=http.integer("maxRetries", high=_INT32_MAX),
+            max_retries=http.integer("maxRetries", high=INT32_MAX),
             idle_timeout_s=http.duration_s("idleTimeout", low_s=0.0),
-            max_concurrent_streams=http.integer("maxConcurrentStreams", high=_INT32_MAX),
+            max_concurrent_streams=http.integer("maxConcurrentStreams", high=INT32_MAX),
             h2_upgrade={"DEFAULT": None, "DO_NOT_UPGRADE": False, "UPGRADE": True}[upgrade],
             http2_keepalive=part(http, "http2KeepAlive", _http2_keepalive),
         )

@@ -23,6 +23,7 @@ _HOST = re.compile(
 )
 _NAME = re.compile(r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")
 UINT32_MAX = 2**32 - 1
+INT32_MAX = 2**31 - 1
 
 
 class Fields:
@@ -319,7 +320,7 @@ def is_cidr(text: str) -> bool:
 
 
 def _bounds(low: int, high: int) -> str:
-    return f"{low} or more" if high >= UINT32_MAX else f"{low} to {high}"
+    return f"{low} or more" if high >= INT32_MAX else f"{low} to {high}"
 
 
 def _shown(node: Node) -> str:

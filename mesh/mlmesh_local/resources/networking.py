@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from mlmesh_local.resources.fields import Fields, is_host
+from mlmesh_local.resources.fields import INT32_MAX, Fields, is_host
 from mlmesh_local.resources.model import (
     Destination,
     Fault,
@@ -118,7 +118,7 @@ def _destinations(fields: Fields) -> tuple[WeightedDestination, ...]:
         with item:
             destination = _destination(item.message("destination")) if item.required("destination") else None
             item.ignored("destination")
-            weight = item.integer("weight", low=0, high=2**31 - 1)
+            weight = item.integer("weight", low=0, high=INT32_MAX)
             headers = _headers(item)
             if destination:
                 result.append(WeightedDestination(destination=destination, weight=weight or 0, headers=headers))
@@ -230,7 +230,7 @@ def _retries(fields: Fields, timeout_s: float | None) -> Retries | None:
         return None
     with fields.message("retries") as inner:
         inner.unsupported("retryRemoteLocalities", why="the laptop mesh has no localities")
-        attempts = inner.integer("attempts", low=0, high=2**31 - 1)
+        attempts = inner.integer("attempts", low=0, high=INT32_MAX)
         if attempts == 0 and (inner.has("retryOn") or inner.has("perTryTimeout")):
             inner.refuse("attempts", "0 turns retries off, so perTryTimeout and retryOn mean nothing")
         per_try_timeout_s = inner.duration_s("perTryTimeout", low_s=0.0)

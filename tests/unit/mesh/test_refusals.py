@@ -1,0 +1,298 @@
+"""What is refused when resources are read, and that the message leads to the place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from mlmesh_local.resources import Document, InvalidResource, ResourceSet, load_resources, read_documents, tree
+from mlmesh_local.resources.fields import parse_duration
+from mlmesh_runtime.errors import InvalidInput
+
+from tests.support.mesh_world import SUBSETS, WORKLOADS, destination_rule, load, load_alone, resource, virtual_service
+
+
+def refusal(*texts: str) -> str:
+    with pytest.raises(InvalidResource) as caught:
+        load_alone(*texts)
+    return str(caught.value)
+
+
+def test_the_message_names_file_line_resource_and_path() -> None:
+    text = """apiVersion: networking.istio.io/v1
+kind: VirtualService
+metadata:
+  name: inference
+  namespace: mlmesh
+spec:
+  hosts: [inference]
+  http:
+    - route:
+        - destination:
+            host: inference
+          weight: 90
+        - destination: {host: inference}
+          wieght: 10
+"""
+    with pytest.raises(InvalidResource) as caught:
+        load_resources([Document(source="mesh/istio/inference.yaml", text=text)])
+    assert str(caught.value) == (
+        "mesh/istio/inference.yaml:14: VirtualService mlmesh/inference: spec.http[0].route[1].wieght: "
+        'unknown field (did you mean "weight"?)'
+    )
+    (violation,) = caught.value.violations
+    assert violation.field == "spec.http[0].route[1].wieght"
+    assert caught.value.reason == "INVALID_RESOURCE"
+    assert isinstance(caught.value, InvalidInput)
+
+
+def test_all_problems_are_told_at_once_in_order() -> None:
+    text = virtual_service("[{timeout: 5, route: [{destination: {hots: x}}]}]").replace("}]}]}", "}]}]\n, hots: [x]}")
+    lines = refusal(text, resource("PeerAuthentication", "{mtls: {mode: STRIKT}}")).splitlines()
+    assert len(lines) == 5
+    assert [line.split(":")[0] for line in lines] == ["0.yaml"] * 4 + ["1.yaml"]
+
+
+def route(extra: str) -> str:
+    return virtual_service(f"[{{route: [{{destination: {{host: server}}}}], {extra}}}]")
+
+
+CLIENT = WORKLOADS.split("---")[4]
+
+RULES = {
+    # VirtualService
+    "weight: must be 0 or more, not -1": virtual_service("[{route: [{destination: {host: server}, weight: -1}]}]"),
+    "sum to zero": virtual_service(
+        "[{route: [{destination: {host: server, subset: v1}, weight: 0}, {destination: {host: server}}]}]"
+    ),
+    'must be a duration such as "300ms"': route("timeout: 5"),
+    "must be at least 0.001 s": route("retries: {attempts: 1, backoff: 1us}"),
+    '"unavailble" is no retry condition (did you mean "unavailable"?)': route(
+        "retries: {attempts: 1, retryOn: 'unavailble,503'}"
+    ),
+    "0 turns retries off": route("retries: {attempts: 0, retryOn: unavailable}"),
+    "is longer than the timeout": route("timeout: 1s, retries: {attempts: 1, perTryTimeout: 2s}"),
+    '"UNAVAILABEL" is not one of OK': route("fault: {abort: {grpcStatus: UNAVAILABEL}}"),
+    'one of "httpStatus", "grpcStatus" is required': route("fault: {abort: {percentage: {value: 1}}}"),
+    "write {value: 50}": route("fault: {abort: {httpStatus: 503, percentage: 50}}"),
+    "must be 0 to 100, not 101": route("fault: {abort: {httpStatus: 503, percentage: {value: 101}}}"),
+    '"fixedDelay" is required': route("fault: {delay: {percentage: {value: 1}}}"),
+    "spec.http[0].redirect: not supported": route("redirect: {uri: /x}"),
+    "spec.http[0].corsPolicy: not supported": route("corsPolicy: {}"),
+    "spec.tcp: not supported": virtual_service("[]").replace("http: []", "tcp: []"),
+    'cannot be set together with "exact"': route("match: [{uri: {exact: a, prefix: b}}]"),
+    "look-around or back-references": route("match: [{uri: {regex: '(?!x)y'}}]"),
+    "is not a regular expression": route("match: [{headers: {x: {regex: '('}}}]"),
+    "match :method, :path and :authority by their own fields": route("match: [{headers: {':path': {exact: x}}}]"),
+    "a destination cannot be a wildcard": virtual_service("[{route: [{destination: {host: '*.server'}}]}]"),
+    "must be 1 to 65535, not 70000": virtual_service("[{route: [{destination: {host: a, port: {number: 70000}}}]}]"),
+    '"hosts" needs at least one host': virtual_service("[]", fields="hosts: []"),
+    '"http" needs at least one rule': virtual_service("[]"),
+    '"route" needs at least one destination': virtual_service("[{name: x}]"),
+    'needs "mirror"': route("mirrorPercentage: {value: 1}"),
+    '"x y" is not a header name': route("headers: {request: {remove: ['x y']}}"),
+    "must be a string, not a number; quote it": route("headers: {request: {set: {x: 1}}}"),
+    # DestinationRule
+    'the subset "v1" occurs twice': destination_rule("{}", "[{name: v1}, {name: v1}]"),
+    "spec.trafficPolicy.loadBalancer.warmup: not supported": destination_rule("{loadBalancer: {warmup: {}}}"),
+    '"PASSTHROUGH" is not supported by the laptop mesh': destination_rule("{loadBalancer: {simple: PASSTHROUGH}}"),
+    "Istio dropped it": destination_rule("{outlierDetection: {consecutiveErrors: 5}}"),
+    "takes effect only with": destination_rule("{outlierDetection: {consecutiveLocalOriginFailures: 5}}"),
+    "does not go with mode ISTIO_MUTUAL": destination_rule("{tls: {mode: ISTIO_MUTUAL, caCertificates: /x}}"),
+    '"clientCertificate" is required': destination_rule("{tls: {mode: MUTUAL, privateKey: /x}}"),
+    'one of "httpHeaderName"': destination_rule("{loadBalancer: {consistentHash: {}}}"),
+    "http2MaxRequests: must be a whole number": destination_rule("{connectionPool: {http: {http2MaxRequests: many}}}"),
+    # PeerAuthentication, AuthorizationPolicy
+    '(did you mean "STRICT"?)': resource("PeerAuthentication", "{mtls: {mode: STRIKT}}"),
+    'portLevelMtls: needs a "selector"': resource("PeerAuthentication", "{portLevelMtls: {9000: {mode: STRICT}}}"),
+    "(without spiffe://)": resource(
+        "AuthorizationPolicy", "{rules: [{from: [{source: {principals: ['spiffe://a/ns/b/sa/c']}}]}]}"
+    ),
+    "needs RequestAuthentication (JWT)": resource(
+        "AuthorizationPolicy", "{rules: [{from: [{source: {requestPrincipals: ['*']}}]}]}"
+    ),
+    '"AUDIT" is not supported': resource("AuthorizationPolicy", "{action: AUDIT, rules: [{}]}"),
+    "denies nothing": resource("AuthorizationPolicy", "{action: DENY}"),
+    "must not be empty; leave it out": resource("AuthorizationPolicy", "{rules: [{from: []}]}"),
+    "from[0].source: must not be empty": resource("AuthorizationPolicy", "{rules: [{from: [{source: {}}]}]}"),
+    '"request.header[x]" is no attribute': resource(
+        "AuthorizationPolicy", "{rules: [{when: [{key: 'request.header[x]', values: [a]}]}]}"
+    ),
+    '"remote.ip"': resource("AuthorizationPolicy", "{rules: [{when: [{key: remote.ip, values: [10.0.0.0/8]}]}]}"),
+    "a path such as": resource("AuthorizationPolicy", "{rules: [{to: [{operation: {paths: [Echo]}}]}]}"),
+    "a port number in quotes": resource("AuthorizationPolicy", "{rules: [{to: [{operation: {ports: [http]}}]}]}"),
+    # Gateway, ServiceEntry, Telemetry
+    'mode MUTUAL needs "credentialName"': resource(
+        "Gateway",
+        "{servers: [{port: {number: 1, name: a, protocol: HTTPS}, tls: {mode: MUTUAL}, hosts: ['*']}]}",
+        group="networking.istio.io/v1",
+    ),
+    'protocol HTTPS needs "tls"': resource(
+        "Gateway",
+        "{servers: [{port: {number: 1, name: a, protocol: HTTPS}, hosts: ['*']}]}",
+        group="networking.istio.io/v1",
+    ),
+    '"TCP" is not supported': resource(
+        "Gateway",
+        "{servers: [{port: {number: 1, name: a, protocol: TCP}, hosts: ['*']}]}",
+        group="networking.istio.io/v1",
+    ),
+    "default NONE needs iptables": resource(
+        "ServiceEntry",
+        "{hosts: [a.example], ports: [{number: 80, name: http, protocol: HTTP}]}",
+        group="networking.istio.io/v1",
+    ),
+    'resolution STATIC needs "endpoints"': resource(
+        "ServiceEntry",
+        "{hosts: [a.example], resolution: STATIC, ports: [{number: 80, name: http, protocol: HTTP}]}",
+        group="networking.istio.io/v1",
+    ),
+    "spec.metrics: not supported": resource("Telemetry", "{metrics: []}", group="telemetry.istio.io/v1"),
+    'the provider "envoy" only': resource(
+        "Telemetry", "{accessLogging: [{providers: [{name: otel}]}]}", group="telemetry.istio.io/v1"
+    ),
+    "randomSamplingPercentage: must be 0 to 100": resource(
+        "Telemetry", "{tracing: [{randomSamplingPercentage: 101}]}", group="telemetry.istio.io/v1"
+    ),
+    # Kubernetes
+    "name it grpc-": resource("Service", "{ports: [{name: fast, port: 9000}]}", group="v1"),
+    "headless services": resource("Service", "{clusterIP: None, ports: [{name: grpc, port: 1}]}", group="v1"),
+    "initContainers: not supported": CLIENT.replace("spec: {containers", "spec: {initContainers: [], containers"),
+    "must be 0 to 100, not 1000": CLIENT.replace("spec:\n", "spec:\n  replicas: 1000\n", 1),
+    "which the template's labels do not have": CLIENT.replace(
+        "matchLabels: {app: client}", "matchLabels: {app: cilent}"
+    ),
+    '"containers" needs at least one container': resource("Deployment", "{template: {spec: {}}}", group="apps/v1"),
+    # Documents
+    '"VirtualServices" is not supported by the laptop mesh (did you mean "VirtualService"?)': resource(
+        "VirtualServices", "{}", group="networking.istio.io/v1"
+    ),
+    "use networking.istio.io/v1": resource("VirtualService", "{}", group="networking.istio.io/v2"),
+    '"kind" is required': "apiVersion: v1\n",
+    "must be a mapping, not a string": "just words\n",
+    "not valid YAML": "a: [1\n",
+    'the key "a" occurs twice': "a: 1\na: 2\n",
+    "is also defined at 0.yaml:2": resource("PeerAuthentication", "{}") + resource("PeerAuthentication", "{}"),
+    '"Bad_Name" is not a Kubernetes name': resource("PeerAuthentication", "{}", name="Bad_Name"),
+    "resources are merged by name": resource("PeerAuthentication", "{}").replace("{name: it}", "{generateName: it-}"),
+    "must be a mapping, not a list": resource("PeerAuthentication", "[]"),
+    "values are nested too deeply": "a: " + "[" * 600 + "]" * 600,
+}
+
+
+@pytest.mark.parametrize("message", RULES)
+def test_refused_in_words(message: str) -> None:
+    assert message in refusal(RULES[message])
+
+
+def test_weights_up_to_32_bits_in_sum() -> None:
+    half = 2**31 - 1
+    item = f"{{destination: {{host: server}}, weight: {half}}}"
+    load_alone(virtual_service(f"[{{route: [{item}, {item}]}}]"))
+    assert "more than 4294967295" in refusal(virtual_service(f"[{{route: [{item}, {item}, {item}]}}]"))
+
+
+def test_aliases_cannot_make_a_file_endless(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tree, "NODES_MAX", 1000)
+    levels = "\n".join(f"a{n}: &a{n} [{', '.join(f'*a{n - 1}' for _ in range(10))}]" for n in range(1, 8))
+    assert "more than 1000 values" in refusal(f"a0: &a0 [x, x]\n{levels}\n")
+
+
+# Against each other
+
+
+def crosscheck(*texts: str) -> str:
+    with pytest.raises(InvalidResource) as caught:
+        load(WORKLOADS, *texts)
+    return str(caught.value)
+
+
+def send(destination: str, fields: str = "hosts: [server]") -> str:
+    return virtual_service(f"[{{route: [{{destination: {destination}}}]}}]", fields=fields)
+
+
+TOGETHER = {
+    'has no subset "v3": DestinationRule mlmesh/server has v1, v2': (
+        SUBSETS,
+        send("{host: server, subset: v3}"),
+    ),
+    "there is no DestinationRule of that host": (send("{host: server, subset: v1}"),),
+    'no Service and no ServiceEntry (did you mean "server.mlmesh.svc.cluster.local"?)': (send("{host: sever}"),),
+    "has no port 9001; it has 9000, 9090": (send("{host: server, port: {number: 9001}}"),),
+    'there is no Gateway "mlmesh/way-in"': (send("{host: server}", "hosts: [server], gateways: [way-in]"),),
+    '"port" is required': (
+        resource(
+            "Gateway",
+            "{servers: [{port: {number: 8080, name: a, protocol: HTTP2}, hosts: ['*']}]}",
+            name="way-in",
+            group="networking.istio.io/v1",
+        ),
+        send("{host: server}", "hosts: [server], gateways: [way-in]"),
+    ),
+    "already belongs to VirtualService mlmesh/server (1.yaml:2)": (
+        send("{host: server}"),
+        send("{host: server}").replace("name: server}", "name: twin}"),
+    ),
+    'there is no ServiceAccount "mlmesh/operater"': (
+        CLIENT.replace("name: client", "name: toolbox").replace(
+            "spec: {containers", "spec: {serviceAccountName: operater, containers"
+        ),
+    ),
+    'targetPort "grcp" is the name of no container port of Deployment mlmesh/server-v1 (did you mean "grpc"?)': (
+        resource("Service", "{selector: {app: server}, ports: [{name: grpc, port: 1, targetPort: grcp}]}", group="v1"),
+    ),
+}
+
+
+@pytest.mark.parametrize("message", TOGETHER)
+def test_refused_together(message: str) -> None:
+    assert message in crosscheck(*TOGETHER[message])
+
+
+def warnings(*texts: str) -> str:
+    return "\n".join(ResourceSet().apply(load_alone(WORKLOADS, *texts)).warnings)
+
+
+def test_what_is_odd_but_possible_is_a_warning() -> None:
+    assert warnings() == ""
+    assert 'no workload of "server.mlmesh.svc.cluster.local" has the labels of the subset "v3"' in warnings(
+        destination_rule("{}", "[{name: v3, labels: {version: v3}}]")
+    )
+    one = "{route: [{destination: {host: server}}]}"
+    assert "is never reached" in warnings(virtual_service(f"[{one}, {one}]"))
+    assert "selects no workload" in warnings(resource("AuthorizationPolicy", "{selector: {matchLabels: {app: x}}}"))
+    two = resource("PeerAuthentication", "{}") + resource("PeerAuthentication", "{}", name="later")
+    assert "PeerAuthentication mlmesh/it has the same scope and is older" in warnings(two)
+
+
+def test_kinds_that_only_a_cluster_needs_are_ignored() -> None:
+    kinds = ("PodDisruptionBudget", "HorizontalPodAutoscaler", "ServiceMonitor", "Namespace", "ConfigMap")
+    assert len(load_alone(*(resource(kind, "{whatever: 1}", group="any/v1") for kind in kinds))) == 0
+
+
+def test_the_projects_own_files_are_accepted(repository: Path) -> None:
+    documents = read_documents([repository / "manifests" / "base", repository / "mesh" / "istio"])
+    applied = ResourceSet().apply(load_resources(documents))
+    assert applied.warnings == ()
+    assert {resource.kind for resource in applied.resources} >= {"Deployment", "VirtualService", "Gateway"}
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(InvalidResource, match="cannot be read: No such file"):
+        read_documents([tmp_path / "missing.yaml"])
+    (tmp_path / "latin.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InvalidResource, match="is not UTF-8 text"):
+        read_documents([tmp_path])
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("300ms", 0.3), ("1h30m", 5400), ("0s", 0), ("0", 0), ("1.5s", 1.5), (".5s", 0.5), ("2m3s", 123)],
+)
+def test_durations(text: str, seconds: float) -> None:
+    assert parse_duration(text) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("text", ["", "5", "s", "1s ", "1 s", "-1s", "1d", "1sx", "s1"])
+def test_not_durations(text: str) -> None:
+    assert parse_duration(text) is None
