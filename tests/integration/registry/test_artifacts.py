@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import threading
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from mlmesh_registry.ledger import Blob
 from mlmesh_registry.registry import Registry
+from mlmesh_registry.staging import StagedFile
 from mlmesh_runtime.chunks import CHUNK_BYTES, Chunk
 from mlmesh_runtime.errors import AlreadyExists, Conflict, Corrupt, InvalidInput, NotFound, WrongState
 
@@ -108,6 +110,32 @@ async def test_cancelling_at_any_moment_of_an_append_leaves_a_usable_upload(regi
     await append(registry, upload, *(piece for piece in pieces if piece.offset >= committed))
     await registry.artifacts.finish(upload.id)
     assert await read(registry, sha256(data)) == data
+
+
+async def test_a_cancelled_append_leaves_only_after_its_write(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload = await start(registry, DATA)
+    entered, proceed = threading.Event(), threading.Event()
+    append_for_real = StagedFile.append
+
+    def held_back(*arguments: Any) -> None:
+        entered.set()
+        proceed.wait(10)
+        append_for_real(*arguments)
+
+    monkeypatch.setattr(StagedFile, "append", held_back)
+    task = asyncio.ensure_future(append(registry, upload, PIECES[0]))
+    await asyncio.to_thread(entered.wait)
+    for _ in range(3):
+        task.cancel()
+        await asyncio.sleep(0)
+    # Had it left, the next stream would write while this one still does.
+    assert not task.done()
+    proceed.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert (await registry.artifacts.upload(upload.id)).committed_bytes == CHUNK_BYTES
 
 
 async def test_asking_commits_what_a_stream_that_hangs_has_sent(registry: Registry) -> None:

@@ -214,6 +214,17 @@ async def test_a_large_present_state_is_read_in_pages(open_here: Opener, monkeyp
         assert _revisions([*first, *rest]) == [1, 2, 3, 7, 8, 9, 10, 11, 12, 14]
 
 
+async def test_a_long_replay_is_read_in_pages(open_here: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlmesh_registry.watch.PAGE_ITEMS", 3)
+    async with open_here(watch_queue_items_max=2) as registry:
+        for name in "abcdefghij":
+            await create_model(registry, name)
+        async with aclosing(registry.feed.watch(1, None)) as events:
+            assert _revisions(await _backlog(events)) == list(range(1, 11))
+        async with aclosing(registry.feed.watch(2, "i")) as events:
+            assert _revisions(await _backlog(events)) == [9]
+
+
 async def test_a_thousand_watchers_see_every_change(registry: Registry) -> None:
     await create_model(registry)
     ready = asyncio.Semaphore(0)

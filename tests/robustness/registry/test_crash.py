@@ -46,7 +46,7 @@ def _tell(data_dir: Path, repository: Path, *strace: str) -> tuple[int, list[lis
     """Run the story as a program; its exit code and what it acknowledged."""
     done = subprocess.run(
         [*strace, *STORY, str(data_dir)],
-        env={**os.environ, "PYTHONPATH": str(repository)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(repository), os.environ.get("PYTHONPATH", "")])},
         stdout=subprocess.PIPE,
         timeout=60,
         check=False,
