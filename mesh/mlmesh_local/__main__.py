@@ -36,12 +36,13 @@ def main() -> int:
     try:
         _log_to(state.supervisor_log, chosen.log_level)
         asyncio.run(app.run(app.prepare(chosen, state, os.environ), report))
-    except MeshError as error:
-        logger.error("refused", extra={"reason": error.reason, "problem": error.message})  # noqa: TRY400
-        return _refuse(report, error)
     except BaseException as error:
+        first = _first(error)
+        if isinstance(first, MeshError):
+            logger.error("refused", extra={"reason": first.reason, "problem": first.message})  # noqa: TRY400
+            return _refuse(report, first)
         logger.critical("the supervisor failed", exc_info=error)
-        report.failed(f"the supervisor failed: {_first(error)}; see {state.supervisor_log}", "INTERNAL")
+        report.failed(f"the supervisor failed: {first}; see {state.supervisor_log}", "INTERNAL")
         return EXIT_FAILED
     finally:
         lock.release()

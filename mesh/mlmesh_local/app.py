@@ -44,8 +44,9 @@ from mlmesh_local.sidecar import TOKEN_HEADER, find_envoy
 from mlmesh_local.state import StateDir
 from mlmesh_local.supervisor import Supervisor
 from mlmesh_local.traces import TraceStore
+from mlmesh_local.work import Work
 from mlmesh_local.workloads import workload_of
-from mlmesh_local.xds import AdsServer
+from mlmesh_local.xds import AdsServer, ConfigurationRejectedError
 
 logger = logging.getLogger(__name__)
 
@@ -182,6 +183,7 @@ def _build(
         traces=traces,
         trace_executor=executor,
         changes=changes,
+        work=Work(group),
         clock=_now,
         config_folder=state.config,
         logs=state.logs,
@@ -240,6 +242,10 @@ async def _tell_start(mesh: Mesh, report: Report) -> None:
     while not (mesh.instances and mesh.ready):
         for instance in mesh.instances:
             report.instance(instance)
+        refused = {name: node.rejection for name, node in mesh.configuration.node_status().items() if node.rejection}
+        if refused:
+            # There is no last good configuration to go on with.
+            raise ConfigurationRejectedError(refused)
         # Acknowledgements of sidecars change readiness, too, and are not counted as changes.
         await asyncio.sleep(READY_CHECK_S)
     for instance in mesh.instances:

@@ -125,7 +125,7 @@ class LocalMeshServicer(local_pb2_grpc.LocalMeshServiceServicer):
         self, request: local_pb2.RestartWorkloadRequest, context: Context
     ) -> local_pb2.RestartWorkloadResponse:
         """Restart replicas, one at a time."""
-        return local_pb2.RestartWorkloadResponse(instances=await self._mesh.supervisor.restart(request.name))
+        return local_pb2.RestartWorkloadResponse(instances=await self._mesh.restart(request.name))
 
     async def Shutdown(
         self, request: local_pb2.ShutdownRequest, context: Context

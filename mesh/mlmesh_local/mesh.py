@@ -25,6 +25,7 @@ from mlmesh_local.resources.parse import Document
 from mlmesh_local.resources.resource_set import ResourceSet
 from mlmesh_local.supervisor import Supervisor
 from mlmesh_local.traces import TraceStore
+from mlmesh_local.work import Work
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ class Mesh:
         traces: TraceStore,
         trace_executor: BoundedExecutor,
         changes: Changes,
+        work: Work,
         clock: Clock,
         config_folder: Path,
         logs: Path,
@@ -64,6 +66,7 @@ class Mesh:
         self.traces = traces
         self.trace_executor = trace_executor
         self.changes = changes
+        self._work = work
         self.start_time = clock()
         self.pid = os.getpid()
         self._config_folder = config_folder
@@ -127,6 +130,11 @@ class Mesh:
         self, documents: Sequence[Document], *, prune: bool, dry_run: bool, timeout_s: float
     ) -> ApplyOutcome:
         """Make resources active, then make the processes follow the Deployments."""
+        return await self._work.finish(self._apply(documents, prune=prune, dry_run=dry_run, timeout_s=timeout_s))
+
+    async def _apply(
+        self, documents: Sequence[Document], *, prune: bool, dry_run: bool, timeout_s: float
+    ) -> ApplyOutcome:
         plans_before = self.supervisor.plan_all(self.configuration.workloads)
         outcome = await self.configuration.apply(documents, prune=prune, dry_run=dry_run, timeout_s=timeout_s)
         if dry_run:
@@ -138,13 +146,21 @@ class Mesh:
         self.changes.notify()
         return outcome
 
+    async def restart(self, name: str) -> list[str]:
+        """Restart the replicas of a workload, or one instance, one at a time; gives their names."""
+        return await self._work.finish(self.supervisor.restart(name))
+
     def save(self) -> None:
         """Keep the active resources as YAML in the state folder, for a person to read or to compare."""
         text = "\n---\n".join(resource.text for resource in self.resources.listed())
         path = self._config_folder / "active.yaml"
         draft = path.with_suffix(".tmp")
-        draft.write_text(f"{text}\n")
-        draft.replace(path)
+        try:
+            draft.write_text(f"{text}\n")
+            draft.replace(path)
+        except OSError as error:
+            # What is active does not depend on the copy.
+            logger.warning("the configuration could not be saved", extra={"problem": str(error)})
 
     def issue(self, service_account: str, namespace: str, ttl: timedelta) -> Certificate:
         """A certificate for a tool."""
@@ -163,6 +179,7 @@ class Mesh:
         try:
             await self.supervisor.stop_all(self._say)
         finally:
+            self._work.cancel()
             self._ended.set()
             self.changes.notify()
 

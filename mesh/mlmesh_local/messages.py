@@ -46,9 +46,9 @@ def mesh_status(mesh: Mesh, observed: Mapping[Destination, Counts]) -> local_pb2
 
 
 def subset_shares(
-    configured: Mapping[tuple[str, str], float], observed: Mapping[Destination, Counts]
+    configured: Mapping[tuple[str, str], float], observed: Mapping[Destination, Counts], *, complete: bool = False
 ) -> list[local_pb2.SubsetShare]:
-    """Configured and observed shares of every subset, by host."""
+    """Configured and observed shares by host and subset; ``complete`` with hosts that have nothing to tell."""
     counts: dict[tuple[str, str], Counts] = {}
     totals: dict[str, int] = {}
     for destination, count in observed.items():
@@ -56,7 +56,11 @@ def subset_shares(
         counts[key] = counts.get(key, Counts()) + count
         totals[destination.host] = totals.get(destination.host, 0) + count.requests
     result: list[local_pb2.SubsetShare] = []
+    weighted = {host for host, subset in configured if subset}
     for host, subset in sorted({*configured, *counts}):
+        # What has neither subsets nor traffic has nothing to tell.
+        if host not in weighted and host not in totals and not complete:
+            continue
         count = counts.get((host, subset), Counts())
         total = totals.get(host, 0)
         result.append(
@@ -78,7 +82,7 @@ def route(item: Route, observed: Mapping[Destination, Counts]) -> local_pb2.Rout
     configured = {(target.host, target.subset): target.share for target in item.targets}
     hosts = {target.host for target in item.targets}
     relevant = {key: value for key, value in observed.items() if key.host in hosts}
-    shares = {(share.host, share.subset): share for share in subset_shares(configured, relevant)}
+    shares = {(share.host, share.subset): share for share in subset_shares(configured, relevant, complete=True)}
     return local_pb2.Route(
         virtual_service=item.virtual_service,
         host=item.host,
@@ -166,7 +170,7 @@ def _instance(mesh: Mesh, instance: Instance) -> local_pb2.Instance:
         identity=plan.identity,
         labels=dict(workload.labels),
         state=_STATES[instance.state],
-        reason=instance.reason or (node.rejection if node else ""),
+        reason=(node.rejection if node else "") or instance.reason,
         address=plan.addresses.pod,
         application_pid=instance.application.pid,
         sidecar_pid=instance.sidecar.pid,

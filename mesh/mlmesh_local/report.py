@@ -15,6 +15,9 @@ class Report:
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
+        if descriptor >= 0:
+            # A reader that stopped reading must not stop the mesh.
+            os.set_blocking(descriptor, False)
         self._told: dict[str, tuple[str, str]] = {}
 
     def step(self, message: str) -> None:
@@ -68,5 +71,7 @@ class Report:
             return
         try:
             os.write(self._descriptor, (json.dumps(entry) + "\n").encode())
+        except BlockingIOError:
+            pass
         except OSError:
             self.close()

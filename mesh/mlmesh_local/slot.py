@@ -86,10 +86,9 @@ class Slot:
         await self._ended.wait()
 
     async def _once(self) -> float:
-        command = self._command()
         started = time.monotonic()
         try:
-            child = self.child = await start(command)
+            child = self.child = await start(self._command())
         except OSError as error:
             self.last_exit = f"could not be started: {error}"
             self._changed()

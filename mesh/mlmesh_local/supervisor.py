@@ -137,7 +137,9 @@ class Supervisor:
 
     async def _stop_and_say(self, instance: Instance, grace_s: float, say: Callable[[str], None]) -> None:
         await instance.stop(grace_s)
-        await self._tasks[instance.name]
+        task = self._tasks.get(instance.name)
+        if task:
+            await task
         say(f"{instance.name} stopped")
 
     def _begin(self, instance: Instance) -> None:
@@ -155,7 +157,7 @@ class Supervisor:
         await self.traffic.last_look(instance)
         await instance.stop(grace_s)
         await self._tasks.pop(instance.name)
-        del self.instances[instance.name]
+        self.instances.pop(instance.name)
         self.traffic.forget(instance.name)
         self.traffic.refresh()
         self._changes.notify()

@@ -36,6 +36,10 @@ def test_kill_9_of_the_supervisor_leaves_nothing_and_the_next_start_keeps_data(s
     first = asyncio.run(running.status())
     # The shell, its child, the sidecar and the guardian.
     wait_until(lambda: len(process.leftovers(running.state.path)) == 4)
+    (guardian,) = [item for item in process.leftovers(running.state.path) if "_guardian" in " ".join(item.cmdline())]
+    guardian.kill()
+    wait_until(lambda: guardian.pid not in {item.pid for item in process.leftovers(running.state.path)})
+    wait_until(lambda: len(process.leftovers(running.state.path)) == 4)
     os.kill(pid, signal.SIGKILL)
     wait_until(lambda: not process.leftovers(running.state.path))
     assert running.state.running_pid() == 0

@@ -214,6 +214,26 @@ async def test_a_rolling_restart_fails_no_call(mesh: RunningMesh) -> None:
     assert len(pods) == 2
 
 
+async def test_applying_a_deployment_starts_and_ends_processes(mesh: RunningMesh) -> None:
+    (deployment,) = [
+        text for text in (HERE / "manifests.yaml").read_text().split("---\n") if "{name: toolbox, namesp" in text
+    ]
+    tools = deployment.replace("{name: toolbox, namespace", "{name: tools, namespace").replace(
+        "spec:\n  selector", "spec:\n  replicas: 1\n  selector"
+    )
+    before = {item.name: item for item in (await mesh.status()).instances}
+    created = await mesh.apply(tools)
+    assert [(change.name, change.action) for change in created.changes] == [("mlmesh/tools", "created")]
+    await mesh.until(lambda status: status.ready and "tools-0" in {item.name for item in status.instances})
+    tool = await mesh.instance("tools-0")
+    assert tool.identity == "spiffe://cluster.local/ns/mlmesh/sa/operator"
+    await mesh.apply(tools.replace("replicas: 1", "replicas: 0"))
+    after = {item.name: item for item in (await mesh.status()).instances}
+    assert set(after) == set(before)
+    assert not psutil.pid_exists(tool.application_pid)
+    assert all(after[name].application_pid == item.application_pid for name, item in before.items())
+
+
 async def test_an_unknown_workload_is_not_restarted(mesh: RunningMesh) -> None:
     async with mesh.control() as stub:
         with pytest.raises(grpc.aio.AioRpcError) as refused:
