@@ -24,7 +24,8 @@ from mlmesh_cli.render import text as t
 from mlmesh_cli.supervision import options, start, stop
 from mlmesh_cli.terminal import Terminal
 
-_START_S = 120.0
+_START_S = 180.0
+_END_S = 10.0
 
 # Title, what the reader should know before, and what happens.
 _STEPS: tuple[tuple[str, str, tuple[Callable[[Story], Awaitable[None]], ...]], ...] = (
@@ -78,8 +79,9 @@ async def tell(terminal: Terminal, scale: Scale, *, state_dir: Path | None, keep
         if not told and not keep:
             await asyncio.shield(stop(folder))
     if not keep:
-        left = [process for process in processes if process.is_running()]
-        checks.add("nothing is left running", not left, f"{len(processes)} processes ended")
+        _, left = await asyncio.to_thread(psutil.wait_procs, processes, _END_S)
+        ended = f"{len(processes) - len(left)} of {len(processes)} processes ended"
+        checks.add("nothing is left running", not left, ended)
     elapsed = time.monotonic() - begin
     terminal.show(checks_table(checks), {**checks.as_dict(), "elapsed_s": round(elapsed, 1)})
     if checks.failed:

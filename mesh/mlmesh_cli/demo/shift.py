@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from mlmesh.local.v1 import local_pb2
 from rich.console import Group, RenderableType
 from rich.live import Live
-from rich.progress_bar import ProgressBar
+from rich.text import Text
 
 from mlmesh_cli.connection import CLIENT_WORKLOAD, CONTROL_DEADLINE_S, find_instance
 from mlmesh_cli.demo.story import Story
-from mlmesh_cli.demo.tables import phases_table
+from mlmesh_cli.demo.tables import shift_table, traffic_table
 from mlmesh_cli.demo.traffic import OpenStream, Phase, Traffic
 from mlmesh_cli.errors import CliError
 from mlmesh_cli.inferring import infer_unary
@@ -44,7 +44,9 @@ async def shift(story: Story) -> None:
 
     def view() -> RenderableType:
         done = sum(min(phase.requests, phase.target) for phase in phases)
-        return Group(phases_table(phases, story.versions), ProgressBar(total=scale.requests, completed=done, width=60))
+        left = Text(f"  {done:,} of {scale.requests:,} requests") if done < scale.requests else Text("")
+        bar = t.bar(done / scale.requests, width=60) + left if left else Text("")
+        return Group(shift_table(phases, story.versions), bar)
 
     async with asyncio.TaskGroup() as group:
         group.create_task(stream.run())
@@ -99,7 +101,7 @@ def _judge_shift(story: Story, traffic: Traffic, stream: OpenStream, phases: lis
     pinned = len(stream.answers) == 1
     answers = ", ".join(f"{count} from version {version}" for version, count in sorted(stream.answers.items()))
     story.check(
-        "an open stream outlived both route changes and a rotation of all certificates",
+        "an open stream outlived both changes and a rotation of all certificates",
         not stream.error and pinned and rotated > 0,
         stream.error or f"{answers}; {rotated} certificates rotated",
     )
@@ -151,7 +153,10 @@ async def replica_dies(story: Story) -> None:
     victim = await _replica(story, "inference-v1")
     stub = await story.connection.inference()
     traffic = Traffic(stub, story.queries, concurrency=story.scale.concurrency)
-    calm, storm = Phase(name="two replicas", target=150), Phase(name="after kill -9", target=story.scale.during // 4)
+    calm, storm = (
+        Phase(name="with two replicas", target=150),
+        Phase(name="after kill -9", target=story.scale.during // 4),
+    )
     async with traffic.running(calm):
         await traffic.reached(calm)
         os.kill(victim.application_pid, signal.SIGKILL)
@@ -160,7 +165,7 @@ async def replica_dies(story: Story) -> None:
         # A burst around the restart, too: the replica that comes back must not be asked before it is ready.
         revived = await _revived(story, victim)
     after = await retries(story)
-    story.show(phases_table([calm, storm], story.versions))
+    story.show(traffic_table([calm, storm]))
     failed = traffic.failures
     story.check(
         "nobody noticed that a replica was killed",
@@ -200,14 +205,14 @@ async def faults(story: Story) -> None:
     before = await retries(story)
     stub = await story.connection.inference()
     delayed = await Traffic(stub, story.queries, concurrency=8, metadata=(("x-fault", "delay"),)).run(
-        Phase(name="x-fault: delay", target=40)
+        Phase(name="with x-fault: delay", target=40)
     )
     refused = await Traffic(stub, story.queries, concurrency=8, metadata=(("x-fault", "abort"),)).run(
-        Phase(name="x-fault: abort", target=200)
+        Phase(name="with x-fault: abort", target=200)
     )
-    plain = await Traffic(stub, story.queries, concurrency=8).run(Phase(name="no header", target=40))
+    plain = await Traffic(stub, story.queries, concurrency=8).run(Phase(name="without a header", target=40))
     after = await retries(story)
-    story.show(phases_table([delayed, refused, plain], story.versions))
+    story.show(traffic_table([delayed, refused, plain]))
     fastest = min(delayed.latencies_s)
     story.check("an injected delay is felt in full", fastest >= 0.3, f"fastest answer after {t.duration(fastest)}")
     codes = sorted({failure.split(":")[0] for failure in refused.failures})
@@ -216,7 +221,7 @@ async def faults(story: Story) -> None:
     story.check(
         "an injected abort is not retried, in Istio as here",
         0.35 < share < 0.65 and codes == ["UNAVAILABLE"] and after.retried == before.retried,
-        f"{t.percent(share)} refused with {', '.join(codes) or 'nothing'} where half was asked for; "
+        f"{t.percent(share)} refused with {', '.join(codes) or 'nothing'}, half was asked for; "
         f"{after.retried - before.retried} retries",
     )
     story.check("requests without the header are spared", not plain.failures, f"0 of {plain.requests} failed")

@@ -19,6 +19,7 @@ from mlmesh_cli.render import text as t
 from mlmesh_cli.terminal import Terminal
 
 _YAML = Path(__file__).parent
+_PANEL_COLUMNS = 110
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +51,7 @@ class Scale:
 
 FULL = Scale(
     dataset="mnist",
-    first={"width": 2, "epochs": 1, "learning_rate": 0.005},
+    first={"width": 2, "epochs": 1},
     second={"width": 12, "epochs": 4},
     before=1200,
     during=3200,
@@ -61,8 +62,8 @@ FULL = Scale(
 # With a tenth of the requests chance alone moves the share by more than two points.
 FAST = Scale(
     dataset="digits",
-    first={"width": 2, "epochs": 1, "learning_rate": 0.005},
-    second={"width": 8, "epochs": 6},
+    first={"width": 2, "epochs": 4},
+    second={"width": 8, "epochs": 8},
     before=150,
     during=500,
     after=150,
@@ -90,8 +91,10 @@ class Story:
 
     def step(self, number: int, title: str, explanation: str) -> None:
         """Announces a step."""
-        body = Text(explanation)
-        self.terminal.say(Panel(body, title=f"[bold]{number}. {title}[/bold]", title_align="left", border_style="cyan"))
+        width = min(self.terminal.out.width, _PANEL_COLUMNS)
+        heading = f"[bold]{number}. {title}[/bold]"
+        panel = Panel(Text(explanation), title=heading, title_align="left", border_style="cyan", width=width)
+        self.terminal.say(panel)
 
     def tell(self, text: str) -> None:
         """A sentence between tables."""

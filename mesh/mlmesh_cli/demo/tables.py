@@ -13,27 +13,40 @@ from mlmesh_cli.render import text as t
 from mlmesh_cli.render.status import table
 
 
-def phases_table(phases: Iterable[Phase], versions: Sequence[str]) -> RenderableType:
-    """One row a phase: requests, configured and observed share of the second version, failures, latencies."""
+def shift_table(phases: Iterable[Phase], versions: Sequence[str]) -> RenderableType:
+    """One row a phase: requests, configured and observed share of the second version, right answers, latencies."""
     first, second = versions
-    columns = (">requests", ">failed", f">v1 = {first}", f">v2 = {second}", ">v2 configured", ">v2 observed", "")
-    result = table("weights", *columns, ">right answers", ">p50", ">p99")
+    columns = (">requests", ">failed", ">by v1", ">by v2", ">v2 wanted", ">v2 seen", "")
+    result = table("weights", *columns, ">right", ">p50", ">p99")
     for phase in phases:
         answered = phase.answers.total()
         result.add_row(
             phase.name,
             f"{phase.requests:,}",
-            Text(str(len(phase.failures)), style="red" if phase.failures else "green"),
+            _failed(phase),
             f"{phase.answers[first]:,}",
             f"{phase.answers[second]:,}",
             t.percent(phase.share),
             t.percent(phase.observed(second)) if answered else "-",
-            t.bar(phase.observed(second), width=16),
+            t.bar(phase.observed(second), width=10),
             t.percent(phase.right.total() / answered) if answered else "-",
             t.duration(phase.percentile_s(0.5)),
             t.duration(phase.percentile_s(0.99)),
         )
     return result
+
+
+def traffic_table(phases: Iterable[Phase]) -> RenderableType:
+    """One row a phase: requests, failures and latencies."""
+    result = table("requests", ">sent", ">failed", ">fastest", ">p50", ">p99")
+    for phase in phases:
+        latencies = (min(phase.latencies_s, default=0.0), phase.percentile_s(0.5), phase.percentile_s(0.99))
+        result.add_row(phase.name, f"{phase.requests:,}", _failed(phase), *(t.duration(value) for value in latencies))
+    return result
+
+
+def _failed(phase: Phase) -> Text:
+    return Text(f"{len(phase.failures):,}", style="red" if phase.failures else "green")
 
 
 def served_table(rows: Iterable[tuple[str, control_pb2.ServedVersion]]) -> RenderableType:

@@ -45,25 +45,24 @@ def state_text(state: pb.InstanceState.ValueType) -> Text:
 
 
 def identity(spiffe_id: str) -> str:
-    """A SPIFFE id without scheme and trust domain; the whole is in the JSON output and the summary line."""
-    return spiffe_id.split("/", 3)[-1] if spiffe_id.startswith("spiffe://") else spiffe_id
+    """A SPIFFE id as namespace/account; the whole is in the JSON output and in `mlmesh certs list`."""
+    parts = spiffe_id.split("/")
+    return f"{parts[4]}/{parts[6]}" if len(parts) == 7 and spiffe_id.startswith("spiffe://") else spiffe_id
 
 
 def _pids(instance: pb.Instance) -> str:
-    return f"{instance.application_pid or '-'} / {instance.sidecar_pid or '-'}"
+    return f"{instance.application_pid or '-'}, {instance.sidecar_pid or '-'}"
 
 
 def _acked(instance: pb.Instance, active: str) -> Text:
     if instance.acked_version == active:
-        return Text(f"{active} ✓", style="green")
-    return Text(f"{instance.acked_version or '-'} → {active}", style="yellow")
+        return Text("✓ acked", style="green")
+    return Text(f"{instance.acked_version or 'none'}, not yet {active}", style="yellow")
 
 
 def instances_table(status: pb.MeshStatus, now: datetime) -> Table:
     """One row a replica: state, identity, processes, restarts, certificate expiry, configuration acknowledged."""
-    result = table(
-        "instance", "state", "identity", "address", "app / sidecar pid", ">restarts", "certificate expires", "config"
-    )
+    result = table("instance", "state", "identity", "address", "app, sidecar pid", ">restarts", "certificate", "config")
     for instance in sorted(status.instances, key=lambda i: i.name):
         state = state_text(instance.state)
         if instance.reason and instance.state != pb.INSTANCE_STATE_READY:

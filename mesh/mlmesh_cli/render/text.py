@@ -38,11 +38,15 @@ def unix(value: Timestamp) -> float:
 
 
 def until(value: Timestamp, now: datetime) -> str:
-    """How long until a time: "in 23 h", or "expired 3 min ago"; "-" when it is not set."""
+    """How long until a time: "in 23 h", or "expired 3 min ago"; "-" when it is not set. The smaller unit is dropped."""
     if not value.seconds:
         return "-"
     left = unix(value) - now.timestamp()
-    return f"in {duration(left)}" if left >= 0 else f"expired {duration(-left)} ago"
+    return f"in {_coarse(left)}" if left >= 0 else f"expired {_coarse(-left)} ago"
+
+
+def _coarse(seconds: float) -> str:
+    return " ".join(duration(float(round(seconds))).split()[:2])
 
 
 def ago(value: Timestamp, now: datetime) -> str:
