@@ -1,0 +1,72 @@
+"""The README's commands are run, in its order, as a reader would type them."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.support.platform import ROOT, Platform
+from tests.support.tools import require
+
+README = (ROOT / "README.md").read_text()
+SECTION = "## Operate with grpcurl"
+
+
+def blocks(section: str) -> list[str]:
+    """Shell blocks of a section."""
+    text = README.split(section, 1)[1].split("\n## ", 1)[0]
+    return re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)
+
+
+def test_every_grpcurl_command_works(platform: Platform) -> None:
+    require("grpcurl")
+    found = blocks(SECTION)
+    assert len(found) >= 6
+    script = "set -euo pipefail\n" + "\n".join(found).replace("127.0.0.1:8443", platform.gateway)
+    # A reader need not wait out a stream that follows; the deadline that ends it is the same.
+    script = script.replace("-max-time 10 -cacert", "-max-time ${MAX_TIME:-10} -cacert")
+    script = re.sub(r"^(call .*Watch(?:Models|ServedVersions))", r"MAX_TIME=3 \1", script, flags=re.MULTILINE)
+    path = Path(platform.folder) / "readme.sh"
+    path.write_text(script)
+    done = subprocess.run(
+        ["bash", "-x", str(path)],
+        cwd=platform.folder,
+        env=platform.environment(),
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=150,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    assert '"status": "SERVING"' in done.stdout
+    assert "mlmesh.inference.v1.InferenceControlService" in done.stdout
+
+
+def test_every_control_rpc_is_shown() -> None:
+    from mlmesh.inference.v1 import control_pb2
+    from mlmesh.local.v1 import local_pb2
+    from mlmesh.registry.v1 import registry_pb2
+    from mlmesh.training.v1 import training_pb2
+
+    shown = "\n".join(blocks(SECTION))
+    # Bytes are not typed by hand, a status that repeats is shown by its single form, and Shutdown ends the mesh.
+    elsewhere = {
+        "StartUpload", "UploadChunks", "GetUpload", "FinishUpload", "DownloadBlob", "WatchStatus", "Shutdown",
+        "GetTrace",
+    }  # fmt: skip
+    for file in (control_pb2, registry_pb2, training_pb2, local_pb2):
+        for service in file.DESCRIPTOR.services_by_name.values():
+            for method in service.methods:
+                assert method.name in elsewhere or method.name in shown, f"the README does not show {method.full_name}"
+
+
+@pytest.mark.parametrize("package", ["mlmesh_runtime", "mlmesh_registry", "mlmesh_training", "mlmesh_inference"])
+def test_every_variable_is_documented(package: str) -> None:
+    for variable in importlib.import_module(f"{package}.config").VARIABLES:
+        default = f"`{variable.default}`" if variable.default else ""
+        assert f"| `{variable.name}` | {default} |" in README, f"the README does not tell of {variable.name}"
