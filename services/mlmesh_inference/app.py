@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from typing import Final
 
 from mlmesh.inference.v1 import control_pb2, control_pb2_grpc
 from mlmesh_runtime.channel import open_channel
@@ -28,6 +30,9 @@ from mlmesh_inference.oip.servicer import METHODS, OpenInferenceServicer, Reposi
 from mlmesh_inference.registry import RegistryClient
 from mlmesh_inference.tracing import SpanTracer
 
+_LOG = logging.getLogger(__name__)
+_SERVICE: Final = grpc_service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"]
+
 
 def engine_kinds() -> tuple[EngineKind, ...]:
     """Engines in the order of preference."""
@@ -48,7 +53,12 @@ class ModelHealth:
     def __init__(self, health: HealthStatuses) -> None:
         self._health = health
         self.catalog: Catalog | None = None
-        health.set("", False)
+        self.synced(False)
+
+    def synced(self, ready: bool = True) -> None:
+        """Whether the start is over: the whole server and the inference service answer from then on."""
+        for name in ("", _SERVICE.full_name):
+            self._health.set(name, ready)
 
     def changed(self, status: Status) -> None:
         """A version changed; the catalog's listener."""
@@ -73,7 +83,7 @@ def services(
         Service(
             add=grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server,
             servicer=OpenInferenceServicer(catalog, repository, version=server_version(), going_away=going_away),
-            descriptor=grpc_service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"],
+            descriptor=_SERVICE,
             validate=False,
             deadline_optional=METHODS,
         ),
@@ -94,6 +104,8 @@ async def serve(settings: Settings, *, source: Source | None = None, kinds: Sequ
     """
     inference = InferenceSettings.from_settings(settings)
     kinds = engine_kinds() if kinds is None else kinds
+    if not inference.selectors:
+        _LOG.warning("MLMESH_SERVE is empty: nothing is served until RepositoryModelLoad asks for it")
     health = HealthStatuses()
     model_health = ModelHealth(health)
     catalog = Catalog(listener=model_health.changed)
@@ -111,7 +123,7 @@ async def serve(settings: Settings, *, source: Source | None = None, kinds: Sequ
                 build=executors["build"],
                 tracer=SpanTracer(),
             ),
-            on_synced=lambda: health.set("", True),
+            on_synced=model_health.synced,
         )
         going_away = asyncio.Event()
         server = Server(settings, services(catalog, loader, kinds, going_away), health=health)

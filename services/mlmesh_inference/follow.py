@@ -14,7 +14,7 @@ from mlmesh_runtime.chunks import Chunk
 from mlmesh_runtime.errors import MeshError, RevisionLost, TimedOut
 
 from mlmesh_inference.desired import ModelFile, RegistryView
-from mlmesh_inference.registry import AliasDeleted, AliasMoved, Bookmark, Event, Published
+from mlmesh_inference.events import AliasDeleted, AliasMoved, Bookmark, Event, Published
 
 _LOG = logging.getLogger(__name__)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
 from typing import Any, Final
 
 import grpc
@@ -13,48 +12,11 @@ from mlmesh_runtime.channel import NO_DEADLINE, mesh_error
 from mlmesh_runtime.chunks import Chunk
 
 from mlmesh_inference.desired import ModelFile, VersionRecord
+from mlmesh_inference.events import AliasDeleted, AliasMoved, Bookmark, Event, Published
 from mlmesh_inference.tensors import DATATYPES, Signature, TensorSpec
 
 DOWNLOAD_DEADLINE_S: Final = 600.0
 """Bound on one DownloadBlob; a fetch that is cut goes on from where it was."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Published:
-    """A version was published. `record` is None when it cannot be served; `problem` says why."""
-
-    revision: int
-    record: VersionRecord | None
-    problem: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AliasMoved:
-    """An alias points to a version from now on."""
-
-    revision: int
-    model: str
-    alias: str
-    version: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AliasDeleted:
-    """An alias is gone."""
-
-    revision: int
-    model: str
-    alias: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bookmark:
-    """Everything up to `revision` was told."""
-
-    revision: int
-
-
-Event = Published | AliasMoved | AliasDeleted | Bookmark
 
 
 class RegistryClient:

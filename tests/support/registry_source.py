@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import AsyncGenerator
 
 from mlmesh_inference.desired import ModelFile, VersionRecord
-from mlmesh_inference.registry import AliasDeleted, AliasMoved, Bookmark, Event, Published
+from mlmesh_inference.events import AliasDeleted, AliasMoved, Bookmark, Event, Published
 from mlmesh_inference.tensors import Signature
 from mlmesh_runtime.chunks import Chunk, crc32c
 from mlmesh_runtime.errors import NotFound, NotReady, RevisionLost

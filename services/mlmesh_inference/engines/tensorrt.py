@@ -98,6 +98,8 @@ def compile_plan(trt: ModuleType, model: Path, options: EngineOptions) -> Any:
     if not parser.parse_from_file(str(model)):
         problems = [parser.get_error(number).desc() for number in range(min(parser.num_errors, 3))]
         raise EngineError(f"TensorRT cannot read it: {'; '.join(problems)}")
+    if network.num_outputs == 0:  # some bytes that are no model parse as an empty one
+        raise EngineError("TensorRT cannot read it: it has no outputs")
     config = builder.create_builder_config()
     profile = builder.create_optimization_profile()
     free = False

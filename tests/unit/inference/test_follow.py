@@ -7,8 +7,8 @@ import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
 import pytest
+from mlmesh_inference.events import Bookmark, Event, Published
 from mlmesh_inference.follow import Backoff, Follower
-from mlmesh_inference.registry import Bookmark, Event, Published
 
 from tests.support.registry_source import MemoryRegistry
 
