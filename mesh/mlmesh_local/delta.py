@@ -91,6 +91,7 @@ class DeltaStream:
         if first:
             # After a reconnection Envoy tells what it has; it is not sent again.
             subscription.sent = dict(request.known)
+            subscription.answered = bool(request.known)
         subscription.names.update(request.subscribe)
         if not first:
             # Subscribing again asks for the resource again.

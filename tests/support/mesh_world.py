@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from mlmesh_local.envoy_types import CLUSTER, ENDPOINTS, LISTENER, ROUTES
@@ -89,9 +90,14 @@ def load_alone(*texts: str) -> ResourceSet:
     return load_resources(Document(source=f"{index}.yaml", text=text) for index, text in enumerate(texts))
 
 
-def world(*texts: str, not_ready: set[str] | None = None, **fields: Any) -> World:
+@functools.cache
+def _workloads(text: str) -> ResourceSet:
+    return load(text)
+
+
+def world(*texts: str, not_ready: set[str] | None = None, workloads: str = WORKLOADS, **fields: Any) -> World:
     """A world of one instance a replica, all ready but those named."""
-    resources = load(WORKLOADS, *texts)
+    resources = _workloads(workloads).apply(load_alone(*texts)).resources
     proxies: list[ProxyNode] = []
     for number, deployment in enumerate(resources.specs(Deployment), 1):
         gateway = deployment.is_gateway
