@@ -36,6 +36,7 @@ HOST = "server.mlmesh.svc.cluster.local"
 UNARY = "/test.Echo/Unary"
 CHAT = "/test.Echo/Chat"
 ENVOY_STOP_S = 5.0
+READY_S = 20.0
 
 
 @dataclass
@@ -118,16 +119,17 @@ class EnvoyMesh:
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def start(cls, folder: Path, *texts: str, ready_s: float = 15.0) -> AsyncIterator[EnvoyMesh]:
+    async def start(cls, folder: Path, *texts: str, otlp_address: str = "") -> AsyncIterator[EnvoyMesh]:
         """A mesh of the Deployments in these documents, every Envoy configured."""
         resources = ResourceSet().apply(load(*texts)).resources
         mesh = cls(resources, folder)
+        mesh.otlp_address = otlp_address
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(mesh._claim.close)
             await mesh._serve(stack)
             async with asyncio.TaskGroup() as group:
                 for proxy in mesh.proxies:
-                    group.create_task(mesh.ads.wait_connected(proxy.id, timeout_s=ready_s))
+                    group.create_task(mesh.ads.wait_connected(proxy.id, timeout_s=READY_S))
             yield mesh
 
     # Configuration
@@ -253,6 +255,10 @@ class EnvoyMesh:
     def control_plane(self) -> str:
         """ "host:port" of the control plane."""
         return self._claim.block.ads
+
+    def free_address(self) -> str:
+        """A loopback address of this mesh that no instance uses."""
+        return self._claim.block.instance(250).application
 
     def first_request(self, node_id: str) -> bytes:
         """What an Envoy of that name would ask first."""

@@ -60,6 +60,8 @@ def manager_tracing(view: View, proxy: ProxyNode) -> Json | None:
         "service_name": _service_name(proxy),
     }
     return {
+        # A gateway's call into the mesh is a span of its own, as in Istio.
+        "spawn_upstream_span": proxy.kind == "gateway",
         "client_sampling": {"value": 100.0},
         "random_sampling": {"value": DEFAULT_SAMPLING_PERCENT},
         "overall_sampling": {"value": 100.0},
