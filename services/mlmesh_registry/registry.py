@@ -6,10 +6,11 @@ import fcntl
 import logging
 import os
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from mlmesh_runtime.config import ConfigError
 from mlmesh_runtime.errors import MeshError
@@ -67,7 +68,7 @@ async def open_registry(
 
     async with contextlib.AsyncExitStack() as stack:
         folder = stack.enter_context(_only_user(data_dir))
-        pools = await stack.enter_async_context(Executors(_THREADS))
+        pools = Executors(_THREADS)
         database = Database(
             f"sqlite:///{folder / 'registry.sqlite'}",
             writer=pools["sql-write"],
@@ -77,6 +78,7 @@ async def open_registry(
             on_commit=on_commit,
         )
         stack.callback(database.close)
+        await stack.enter_async_context(pools)
         await run_blocking(pools["sql-write"], database.migrate)
         store = SqlModelStore(database)
         artifacts = Artifacts(
@@ -93,10 +95,21 @@ async def open_registry(
         published.append(feed)
         await feed.open()
         await artifacts.sweep()
-        async with asyncio.TaskGroup() as group:
-            upkeep = group.create_task(_upkeep(store, artifacts, settings))
-            yield Registry(store=store, artifacts=artifacts, feed=feed)
-            upkeep.cancel()
+        await stack.enter_async_context(_beside(_upkeep(store, artifacts, settings)))
+        yield Registry(store=store, artifacts=artifacts, feed=feed)
+
+
+@contextlib.asynccontextmanager
+async def _beside(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Run work for the length of a block. Not a TaskGroup, which would hide what the block raises in a group."""
+    task = asyncio.ensure_future(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("work beside the registry ended early", exc_info=error)
 
 
 async def _upkeep(store: SqlModelStore, artifacts: Artifacts, settings: RegistrySettings) -> None:

@@ -3,13 +3,13 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any
 
 from mlmesh.registry.v1 import registry_pb2 as pb
 from mlmesh.registry.v1.registry_pb2_grpc import ModelRegistryServiceServicer
 from mlmesh_runtime.chunks import Chunk
-from mlmesh_runtime.errors import InvalidInput
+from mlmesh_runtime.errors import InvalidInput, MeshError
 from mlmesh_runtime.identity import current_identity
 
 from mlmesh_registry import convert, names
@@ -17,6 +17,9 @@ from mlmesh_registry.artifacts import Artifacts
 from mlmesh_registry.ledger import Blob
 from mlmesh_registry.store import SqlModelStore
 from mlmesh_registry.watch import ChangeFeed, too_slow
+
+_READ_ON_S = 1.0
+_READ_ON_ITEMS = 16
 
 
 class RegistryServicer(ModelRegistryServiceServicer):
@@ -126,6 +129,13 @@ class RegistryServicer(ModelRegistryServiceServicer):
     async def UploadChunks(
         self, request_iterator: AsyncIterator[pb.UploadChunksRequest], context: Any
     ) -> pb.UploadChunksResponse:
+        try:
+            return await self._take_in(request_iterator)
+        except MeshError:
+            await _read_on(request_iterator)
+            raise
+
+    async def _take_in(self, request_iterator: AsyncIterator[pb.UploadChunksRequest]) -> pb.UploadChunksResponse:
         async for first in request_iterator:
             upload_id = names.parse_upload(first.upload, "upload")
             async with self._artifacts.appending(upload_id) as live:
@@ -161,6 +171,19 @@ class RegistryServicer(ModelRegistryServiceServicer):
                 yield pb.DownloadBlobResponse(
                     offset=chunk.offset, data=chunk.data, crc32c=chunk.crc32c, blob_size_bytes=size_bytes
                 )
+
+
+async def _read_on(requests: AsyncIterator[pb.UploadChunksRequest]) -> None:
+    """Take in a little more of a stream that is about to be refused.
+
+    A gRPC aio client that is told the end while it writes reports INTERNAL ("Internal error from Core") and loses the
+    status; most streams end within this bound, and their clients learn the reason.
+    """
+    with suppress(TimeoutError, StopAsyncIteration):
+        async with asyncio.timeout(_READ_ON_S):
+            for _ in range(_READ_ON_ITEMS):
+                with suppress(MeshError):
+                    await anext(requests)
 
 
 def _chunk(request: pb.UploadChunksRequest) -> Chunk:

@@ -6,7 +6,6 @@ nothing polls, and a gap or a repeat would need two different revisions with one
 """
 
 import asyncio
-import itertools
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
@@ -68,7 +67,8 @@ class ChangeFeed:
                     yield change
         else:
             cursor = from_revision - 1
-        caught_up = False
+        now = asyncio.get_running_loop().time
+        caught_up, bookmark_due = False, 0.0
         while True:
             news = self._news
             if caught_up and self._head - cursor > self._queue_items_max:
@@ -79,8 +79,11 @@ class ChangeFeed:
             cursor = upto
             if cursor < self._head:
                 continue
-            if not caught_up or not await self._wait(news):
-                caught_up = True
+            if changes and caught_up:
+                bookmark_due = now() + self._bookmark_s
+            # News that is not for this watcher does not put its bookmark off: it must hear that it is still served.
+            if now() >= bookmark_due or not await _happens(news, bookmark_due):
+                caught_up, bookmark_due = True, now() + self._bookmark_s
                 yield Bookmark(revision=cursor, time=self._clock())
 
     async def _present(self, model_id: str | None, upto: int) -> AsyncGenerator[Change, None]:
@@ -93,18 +96,20 @@ class ChangeFeed:
     async def _behind(self, cursor: int, model_id: str | None) -> tuple[Sequence[Change], int]:
         """Changes behind a cursor that matter to a watcher, and the revision up to which that is all."""
         if self._recent and self._recent[0].revision <= cursor + 1 <= self._head + 1:
-            unseen = itertools.islice(self._recent, cursor + 1 - self._recent[0].revision, None)
+            # From the right: most watchers lack one change of thousands, and a deque is quick at its ends only.
+            unseen = (self._recent[-back] for back in range(self._head - cursor, 0, -1))
             return [change for change in unseen if model_id in (None, change.model)], self._head
         return await self._store.changes_after(cursor, model_id=model_id, limit=PAGE_ITEMS)
 
-    async def _wait(self, news: asyncio.Event) -> bool:
-        """Whether there was news before it was time for a bookmark."""
-        try:
-            async with asyncio.timeout(self._bookmark_s):
-                await news.wait()
-        except TimeoutError:
-            return False
-        return True
+
+async def _happens(event: asyncio.Event, before: float) -> bool:
+    """Whether an event happens before a time of the loop's clock."""
+    try:
+        async with asyncio.timeout_at(before):
+            await event.wait()
+    except TimeoutError:
+        return False
+    return True
 
 
 def too_slow(why: str, revision: int) -> Overloaded:

@@ -291,3 +291,21 @@ def test_a_folder_in_use_is_a_clear_line_and_exit_code_2(tmp_path: Path) -> None
             assert second.wait() == 2
             assert "is used by another registry process" in second.log()
             assert "Traceback" not in second.log()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "told"),
+    [
+        ("MLMESH_LISTEN", None, "is the port in use already?"),
+        ("MLMESH_REGISTRY_BOOKMARK_S", "soon", "MLMESH_REGISTRY_BOOKMARK_S: expected a number"),
+        ("MLMESH_DATA_DIR", "/dev/null/x", "MLMESH_DATA_DIR: cannot use"),
+    ],
+)
+def test_a_wrong_setting_is_a_clear_line_and_exit_code_2(
+    tmp_path: Path, address: str, variable: str, value: str | None, told: str
+) -> None:
+    env = {"MLMESH_LISTEN": "127.0.0.1:0", "MLMESH_DATA_DIR": str(tmp_path / "data"), variable: value or address}
+    with spawn("-m", "mlmesh_registry", env=env) as process:
+        assert process.wait() == 2
+        assert told in process.log()
+        assert "Traceback" not in process.log()

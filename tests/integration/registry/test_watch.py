@@ -1,6 +1,8 @@
 """Watching: order, resumption, bookmarks, bounds."""
 
 import asyncio
+import contextlib
+import itertools
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, aclosing
 
@@ -102,6 +104,27 @@ async def test_an_idle_watch_gets_bookmarks(open_here: Opener) -> None:
         async with aclosing(registry.feed.watch(0, "other")) as events:
             # Nothing for this watcher, but it learns how far it has come.
             assert _revisions(await _take(events, 2)) == [1, 1]
+
+
+async def test_changes_of_others_do_not_put_bookmarks_off(open_here: Opener) -> None:
+    async with open_here(bookmark_s=0.1) as registry:
+        model = await create_model(registry)
+
+        async def others() -> None:
+            etag = model.etag
+            for count in itertools.count():
+                changed = registry.store.update_model("m", description=str(count), labels={}, etag=etag, actor="")
+                etag = (await changed).etag
+
+        async with aclosing(registry.feed.watch(0, "none")) as events:
+            writing = asyncio.ensure_future(others())
+            found = await _take(events, 4)
+            writing.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await writing
+        revisions = _revisions(found)
+        assert all(isinstance(event, Bookmark) for event in found)
+        assert revisions == sorted(set(revisions))
 
 
 async def test_a_commit_wakes_a_watcher_at_once(open_here: Opener) -> None:

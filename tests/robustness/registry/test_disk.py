@@ -57,7 +57,7 @@ async def test_no_room_for_an_upload_and_then_room_again(small_disk: Path) -> No
             ballast.write_bytes(bytes(1000 * KIB))
             upload = (await client.start(LARGE)).upload
             async with refused(Overloaded, "DISK_FULL"):
-                await client.send(upload.name, pieces(LARGE, chunk_bytes=50 * KIB))
+                await client.send(upload.name, pieces(LARGE, chunk_bytes=200 * KIB))
             await _still_reads(client, kept)
             ballast.unlink()
             found = (await client.stub.GetUpload(pb.GetUploadRequest(name=upload.name))).upload
