@@ -104,13 +104,13 @@ async def serve(settings: Settings, *, source: Source | None = None, kinds: Sequ
     """
     inference = InferenceSettings.from_settings(settings)
     kinds = engine_kinds() if kinds is None else kinds
-    if not inference.selectors:
-        _LOG.warning("MLMESH_SERVE is empty: nothing is served until RepositoryModelLoad asks for it")
     health = HealthStatuses()
     model_health = ModelHealth(health)
     catalog = Catalog(listener=model_health.changed)
     model_health.catalog = catalog
     channel = open_channel(settings.registry_target, settings=settings)
+    if not inference.selectors:
+        _LOG.warning("MLMESH_SERVE is empty: nothing is served until RepositoryModelLoad asks for it")
     async with channel, Executors({"disk": 2, "build": 2}) as executors:
         loader = Loader(
             Loading(
