@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import os
 import shutil
 import sys
 import tempfile
@@ -27,6 +28,7 @@ from typing import Any
 from google.protobuf import descriptor_pb2
 
 PROTOS = Path(__file__).resolve().parent
+GENERATED = ("*_pb2.py", "*_pb2.pyi", "*_pb2_grpc.py", "*_pb2_grpc.pyi", "*.binpb")
 ENVOY_OUT = PROTOS.parent / "mesh" / "mlmesh_local" / "envoy.binpb"
 
 # What the laptop mesh sends to Envoy; everything these import comes along.
@@ -66,37 +68,54 @@ ENVOY_ROOTS = (
 
 
 def generate() -> None:
-    """Write every generated file. Raises RuntimeError when a generator is missing or refuses."""
-    _clean()
+    """Write every generated file that differs. Raises RuntimeError when a generator is missing or refuses.
+
+    Files are replaced one by one and only at the end: what runs from this tree meanwhile finds all of them.
+    """
     with tempfile.TemporaryDirectory() as tmp:
+        out = Path(tmp) / "out"
+        out.mkdir()
         validate = Path(tmp) / "validate.binpb"
         validate.write_bytes(_validate_descriptors().SerializeToString())
         sources = sorted(str(p.relative_to(PROTOS)) for p in (PROTOS / "mlmesh").rglob("*.proto"))
-        _protoc(sources, validate, grpc=True)
-        _protoc(["buf/validate/validate.proto"], validate, grpc=False)
         oip = sorted(str(p.relative_to(PROTOS)) for p in (PROTOS / "open_inference").rglob("*.proto"))
-        if oip:
-            _protoc(oip, validate, grpc=True)
-        _descriptor_set([*sources, *oip], validate, PROTOS / "mlmesh" / "descriptor_set.binpb")
-    _privatise(PROTOS / "open_inference")
-    _packages(PROTOS / "mlmesh")
-    _packages(PROTOS / "open_inference")
+        _protoc(sources, validate, out, grpc=True)
+        _protoc(["buf/validate/validate.proto"], validate, out, grpc=False)
+        _protoc(oip, validate, out, grpc=True)
+        _descriptor_set([*sources, *oip], validate, out / "mlmesh" / "descriptor_set.binpb")
+        _privatise(out / "open_inference")
+        for package in ("mlmesh", "open_inference"):
+            _packages(out / package)
+        for folder in ("mlmesh", "open_inference", "buf"):
+            _replace(out / folder, PROTOS / folder)
     ENVOY_OUT.parent.mkdir(parents=True, exist_ok=True)
-    ENVOY_OUT.write_bytes(_envoy_descriptors().SerializeToString(deterministic=True))
+    _write(ENVOY_OUT, _envoy_descriptors().SerializeToString(deterministic=True))
 
 
-def _clean() -> None:
-    for folder in (PROTOS / "mlmesh", PROTOS / "open_inference", PROTOS / "buf"):
-        for pattern in ("*_pb2.py", "*_pb2.pyi", "*_pb2_grpc.py", "*_pb2_grpc.pyi", "*.binpb", "__init__.py"):
-            for path in folder.rglob(pattern):
+def _replace(made: Path, folder: Path) -> None:
+    """Bring the generated files of `folder` to what was made; what is no longer generated goes."""
+    fresh = {path.relative_to(made) for path in made.rglob("*") if path.is_file()}
+    for relative in sorted(fresh):
+        _write(folder / relative, (made / relative).read_bytes())
+    for pattern in GENERATED:
+        for path in folder.rglob(pattern):
+            if path.relative_to(folder) not in fresh:
                 path.unlink()
-    shutil.rmtree(PROTOS / "buf", ignore_errors=True)
 
 
-def _protoc(sources: list[str], descriptors: Path, *, grpc: bool) -> None:
-    arguments = [f"--python_out={PROTOS}", f"--mypy_out=quiet:{PROTOS}"]
+def _write(path: Path, content: bytes) -> None:
+    if path.exists() and path.read_bytes() == content:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_bytes(content)
+    partial.replace(path)
+
+
+def _protoc(sources: list[str], descriptors: Path, out: Path, *, grpc: bool) -> None:
+    arguments = [f"--python_out={out}", f"--mypy_out=quiet:{out}"]
     if grpc:
-        arguments += [f"--grpc_python_out={PROTOS}", f"--mypy_grpc_out=quiet:{PROTOS}"]
+        arguments += [f"--grpc_python_out={out}", f"--mypy_grpc_out=quiet:{out}"]
     _run_protoc([*arguments, *sources], descriptors)
 
 
@@ -191,8 +210,6 @@ def _envoy_descriptors() -> descriptor_pb2.FileDescriptorSet:
 
 def _privatise(folder: Path) -> None:
     """Make generated modules of `folder` register in a pool of their own instead of the process-wide default."""
-    if not folder.exists():
-        return
     (folder / "_pool.py").write_text(
         '"""The descriptor pool of the Open Inference Protocol, apart from the process-wide default pool."""\n\n'
         "from google.protobuf.descriptor_pool import DescriptorPool\n\n"
@@ -210,8 +227,6 @@ def _privatise(folder: Path) -> None:
 
 
 def _packages(folder: Path) -> None:
-    if not folder.exists():
-        return
     for directory in [folder, *(p for p in folder.rglob("*") if p.is_dir() and p.name != "__pycache__")]:
         (directory / "__init__.py").touch()
     (folder / "py.typed").touch()
