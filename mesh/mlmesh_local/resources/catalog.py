@@ -124,6 +124,7 @@ def _of_service(service: Service, host: str, deployments: tuple[Deployment, ...]
     ports = tuple(
         CatalogPort(number=port.number, name=port.name, protocol=port.protocol, target=port.target)
         for port in service.ports
+        if port.protocol != "tls"
     )
     plain = CatalogService(
         host=host,

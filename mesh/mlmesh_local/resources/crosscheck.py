@@ -10,6 +10,7 @@ from mlmesh_local.resources.catalog import (
     catalog,
     full_gateway,
     full_host,
+    host_matches,
     host_policy,
     selects,
     workloads_of,
@@ -65,6 +66,7 @@ class _Check:
             gateways = self._gateways_of(service)
             if MESH_GATEWAY in {full_gateway(name, service.meta.namespace) for name in service.gateways}:
                 self._owned_once(service, owners)
+                self._served(service)
             unreachable = False
             for rule in service.http:
                 if unreachable:
@@ -94,6 +96,14 @@ class _Check:
                 place = f"{owner.meta.at.source}:{owner.meta.at.line}"
                 self.problems.add(
                     service.meta.at, f'the host "{full}" already belongs to {owner.meta} ({place}); merge the two'
+                )
+
+    def _served(self, service: VirtualService) -> None:
+        for host in service.hosts:
+            full = full_host(host, service.meta.namespace, DOMAIN)
+            if not any(host_matches(full, known) for known in self._services):
+                self.warnings.add(
+                    service.meta.at, f'"{full}" is the host of no Service and no ServiceEntry: sidecars do not route it'
                 )
 
     def _rule(self, service: VirtualService, rule: HttpRule, gateways: list[Gateway]) -> None:

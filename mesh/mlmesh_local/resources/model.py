@@ -494,12 +494,15 @@ class Deployment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServicePort:
-    """A port of a Service. ``target`` is a number or a container port's name."""
+    """A port of a Service. ``target`` is a number or a container port's name.
+
+    TLS that passes through ("tls", such as the port of a gateway) is no route of the mesh: clients dial it themselves.
+    """
 
     number: int
     name: str
     target: int | str
-    protocol: Literal["grpc", "http2", "http"]
+    protocol: Literal["grpc", "http2", "http", "tls"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -234,7 +234,7 @@ def _service_port(fields: Fields) -> ServicePort:
     return ServicePort(number=number, name=name, target=target, protocol=_port_protocol(fields, name, application))
 
 
-def _port_protocol(fields: Fields, name: str, application: str) -> Literal["grpc", "http2", "http"]:
+def _port_protocol(fields: Fields, name: str, application: str) -> Literal["grpc", "http2", "http", "tls"]:
     """Istio's rule: appProtocol, else the port name up to its first hyphen.
 
     https://istio.io/latest/docs/ops/configuration/traffic-management/protocol-selection/
@@ -247,9 +247,8 @@ def _port_protocol(fields: Fields, name: str, application: str) -> Literal["grpc
     for prefix in sorted(_PROTOCOLS, key=len, reverse=True):
         if name.lower() == prefix or name.lower().startswith(f"{prefix}-"):
             return _PROTOCOLS[prefix]
-    # TLS to the gateway's own port passes no route of the mesh: only gateways listen there.
     if name.lower().split("-")[0] in {"https", "tls"}:
-        return "http"
+        return "tls"
     where = "name" if fields.has("name") else "port"
     fields.refuse(
         where, "not supported: a port of unknown protocol; name it grpc-…, http2-… or http-…, or set appProtocol"

@@ -65,7 +65,7 @@ def default_route(frame: Frame, host: str, port: int) -> Json:
     action: Json = {
         "cluster": names.outbound_cluster(port, "", host),
         **_timeouts(None),
-        # Hash load balancing keeps to its host: Istio sets no predicate for it on VirtualService routes only.
+        # Only routes of VirtualServices keep retries of hashed calls on their host, in Istio too.
         "retry_policy": retry_policy(None, hashed=False),
     }
     if balancer.hash_key:

@@ -19,8 +19,8 @@ from mlmesh_local.translate.view import View, excluded_ports
 def clusters(view: View, proxy: ProxyNode) -> dict[str, Json]:
     """CDS."""
     result = outbound_clusters(view, proxy)
-    for port, http2 in inbound_ports(view, proxy).items():
-        cluster = inbound_cluster(proxy, port, http2=http2)
+    for port, protocol in inbound_ports(view, proxy).items():
+        cluster = inbound_cluster(proxy, port, http2=protocol != "http")
         result[cluster["name"]] = cluster
     return result
 
@@ -46,14 +46,22 @@ def routes(view: View, proxy: ProxyNode) -> dict[str, Json]:
     tracing = route_tracing(seen, configured=bool(view.world.otlp_address))
     found = [_outbound_routes(view, proxy, port, tracing) for port in _outbound_ports(view, proxy)]
     checks = authorization(view, proxy)
-    found += [_inbound_routes(view, proxy, port, tracing, checks) for port in inbound_ports(view, proxy)]
+    for port, protocol in inbound_ports(view, proxy).items():
+        configuration = _inbound_routes(view, proxy, port, tracing)
+        if protocol != "grpc":
+            # Istio's default for what does not stream.
+            (host,) = configuration["virtual_hosts"]
+            host["routes"][0]["route"]["retry_policy"] = {"retry_on": "reset-before-request", "num_retries": 2}
+        if checks:
+            configuration["typed_per_filter_config"] = checks
+        found.append(configuration)
     return {configuration["name"]: configuration for configuration in found}
 
 
-def inbound_ports(view: View, proxy: ProxyNode) -> dict[int, bool]:
-    """Container ports on which the sidecar takes calls, and whether the application speaks HTTP/2 on them."""
+def inbound_ports(view: View, proxy: ProxyNode) -> dict[int, str]:
+    """Container ports on which the sidecar takes calls, with their protocols: "grpc", "http2" or "http"."""
     excluded = excluded_ports(view.resources, proxy)
-    ports: dict[int, bool] = {}
+    ports: dict[int, str] = {}
     for service in view.services.values():
         if service.is_entry or not service.selector or service.namespace != proxy.namespace:
             continue
@@ -62,7 +70,7 @@ def inbound_ports(view: View, proxy: ProxyNode) -> dict[int, bool]:
         for port in service.ports:
             number = port.target if isinstance(port.target, int) else proxy.container_ports.get(port.target, 0)
             if number and number not in excluded:
-                ports.setdefault(number, port.protocol in ("grpc", "http2"))
+                ports.setdefault(number, port.protocol)
     return dict(sorted(ports.items()))
 
 
@@ -79,16 +87,20 @@ def _outbound_routes(view: View, proxy: ProxyNode, port: int, tracing: Json | No
         for host in hosts:
             by_host.setdefault(host, service)
     virtual_hosts: list[Json] = []
+    taken = {"*"}
     for target in view.services_seen_by(proxy.namespace):
         if target.port(port) is None:
             continue
         pattern = best_match(by_host, target.host)
         # A VirtualService none of whose rules can apply here leaves the service as it is, as in Istio.
         own = rule_routes(frame, by_host[pattern]) if pattern else []
+        # A short name may be a host of its own; Envoy takes a domain once.
+        domains = [domain for domain in _domains(view, target, port, proxy) if domain not in taken]
+        taken.update(domains)
         virtual_hosts.append(
             {
                 "name": f"{target.host}:{port}",
-                "domains": _domains(view, target, port, proxy),
+                "domains": domains,
                 "routes": own or [default_route(frame, target.host, port)],
                 "include_request_attempt_count": True,
             }
@@ -121,7 +133,7 @@ def _block_all(port: int) -> Json:
     }
 
 
-def _inbound_routes(view: View, proxy: ProxyNode, port: int, tracing: Json | None, checks: dict[str, Json]) -> Json:
+def _inbound_routes(view: View, proxy: ProxyNode, port: int, tracing: Json | None) -> Json:
     name = names.inbound_cluster(port)
     host = _own_host(view, proxy, port)
     route: Json = {
@@ -136,14 +148,11 @@ def _inbound_routes(view: View, proxy: ProxyNode, port: int, tracing: Json | Non
     }
     if tracing:
         route["tracing"] = tracing
-    configuration: Json = {
+    return {
         "name": name,
         "virtual_hosts": [{"name": f"inbound|http|{port}", "domains": ["*"], "routes": [route]}],
         "validate_clusters": False,
     }
-    if checks:
-        configuration["typed_per_filter_config"] = checks
-    return configuration
 
 
 def _own_host(view: View, proxy: ProxyNode, port: int) -> str:

@@ -259,6 +259,7 @@ def test_what_is_odd_but_possible_is_a_warning() -> None:
         destination_rule("{}", "[{name: v3, labels: {version: v3}}]")
     )
     one = "{route: [{destination: {host: server}}]}"
+    assert "sidecars do not route it" in warnings(virtual_service(f"[{one}]", fields="hosts: [shop.example]"))
     assert "is never reached" in warnings(virtual_service(f"[{one}, {one}]"))
     assert "selects no workload" in warnings(resource("AuthorizationPolicy", "{selector: {matchLabels: {app: x}}}"))
     two = resource("PeerAuthentication", "{}") + resource("PeerAuthentication", "{}", name="later")

@@ -337,3 +337,29 @@ def test_durations_are_written_exactly_to_the_microsecond(micros: int) -> None:
 @given(st.floats(0, 100))
 def test_percentages_are_within_a_million(percent: float) -> None:
     assert 0 <= fraction(percent)["numerator"] <= 1_000_000
+
+
+def test_a_short_name_that_is_a_host_of_its_own_is_not_taken_twice() -> None:
+    entry = resource(
+        "ServiceEntry",
+        "{hosts: [server.mlmesh], resolution: STATIC, ports: [{number: 9000, name: grpc, protocol: GRPC}],"
+        " endpoints: [{address: 10.0.0.1}]}",
+        group="networking.istio.io/v1",
+    )
+    it = Told("client", entry)
+    assert "server.mlmesh" in it.virtual_host("server.mlmesh:9000")["domains"]
+    assert "server.mlmesh" not in it.virtual_host()["domains"]
+
+
+def test_ports_of_pass_through_tls_are_no_routes() -> None:
+    own_tls = resource("Service", "{selector: {istio: gateway}, ports: [{name: tls-grpc, port: 8443}]}", group="v1")
+    assert set(Told("client", own_tls).routes) == {"9000", "9090"}
+
+
+def test_inbound_routes_leave_time_to_the_caller_and_retry_only_what_does_not_stream() -> None:
+    it = Told("server-v1")
+    grpc, plain = (it.rules(f"inbound|http|{port}", f"inbound|{port}||")[0]["route"] for port in (8000, 9090))
+    assert grpc["timeout"] == "0s"
+    assert grpc["max_stream_duration"] == {"max_stream_duration": "0s", "grpc_timeout_header_max": "0s"}
+    assert "retry_policy" not in grpc
+    assert plain["retry_policy"] == {"retry_on": "reset-before-request", "num_retries": 2}
