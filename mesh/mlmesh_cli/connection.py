@@ -13,20 +13,20 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
-from mlmesh.inference.v1 import control_pb2_grpc
 from mlmesh.local.v1 import local_pb2, local_pb2_grpc
-from mlmesh.registry.v1 import registry_pb2_grpc
-from mlmesh.training.v1 import training_pb2_grpc
 from mlmesh_local.state import StateDir
-from mlmesh_runtime.channel import open_channel
-from open_inference import grpc_service_pb2_grpc
 
 from mlmesh_cli.config import SERVICE_PORT, CliSettings, service_target
 from mlmesh_cli.errors import CliError, not_running
+
+if TYPE_CHECKING:
+    from mlmesh.registry.v1 import registry_pb2_grpc
+    from mlmesh.training.v1 import training_pb2_grpc
+    from open_inference import grpc_service_pb2_grpc
 
 CLIENT_WORKLOAD = "toolbox"
 CONTROL_DEADLINE_S = 5.0
@@ -142,6 +142,8 @@ class Connection:
 
     async def channel(self, service: str, *, workload: str = "") -> grpc.aio.Channel:
         """A channel to a service through the mesh, as `workload` or as this connection's own."""
+        from mlmesh_runtime.channel import open_channel  # noqa: PLC0415  half of the time that `mlmesh status` takes
+
         key = f"{workload}/{service}"
         if key not in self._channels:
             route = await self.route(service, workload=workload)
@@ -153,19 +155,21 @@ class Connection:
 
     async def registry(self, *, workload: str = "") -> registry_pb2_grpc.ModelRegistryServiceAsyncStub:
         """The model registry."""
+        from mlmesh.registry.v1 import registry_pb2_grpc  # noqa: PLC0415  each command needs one of the three
+
         return registry_pb2_grpc.ModelRegistryServiceStub(await self.channel("registry", workload=workload))
 
     async def training(self, *, workload: str = "") -> training_pb2_grpc.TrainingServiceAsyncStub:
         """The training service."""
+        from mlmesh.training.v1 import training_pb2_grpc  # noqa: PLC0415
+
         return training_pb2_grpc.TrainingServiceStub(await self.channel("training", workload=workload))
 
     async def inference(self, *, workload: str = "") -> grpc_service_pb2_grpc.GRPCInferenceServiceAsyncStub:
         """Inference: the Open Inference Protocol."""
-        return grpc_service_pb2_grpc.GRPCInferenceServiceStub(await self.channel("inference", workload=workload))
+        from open_inference import grpc_service_pb2_grpc  # noqa: PLC0415
 
-    async def inference_control(self) -> control_pb2_grpc.InferenceControlServiceAsyncStub:
-        """What is loaded in the inference process that the mesh picks."""
-        return control_pb2_grpc.InferenceControlServiceStub(await self.channel("inference"))
+        return grpc_service_pb2_grpc.GRPCInferenceServiceStub(await self.channel("inference", workload=workload))
 
     async def otlp_endpoint(self) -> str:
         """Where client spans go ("host:port"), empty when there is no collector."""

@@ -42,8 +42,8 @@ async def show_mesh(story: Story) -> None:
 
 async def train_two(story: Story) -> None:
     """Step 2: a weak model becomes stable, a better one canary."""
-    first = await _train(story, "a small CNN, one epoch", story.scale.first, "stable")
-    second = await _train(story, "a wider CNN, more epochs", story.scale.second, "canary")
+    first = await _train(story, "a small CNN", story.scale.first, "stable")
+    second = await _train(story, "a wider CNN", story.scale.second, "canary")
     story.versions = (t.last(first.model_version), t.last(second.model_version))
     accuracies = (first.evaluation.accuracy, second.evaluation.accuracy)
     detail = f"{t.percent(accuracies[0])} → {t.percent(accuracies[1])} on {second.evaluation.examples} unseen images"

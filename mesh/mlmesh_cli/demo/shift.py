@@ -153,10 +153,8 @@ async def replica_dies(story: Story) -> None:
     victim = await _replica(story, "inference-v1")
     stub = await story.connection.inference()
     traffic = Traffic(stub, story.queries, concurrency=story.scale.concurrency)
-    calm, storm = (
-        Phase(name="with two replicas", target=150),
-        Phase(name="after kill -9", target=story.scale.during // 4),
-    )
+    calm = Phase(name="with two replicas", target=150)
+    storm = Phase(name="after kill -9", target=story.scale.during // 4)
     async with traffic.running(calm):
         await traffic.reached(calm)
         os.kill(victim.application_pid, signal.SIGKILL)
