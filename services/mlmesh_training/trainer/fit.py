@@ -126,12 +126,15 @@ class Fit:
         return value, int((logits.argmax(1) == classes).sum())
 
     def _figures(self, meter: _Meter) -> dict[str, float]:
-        return {
-            "train_loss": meter.loss,
-            "train_accuracy": meter.accuracy,
-            "learning_rate": float(self._schedule.get_last_lr()[0]),
-            "examples_per_second": meter.examples_per_second,
-        }
+        figures = {"learning_rate": float(self._schedule.get_last_lr()[0])}
+        # The last report may have taken all of the epoch's examples: the mean of none is no figure.
+        if meter.examples:
+            figures |= {
+                "train_loss": meter.loss,
+                "train_accuracy": meter.accuracy,
+                "examples_per_second": meter.examples_per_second,
+            }
+        return figures
 
     def _validate(self) -> dict[str, float]:
         logits = torch.from_numpy(self.logits(self._validation))
@@ -157,12 +160,12 @@ class _Meter:
         self._started = time.monotonic()
         self._loss = 0.0
         self._right = 0
-        self._examples = 0
+        self.examples = 0
 
     def add(self, loss: float, right: int, examples: int) -> None:
         self._loss += loss * examples
         self._right += right
-        self._examples += examples
+        self.examples += examples
 
     @property
     def age_s(self) -> float:
@@ -170,12 +173,12 @@ class _Meter:
 
     @property
     def loss(self) -> float:
-        return self._loss / max(1, self._examples)
+        return self._loss / max(1, self.examples)
 
     @property
     def accuracy(self) -> float:
-        return self._right / max(1, self._examples)
+        return self._right / max(1, self.examples)
 
     @property
     def examples_per_second(self) -> float:
-        return self._examples / max(1e-6, self.age_s)
+        return self.examples / max(1e-6, self.age_s)
