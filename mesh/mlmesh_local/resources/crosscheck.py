@@ -107,6 +107,12 @@ class _Check:
                 )
 
     def _rule(self, service: VirtualService, rule: HttpRule, gateways: list[Gateway]) -> None:
+        per_try_s = rule.retries.per_try_timeout_s if rule.retries else None
+        if per_try_s and rule.timeout_s and per_try_s > rule.timeout_s:
+            self.warnings.add(
+                rule.at,
+                f"perTryTimeout {per_try_s:g} s is longer than the timeout, {rule.timeout_s:g} s: it never acts",
+            )
         destinations = [weighted.destination for weighted in rule.destinations]
         for destination in [*destinations, *(mirror.destination for mirror in rule.mirrors)]:
             self._destination(service, destination, gateways)

@@ -24,7 +24,7 @@ _TLS_VERSIONS = ("TLS_AUTO", "TLSV1_2", "TLSV1_3")
 def parse_gateway(meta: Meta, spec: Fields) -> Gateway:
     """Read a Gateway's spec."""
     selector = spec.text_map("selector")
-    servers = tuple(_server(item) for item in spec.messages("servers"))
+    servers = tuple(_server(item, meta.namespace) for item in spec.messages("servers"))
     if not servers:
         spec.problems.add(spec.at, '"servers" needs at least one server')
     names = [server.port_name for server in servers]
@@ -34,7 +34,7 @@ def parse_gateway(meta: Meta, spec: Fields) -> Gateway:
     return Gateway(meta=meta, selector=selector, servers=servers)
 
 
-def _server(fields: Fields) -> GatewayServer:
+def _server(fields: Fields, namespace: str) -> GatewayServer:
     with fields:
         fields.unsupported("bind", "defaultEndpoint", "name")
         number, name, protocol = 0, "", "HTTP"
@@ -50,31 +50,30 @@ def _server(fields: Fields) -> GatewayServer:
             fields.refuse("port", 'protocol HTTPS needs "tls"')
         if protocol != "HTTPS" and tls is not None:
             fields.refuse("tls", f"goes with protocol HTTPS, not {protocol}")
+        hosts = _server_hosts(fields, namespace)
         return GatewayServer(
             port=number,
             port_name=name,
             protocol=protocol,
-            hosts=_server_hosts(fields),
+            hosts=tuple(host for _, host in hosts),
+            host_namespaces=tuple(bound for bound, _ in hosts),
             tls=tls,
             at=fields.at,
         )
 
 
-def _server_hosts(fields: Fields) -> tuple[str, ...]:
-    hosts: list[str] = []
+def _server_hosts(fields: Fields, own_namespace: str) -> list[tuple[str, str]]:
+    """Namespace ("*" for all) and host of each; "./" is the gateway's own namespace."""
+    hosts: list[tuple[str, str]] = []
     for text in fields.texts("hosts"):
-        namespace, slash, host = text.rpartition("/")
-        if not is_host(host):
-            fields.refuse("hosts", f'"{host}" is not a host name')
-        elif slash and namespace not in {"*", "."}:
-            fields.refuse(
-                "hosts", f'not supported: the namespace in "{text}"; the laptop mesh takes "*/" and "./" only'
-            )
+        namespace, _, host = text.rpartition("/")
+        if is_host(host):
+            hosts.append((own_namespace if namespace == "." else namespace or "*", host.lower()))
         else:
-            hosts.append(host.lower())
+            fields.refuse("hosts", f'"{host}" is not a host name')
     if not hosts and not fields.has("hosts"):
         fields.required("hosts")
-    return tuple(hosts)
+    return hosts
 
 
 def _server_tls(fields: Fields) -> ServerTls:

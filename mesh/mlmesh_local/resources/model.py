@@ -298,12 +298,17 @@ class ServerTls:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewayServer:
-    """A port of a gateway. ``protocol`` is GRPC, HTTP, HTTP2 or HTTPS; ``hosts`` without namespace parts."""
+    """A port of a gateway. ``protocol`` is GRPC, HTTP, HTTP2 or HTTPS.
+
+    ``hosts`` are without namespace parts; ``host_namespaces`` says for each from which namespace VirtualServices may
+    bind to it: "*" for all.
+    """
 
     port: int
     port_name: str
     protocol: str
     hosts: tuple[str, ...]
+    host_namespaces: tuple[str, ...]
     tls: ServerTls | None
     at: At = field(compare=False)
 

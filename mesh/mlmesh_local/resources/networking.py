@@ -97,13 +97,12 @@ def _rule(fields: Fields) -> HttpRule:
     with fields:
         fields.unsupported("redirect", "directResponse", "delegate", "corsPolicy", "mirrorPercent", "mirror_percent")
         destinations = _destinations(fields)
-        timeout_s = fields.duration_s("timeout", low_s=0.0)
         return HttpRule(
             name=fields.text("name"),
             matches=tuple(_match(item) for item in fields.messages("match")),
             destinations=destinations,
-            timeout_s=timeout_s,
-            retries=_retries(fields, timeout_s),
+            timeout_s=fields.duration_s("timeout", low_s=0.0),
+            retries=_retries(fields),
             fault=_fault(fields),
             mirrors=_mirrors(fields),
             headers=_headers(fields),
@@ -224,7 +223,7 @@ def check_regex(fields: Fields, name: str, value: str) -> None:
         fields.refuse(name, f'"{value}" uses look-around or back-references, which Envoy (RE2) does not have')
 
 
-def _retries(fields: Fields, timeout_s: float | None) -> Retries | None:
+def _retries(fields: Fields) -> Retries | None:
     if not fields.has("retries"):
         fields.ignored("retries")
         return None
@@ -234,8 +233,6 @@ def _retries(fields: Fields, timeout_s: float | None) -> Retries | None:
         if attempts == 0 and (inner.has("retryOn") or inner.has("perTryTimeout")):
             inner.refuse("attempts", "0 turns retries off, so perTryTimeout and retryOn mean nothing")
         per_try_timeout_s = inner.duration_s("perTryTimeout", low_s=0.0)
-        if per_try_timeout_s and timeout_s and per_try_timeout_s > timeout_s:
-            inner.refuse("perTryTimeout", f"{per_try_timeout_s:g} s is longer than the timeout, {timeout_s:g} s")
         return Retries(
             attempts=attempts or 0,
             per_try_timeout_s=per_try_timeout_s,

@@ -50,7 +50,10 @@ def _is_method(text: str) -> bool:
 
 _PATTERN: _Check = (_is_pattern, 'a value with at most one "*", at its start or end')
 _PRINCIPAL: _Check = (_is_principal, 'a principal such as "cluster.local/ns/NAMESPACE/sa/ACCOUNT" (without spiffe://)')
-_PATH: _Check = (_is_path, 'a path such as "/package.Service/Method" or "/package.Service/*"')
+_PATH: _Check = (
+    _is_path,
+    'a path such as "/package.Service/Method" or "/package.Service/*" (no templates with braces here)',
+)
 _PORT: _Check = (_is_port, "a port number in quotes")
 _CIDR: _Check = (is_cidr, "an IP address or block")
 _NAMESPACE: _Check = (_any_text, "a namespace")

@@ -109,7 +109,7 @@ def _virtual_hosts(view: View, proxy: ProxyNode, port: int, served: list[Served]
         name = f"{gateway.meta.namespace}/{gateway.meta.name}"
         frame = Frame(view=view, proxy=proxy, gateway=name, listener_port=port, tracing=tracing)
         for service, hosts in view.virtual_services(name, proxy.namespace):
-            for host in _common_hosts(server.hosts, hosts):
+            for host in _common_hosts(_hosts_for(server, service.meta.namespace), hosts):
                 # VirtualServices of one host are merged in order, as in Istio.
                 by_host.setdefault(host, []).extend(rule_routes(frame, service))
     result = [
@@ -125,6 +125,12 @@ def _virtual_hosts(view: View, proxy: ProxyNode, port: int, served: list[Served]
     if "*" not in by_host:
         result.append(_nothing_here())
     return result
+
+
+def _hosts_for(server: GatewayServer, namespace: str) -> tuple[str, ...]:
+    """Hosts of a server that VirtualServices of a namespace may bind to."""
+    bounds = zip(server.hosts, server.host_namespaces, strict=True)
+    return tuple(host for host, bound in bounds if bound in ("*", namespace))
 
 
 def _common_hosts(server_hosts: tuple[str, ...], hosts: tuple[str, ...]) -> list[str]:

@@ -71,7 +71,6 @@ RULES = {
         "retries: {attempts: 1, retryOn: 'unavailble,503'}"
     ),
     "0 turns retries off": route("retries: {attempts: 0, retryOn: unavailable}"),
-    "is longer than the timeout": route("timeout: 1s, retries: {attempts: 1, perTryTimeout: 2s}"),
     '"UNAVAILABEL" is not one of OK': route("fault: {abort: {grpcStatus: UNAVAILABEL}}"),
     'one of "httpStatus", "grpcStatus" is required': route("fault: {abort: {percentage: {value: 1}}}"),
     "write {value: 50}": route("fault: {abort: {httpStatus: 503, percentage: 50}}"),
@@ -259,6 +258,7 @@ def test_what_is_odd_but_possible_is_a_warning() -> None:
         destination_rule("{}", "[{name: v3, labels: {version: v3}}]")
     )
     one = "{route: [{destination: {host: server}}]}"
+    assert "it never acts" in warnings(route("timeout: 1s, retries: {attempts: 1, perTryTimeout: 2s}"))
     assert "sidecars do not route it" in warnings(virtual_service(f"[{one}]", fields="hosts: [shop.example]"))
     assert "is never reached" in warnings(virtual_service(f"[{one}, {one}]"))
     assert "selects no workload" in warnings(resource("AuthorizationPolicy", "{selector: {matchLabels: {app: x}}}"))

@@ -311,6 +311,14 @@ def test_a_gateway_has_no_routes_of_hosts_that_it_does_not_serve() -> None:
     assert [host["name"] for host in hosts] == ["blackhole"]
 
 
+@pytest.mark.parametrize(("bound", "served"), [("./", True), ("*/", True), ("mlmesh/", True), ("other/", False)])
+def test_a_server_may_bind_hosts_to_a_namespace(bound: str, served: bool) -> None:
+    gateway = GATEWAY.replace("'*.cluster.local'", f"'{bound}*.cluster.local'")
+    rule = virtual_service(f"[{{{TO_PORT}}}]", fields="hosts: [server], gateways: [way-in]")
+    hosts = Told("gateway", gateway, rule).routes["https.8443.tls.way-in.mlmesh"]["virtual_hosts"]
+    assert (f"{HOST}:8443" in [host["name"] for host in hosts]) is served
+
+
 def test_sampling_is_on_routes_so_that_listeners_stay() -> None:
     def snapshot(percent: float) -> Any:
         telemetry = resource(
