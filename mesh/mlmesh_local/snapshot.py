@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,6 +36,9 @@ class Packed:
 
 Named = Mapping[str, Packed]
 
+PACKED_MAX = 16384
+"""Most packed resources that are kept for the next push."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
@@ -55,21 +60,21 @@ def build_snapshots(world: World) -> dict[str, Snapshot]:
     """Snapshots of every proxy of a world, by node id. Raises InvalidResource when one would not be consistent."""
     view = View(world)
     version = world.version
-    packer = _Packer()
-    return {proxy.id: _snapshot(view, proxy, version, packer) for proxy in world.proxies}
+    return {proxy.id: _snapshot(view, proxy, version) for proxy in world.proxies}
 
 
 def build_snapshot(world: World, proxy: ProxyNode) -> Snapshot:
     """The snapshot of one proxy. For several of one world use `build_snapshots`, which indexes it once."""
-    return _snapshot(View(world), proxy, world.version, _Packer())
+    return _snapshot(View(world), proxy, world.version)
 
 
 def pack_secrets(secrets: Mapping[str, Secret]) -> dict[str, Packed]:
     """Secrets as Envoy's resources, by SDS name."""
-    return {name: _Packer().pack(SECRET, name, _secret(name, secret)) for name, secret in secrets.items()}
+    # Not kept: they hold private keys.
+    return {name: _pack(SECRET, name, _secret(name, secret)) for name, secret in secrets.items()}
 
 
-def _snapshot(view: View, proxy: ProxyNode, version: str, packer: _Packer) -> Snapshot:
+def _snapshot(view: View, proxy: ProxyNode, version: str) -> Snapshot:
     configuration = translate(view, proxy)
     problems = consistency(configuration)
     if problems:
@@ -77,7 +82,7 @@ def _snapshot(view: View, proxy: ProxyNode, version: str, packer: _Packer) -> Sn
         raise InvalidResource([Problem(at=at, message=problem) for problem in problems])
     try:
         packed = {
-            type_url: {name: packer.pack(type_url, name, value) for name, value in named.items()}
+            type_url: {name: _pack_once(type_url, name, canonical(value)) for name, value in named.items()}
             for type_url, named in configuration.items()
         }
     except InvalidMessageError as error:
@@ -161,18 +166,16 @@ def _find(value: Any, key: str) -> Iterator[Any]:
             yield from _find(inner, key)
 
 
-class _Packer:
-    """Packs each different value once: proxies share most of their clusters."""
+def _pack(type_url: str, name: str, value: Json) -> Packed:
+    text = canonical(value)
+    version = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return Packed(name=name, version=version, content=build_bytes(type_url, value))
 
-    def __init__(self) -> None:
-        self._packed: dict[tuple[str, str], Packed] = {}
 
-    def pack(self, type_url: str, name: str, value: Json) -> Packed:
-        version = hashlib.sha256(canonical(value).encode()).hexdigest()[:16]
-        key = (type_url, version)
-        if key not in self._packed:
-            self._packed[key] = Packed(name=name, version=version, content=build_bytes(type_url, value))
-        return self._packed[key]
+@functools.lru_cache(maxsize=PACKED_MAX)
+def _pack_once(type_url: str, name: str, text: str) -> Packed:
+    """Most resources are the same from push to push, and clusters the same for many proxies."""
+    return _pack(type_url, name, json.loads(text))
 
 
 def _secret(name: str, secret: Secret) -> Json:
