@@ -288,7 +288,7 @@ def test_a_folder_in_use_is_a_clear_line_and_exit_code_2(tmp_path: Path) -> None
     with running(tmp_path / "data"):
         env = {"MLMESH_LISTEN": "127.0.0.1:0", "MLMESH_DATA_DIR": str(tmp_path / "data")}
         with spawn("-m", "mlmesh_registry", env=env) as second:
-            assert second.wait() == 2
+            assert second.wait(timeout_s=60) == 2
             assert "is used by another registry process" in second.log()
             assert "Traceback" not in second.log()
 
@@ -306,6 +306,6 @@ def test_a_wrong_setting_is_a_clear_line_and_exit_code_2(
 ) -> None:
     env = {"MLMESH_LISTEN": "127.0.0.1:0", "MLMESH_DATA_DIR": str(tmp_path / "data"), variable: value or address}
     with spawn("-m", "mlmesh_registry", env=env) as process:
-        assert process.wait() == 2
+        assert process.wait(timeout_s=60) == 2
         assert told in process.log()
         assert "Traceback" not in process.log()
