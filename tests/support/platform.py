@@ -15,6 +15,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import grpc
+from mlmesh.local.v1 import local_pb2, local_pb2_grpc
+from mlmesh_local.state import StateDir
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 MLMESH = Path(sys.executable).with_name("mlmesh")
 HOST = "inference.mlmesh.svc.cluster.local"
@@ -55,21 +59,21 @@ class Platform:
         path = f"{MLMESH.parent}:{ROOT / '.tools' / 'bin'}:{os.environ['PATH']}"
         return {**os.environ, "PATH": path, "COLUMNS": "120", **more}
 
-    def status(self) -> dict[str, Any]:
-        """`mlmesh status`."""
-        status: dict[str, Any] = self.json("status")
-        return status
+    def status(self) -> local_pb2.MeshStatus:
+        """The state of the mesh now."""
+        options = [("grpc.default_authority", "localhost")]
+        with grpc.insecure_channel(StateDir(self.state).target, options) as channel:
+            stub = local_pb2_grpc.LocalMeshServiceStub(channel)
+            return stub.GetStatus(local_pb2.GetStatusRequest(), timeout=10).status
 
-    def instance(self, name: str) -> dict[str, Any]:
-        """One replica of `status`."""
-        found: dict[str, Any] = next(i for i in self.status()["instances"] if i["name"] == name)
-        return found
+    def instance(self, name: str) -> local_pb2.Instance:
+        """One replica."""
+        return next(instance for instance in self.status().instances if instance.name == name)
 
     def outbound(self, instance: str = "toolbox-0") -> str:
         """Where that replica's sidecar takes calls for service port 9000."""
-        listeners = self.instance(instance)["outbound_listeners"]
-        address: str = next(one["address"] for one in listeners if one["port"] == 9000)
-        return address
+        listeners = self.instance(instance).outbound_listeners
+        return next(listener.address for listener in listeners if listener.port == 9000)
 
     def certificate(self, service_account: str = "operator") -> Mapping[str, Path]:
         """Fresh files: cert, key, ca."""
@@ -87,11 +91,11 @@ class Platform:
 
     def wait_ready(self, *, timeout_s: float = 60.0) -> None:
         """Until every replica is ready and every sidecar has acknowledged the active configuration."""
-        self.wait("the mesh is ready", lambda: bool(self.status()["ready"]), timeout_s=timeout_s)
+        self.wait("the mesh is ready", lambda: self.status().ready, timeout_s=timeout_s)
 
     def figures(self, instance: str) -> dict[str, float]:
         """Prometheus figures of a replica, `name{labels}` to value."""
-        host = self.instance(instance)["application_address"].rpartition(":")[0]
+        host = self.instance(instance).application_address.rpartition(":")[0]
         with urllib.request.urlopen(f"http://{host}:9090/metrics", timeout=5) as response:
             lines = response.read().decode().splitlines()
         pairs = (line.rsplit(" ", 1) for line in lines if line and not line.startswith("#"))

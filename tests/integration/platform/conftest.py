@@ -36,16 +36,10 @@ def wait_served(platform: Platform) -> None:
     platform.wait("both versions are served", served)
 
 
-@pytest.fixture(autouse=True)
-def _as_found(platform: Platform) -> Iterator[None]:
-    yield
-    platform.mlmesh("apply", "-f", ROOT / "mesh" / "istio")
-    platform.wait_ready()
-
-
 @pytest.fixture
-def weights(tmp_path: Path) -> WeightsFile:
-    return WeightsFile(tmp_path)
+def weights(platform: Platform, tmp_path: Path) -> Iterator[WeightsFile]:
+    yield WeightsFile(tmp_path)
+    platform.mlmesh("apply", "-f", ROOT / "mesh" / "istio")
 
 
 class WeightsFile:

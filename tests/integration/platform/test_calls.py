@@ -89,7 +89,7 @@ def model_ready(channel: grpc.Channel) -> oip.ModelReadyResponse:
 
 
 def pod(platform: Platform, instance: str = "inference-v1-0") -> str:
-    address: str = platform.instance(instance)["address"]
+    address: str = platform.instance(instance).address
     return address if ":" in address else f"{address}:9000"
 
 

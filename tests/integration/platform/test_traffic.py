@@ -13,6 +13,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from mlmesh.local.v1 import local_pb2
 from mlmesh_cli import samples
 from open_inference import grpc_service_pb2 as oip
 from open_inference import grpc_service_pb2_grpc as oip_grpc
@@ -136,7 +137,7 @@ async def test_open_stream_survives(
         assert await stream.ask() == "1"
         await asyncio.to_thread(platform.mlmesh, "certs", "rotate")
         assert await stream.ask() == "1"
-        restarted = (await asyncio.to_thread(platform.instance, "inference-v2-0"))["application_pid"]
+        restarted = platform.instance("inference-v2-0").application_pid
         os.kill(restarted, signal.SIGTERM)
         assert await stream.ask() == "1"
         await asyncio.to_thread(platform.wait, "v2 is back", lambda: _replaced(platform, "inference-v2-0", restarted))
@@ -146,12 +147,12 @@ async def test_open_stream_survives(
 
 def _replaced(platform: Platform, name: str, pid: int) -> bool:
     instance = platform.instance(name)
-    return "READY" in str(instance["state"]).upper() and instance["application_pid"] not in (0, pid)
+    return instance.state == local_pb2.INSTANCE_STATE_READY and instance.application_pid not in (0, pid)
 
 
 async def test_killed_replica_is_hidden_by_retries(platform: Platform, request_message: oip.ModelInferRequest) -> None:
     """kill -9 of one of two replicas under load: no caller sees it, and it comes back."""
-    victim = platform.instance("inference-v1-0")["application_pid"]
+    victim = platform.instance("inference-v1-0").application_pid
     async with inference(platform) as stub, Load(stub, request_message).running() as load:
         await load.until(200)
         os.kill(victim, signal.SIGKILL)
@@ -172,7 +173,7 @@ async def test_accepted_work_survives_a_kill(platform: Platform, instance: str) 
             "train", "--recipe", "mlp", "--dataset", "digits", "--set", "epochs=30", "--model", "survivor", "--detach"
         )
         job = _find_name(submitted, "jobs/")
-    victim = platform.instance(instance)["application_pid"]
+    victim = platform.instance(instance).application_pid
     os.kill(victim, signal.SIGKILL)
     await asyncio.to_thread(platform.wait, "it is back", lambda: _replaced(platform, instance, victim))
     assert "models/mnist/versions/2" in platform.mlmesh("models", "versions", "mnist", "-o", "json").stdout
@@ -190,7 +191,7 @@ def _find_name(value: Any, prefix: str) -> str:
 
 
 def test_wrong_configuration_changes_nothing(platform: Platform, weights: WeightsFile) -> None:
-    before = platform.status()["config_version"]
+    before = platform.status().config_version
     path = weights(50, 50)
     good = path.read_text()
     for broken, named in (
@@ -204,14 +205,14 @@ def test_wrong_configuration_changes_nothing(platform: Platform, weights: Weight
         assert refused.returncode == 1
         assert named in refused.stdout + refused.stderr
         assert path.name in refused.stdout + refused.stderr
-    assert platform.status()["config_version"] == before
+    assert platform.status().config_version == before
 
 
 def test_second_up_is_refused(platform: Platform) -> None:
     again = platform.mlmesh("up", "--gateway-address", "none", check=False)
     assert again.returncode == 1
     assert "already runs" in again.stderr
-    assert str(platform.status()["supervisor_pid"]) in again.stdout + again.stderr
+    assert str(platform.status().supervisor_pid) in again.stdout + again.stderr
 
 
 def test_taken_port_is_named(platform: Platform) -> None:
