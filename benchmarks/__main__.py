@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import typer
+
 from benchmarks import paths
 
 RESULTS = Path("benchmarks/results")
@@ -28,13 +30,14 @@ def main() -> None:
     """Runs what was named."""
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     name, *arguments = sys.argv[1:] or ["all"]
-    if name == "all":
-        for run in BENCHMARKS.values():
-            run([])
-    elif name in BENCHMARKS:
-        BENCHMARKS[name](arguments)
-    else:
+    if name != "all" and name not in BENCHMARKS:
         sys.exit(f"usage: python -m benchmarks [{'|'.join(BENCHMARKS)}|all] [OPTIONS]")
+    try:
+        for run in BENCHMARKS.values() if name == "all" else [BENCHMARKS[name]]:
+            run(arguments)
+    except typer.Exit as ended:
+        # The problem was told already.
+        sys.exit(ended.exit_code)
 
 
 if __name__ == "__main__":

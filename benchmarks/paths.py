@@ -36,6 +36,7 @@ from mlmesh_cli.options import OutputFormat
 from mlmesh_cli.publishing import Publication, publish_file
 from mlmesh_cli.tensors import infer_request
 from mlmesh_cli.terminal import Terminal
+from mlmesh_cli.terminal import run as run_command
 from open_inference import grpc_service_pb2 as oip
 from open_inference import grpc_service_pb2_grpc
 from rich.table import Table
@@ -258,4 +259,5 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--requests", type=int, default=400, help="requests a measurement")
     parser.add_argument("--seed", type=int, default=1, help="of the order of the measurements")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/paths.json"))
-    asyncio.run(run(parser.parse_args(arguments)))
+    chosen = parser.parse_args(arguments)
+    run_command(Terminal(OutputFormat.TABLE), lambda: run(chosen))
