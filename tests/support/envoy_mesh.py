@@ -13,7 +13,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -385,137 +385,6 @@ async def unary(
     return Answer(grpc.StatusCode.OK, text, time.perf_counter() - begin, received)
 
 
-class Outcomes:
-    """Codes of calls that several callers make in the background without pause."""
-
-    def __init__(self, callers: int) -> None:
-        self._codes: list[tuple[float, grpc.StatusCode]] = []
-        self._ended = [0] * callers
-        self._more = asyncio.Event()
-
-    def add(self, caller: int, began: float, code: grpc.StatusCode) -> None:
-        self._codes.append((began, code))
-        self._ended[caller] += 1
-        self._more.set()
-
-    def codes(self, *, since: float = 0.0) -> set[grpc.StatusCode]:
-        """Codes of calls that began since a time of `time.perf_counter`."""
-        return {code for began, code in self._codes if began >= since}
-
-    async def more(self, count: int) -> None:
-        """Wait for so many more calls."""
-        target = len(self._codes) + count
-        await self._until(lambda: len(self._codes) >= target)
-
-    async def settled(self) -> None:
-        """Wait until every call that is under way now has ended."""
-        before = list(self._ended)
-        await self._until(lambda: all(now > then for now, then in zip(self._ended, before, strict=True)))
-
-    async def _until(self, holds: Callable[[], bool]) -> None:
-        while not holds():
-            self._more.clear()
-            await self._more.wait()
-
-
-@contextlib.asynccontextmanager
-async def under_load(mesh: EnvoyMesh, *, callers: int = 4, client: str = "client-0") -> AsyncIterator[Outcomes]:
-    """Calls without pause by several callers while the block runs."""
-    outcomes = Outcomes(callers)
-    stop = asyncio.Event()
-
-    async def call(caller: int) -> None:
-        while not stop.is_set():
-            began = time.perf_counter()
-            outcomes.add(caller, began, (await mesh.call(client)).code)
-
-    async with asyncio.TaskGroup() as group:
-        for caller in range(callers):
-            group.create_task(call(caller))
-        try:
-            yield outcomes
-        finally:
-            stop.set()
-
-
 def load(*texts: str) -> ResourceSet:
     """Resources of YAML texts, named by their position."""
     return load_resources(Document(source=f"test-{index}.yaml", text=text) for index, text in enumerate(texts))
-
-
-def deployment(name: str, app: str, account: str, *, version: str = "", replicas: int = 1) -> str:
-    """A Deployment with a gRPC port."""
-    labels = f"app: {app}" + (f", version: {version}" if version else "")
-    return f"""
-apiVersion: apps/v1
-kind: Deployment
-metadata: {{name: {name}}}
-spec:
-  replicas: {replicas}
-  selector: {{matchLabels: {{{labels}}}}}
-  template:
-    metadata: {{labels: {{{labels}}}}}
-    spec:
-      serviceAccountName: {account}
-      containers:
-        - name: app
-          command: [serve]
-          ports: [{{name: grpc, containerPort: 9000}}]
----
-"""
-
-
-def service(app: str) -> str:
-    """A Service and a ServiceAccount of one name."""
-    return f"""
-apiVersion: v1
-kind: Service
-metadata: {{name: {app}}}
-spec:
-  selector: {{app: {app}}}
-  ports: [{{name: grpc, port: 9000, targetPort: grpc}}]
----
-apiVersion: v1
-kind: ServiceAccount
-metadata: {{name: {app}}}
----
-"""
-
-
-STRICT = """
-apiVersion: security.istio.io/v1
-kind: PeerAuthentication
-metadata: {name: default}
-spec: {mtls: {mode: STRICT}}
----
-"""
-
-SUBSETS = """
-apiVersion: networking.istio.io/v1
-kind: DestinationRule
-metadata: {name: server}
-spec:
-  host: server
-  subsets:
-    - {name: v1, labels: {version: v1}}
-    - {name: v2, labels: {version: v2}}
----
-"""
-
-
-def split(v1: int, v2: int, extra: str = "") -> str:
-    """A VirtualService that splits by weight; `extra` is YAML of more fields of the rule, indented by six."""
-    return f"""
-apiVersion: networking.istio.io/v1
-kind: VirtualService
-metadata: {{name: server}}
-spec:
-  hosts: [server]
-  http:
-    - name: split
-      route:
-        - {{destination: {{host: server, subset: v1}}, weight: {v1}}}
-        - {{destination: {{host: server, subset: v2}}, weight: {v2}}}
-{extra}
----
-"""

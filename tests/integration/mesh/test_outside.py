@@ -11,7 +11,8 @@ import pytest
 import pytest_asyncio
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2
 
-from tests.support.envoy_mesh import STRICT, Backend, EnvoyMesh, deployment, service
+from tests.support.envoy_mesh import Backend, EnvoyMesh
+from tests.support.mesh_documents import STRICT, deployment, service
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

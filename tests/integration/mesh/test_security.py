@@ -9,7 +9,9 @@ import grpc
 import pytest
 import pytest_asyncio
 
-from tests.support.envoy_mesh import CHAT, STRICT, EnvoyMesh, deployment, service, under_load
+from tests.support.envoy_mesh import CHAT, EnvoyMesh
+from tests.support.mesh_documents import STRICT, deployment, service
+from tests.support.mesh_load import under_load
 from tests.support.pki import Authority, Leaf, spiffe
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

@@ -10,7 +10,9 @@ import pytest
 import pytest_asyncio
 from mlmesh_local.xds import ConfigurationRejectedError
 
-from tests.support.envoy_mesh import CHAT, STRICT, SUBSETS, EnvoyMesh, deployment, service, split, under_load
+from tests.support.envoy_mesh import CHAT, EnvoyMesh
+from tests.support.mesh_documents import STRICT, SUBSETS, deployment, service, split
+from tests.support.mesh_load import under_load
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

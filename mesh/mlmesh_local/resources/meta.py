@@ -1,0 +1,23 @@
+"""Which resource it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from mlmesh_local.resources.problems import At
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Meta:
+    """Which resource it is, and where it was written."""
+
+    kind: str
+    namespace: str
+    name: str
+    labels: Mapping[str, str]
+    annotations: Mapping[str, str]
+    at: At = field(compare=False)
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.namespace}/{self.name}"

@@ -1,0 +1,109 @@
+"""What Kubernetes resources say, as values: the part that a laptop can run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from mlmesh_local.resources.meta import Meta
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """How readiness or liveness is asked. ``port`` is a number or a port's name."""
+
+    how: Literal["grpc", "http", "tcp", "exec"]
+    port: int | str
+    grpc_service: str
+    http_path: str
+    command: tuple[str, ...]
+    initial_delay_s: int
+    period_s: int
+    timeout_s: int
+    failure_threshold: int
+    success_threshold: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnvironmentVariable:
+    """A value, or the path of the pod's field that gives it, such as "metadata.name"."""
+
+    name: str
+    value: str
+    field_path: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContainerPort:
+    """A port on which the container listens."""
+
+    name: str
+    number: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Container:
+    """What runs."""
+
+    name: str
+    image: str
+    command: tuple[str, ...]
+    args: tuple[str, ...]
+    working_dir: str
+    environment: tuple[EnvironmentVariable, ...]
+    ports: tuple[ContainerPort, ...]
+    readiness: Probe | None
+    liveness: Probe | None
+    startup: Probe | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deployment:
+    """Replicas of a pod. ``labels`` and ``annotations`` are those of the pod template."""
+
+    meta: Meta
+    replicas: int
+    labels: Mapping[str, str]
+    annotations: Mapping[str, str]
+    service_account: str
+    containers: tuple[Container, ...]
+    termination_grace_s: int
+
+    @property
+    def is_gateway(self) -> bool:
+        """Whether Istio would inject a gateway proxy instead of a sidecar."""
+        return self.annotations.get("inject.istio.io/templates") == "gateway"
+
+    def container_ports(self) -> Mapping[str, int]:
+        """Name (the number where there is none) to number of every container port."""
+        return {port.name or str(port.number): port.number for container in self.containers for port in container.ports}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServicePort:
+    """A port of a Service. ``target`` is a number or a container port's name.
+
+    TLS that passes through ("tls", such as the port of a gateway) is no route of the mesh: clients dial it themselves.
+    """
+
+    number: int
+    name: str
+    target: int | str
+    protocol: Literal["grpc", "http2", "http", "tls"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Service:
+    """A name for the pods that the selector selects."""
+
+    meta: Meta
+    selector: Mapping[str, str]
+    ports: tuple[ServicePort, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceAccount:
+    """An identity."""
+
+    meta: Meta
