@@ -30,6 +30,7 @@ def test_every_grpcurl_command_works(platform: Platform) -> None:
     # A reader need not wait out a stream that follows; the deadline that ends it is the same.
     script = script.replace("-max-time 10 -cacert", "-max-time ${MAX_TIME:-10} -cacert")
     script = re.sub(r"^(call .*Watch(?:Models|ServedVersions))", r"MAX_TIME=3 \1", script, flags=re.MULTILINE)
+    script = re.sub(r"^(call .*WatchJob)", r"MAX_TIME=60 \1", script, flags=re.MULTILINE)
     path = Path(platform.folder) / "readme.sh"
     path.write_text(script)
     done = subprocess.run(
@@ -44,6 +45,9 @@ def test_every_grpcurl_command_works(platform: Platform) -> None:
     )
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     assert '"status": "SERVING"' in done.stdout
+    # Streams that follow end with the deadline, which is no success: that they followed is seen in what they printed.
+    assert '"bookmark"' in done.stdout
+    assert "JOB_STATE_SUCCEEDED" in done.stdout
     assert "mlmesh.inference.v1.InferenceControlService" in done.stdout
 
 
