@@ -112,7 +112,7 @@ async def mesh(folder: Path) -> AsyncIterator[Connection]:
     istio = builtin_root() / "mesh/istio"
     await supervision.start(supervision.options(state_dir, [folder / "manifests"], [istio], "none"), timeout_s=120)
     try:
-        settings = CliSettings(targets={}, outbound_host="", otlp_endpoint="", debug=False)
+        settings = CliSettings()
         async with Connection(state_dir=state_dir, settings=settings) as connection:
             instance = find_instance(await connection.status(), "inference-v1")
             document = (folder / "direct.yaml", direct_yaml(instance.application_address))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from mlmesh_runtime.config import Variable
 
 SERVICES = ("registry", "training", "inference")
 SERVICE_PORT = 9000
@@ -15,31 +17,48 @@ def service_target(service: str) -> str:
     return f"{service}.{NAMESPACE}.svc.cluster.local:{SERVICE_PORT}"
 
 
+VARIABLES: tuple[Variable, ...] = (
+    Variable(
+        name="MLMESH_STATE_DIR",
+        default=".mlmesh",
+        meaning="The state folder of the laptop mesh that `mlmesh` commands act on, where --state-dir does not say.",
+    ),
+    *(
+        Variable(
+            name=f"MLMESH_{service.upper()}_TARGET",
+            default="",
+            meaning=f"Where `mlmesh` dials {service}, host:port. Empty: through the sidecar of the laptop's toolbox.",
+        )
+        for service in SERVICES
+        if service != "registry"
+    ),
+)
+"""What the command line reads, next to MLMESH_REGISTRY_TARGET, MLMESH_OUTBOUND_HOST and OTEL_EXPORTER_OTLP_ENDPOINT,
+which the runtime tells of."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CliSettings:
     """Settings of the command line.
 
     Attributes:
-        targets: host:port by service, where the services are dialed directly; empty asks the laptop mesh.
+        targets: host:port by service, where services are dialed directly; a missing one asks the laptop mesh.
         outbound_host: address of the sidecar's outbound listeners, empty where the network captures traffic.
         otlp_endpoint: where client spans go ("http://host:port"), empty asks the laptop mesh.
-        debug: whether an unexpected failure shows its traceback.
     """
 
-    targets: Mapping[str, str]
-    outbound_host: str
-    otlp_endpoint: str
-    debug: bool
+    targets: Mapping[str, str] = field(default_factory=dict)
+    outbound_host: str = ""
+    otlp_endpoint: str = ""
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> CliSettings:
-        """Reads MLMESH_{REGISTRY,TRAINING,INFERENCE}_TARGET, _OUTBOUND_HOST, the OTLP endpoint and MLMESH_DEBUG."""
+        """Reads VARIABLES and the runtime's three."""
         keys = {service: f"MLMESH_{service.upper()}_TARGET" for service in SERVICES}
         return cls(
             targets={service: environ[key] for service, key in keys.items() if environ.get(key)},
             outbound_host=environ.get("MLMESH_OUTBOUND_HOST", ""),
             otlp_endpoint=environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", ""),
-            debug=environ.get("MLMESH_DEBUG", "") not in ("", "0"),
         )
 
 

@@ -102,7 +102,7 @@ async def _tell_in(
     with starting(terminal) as seen:
         started = options(folder, chosen.manifests, chosen.istio, gateway_address)
         await start(started, timeout_s=_START_S, seen=seen)
-    settings = CliSettings(targets={}, outbound_host="", otlp_endpoint="", debug=False)
+    settings = CliSettings()
     async with Connection(state_dir=folder, settings=settings) as connection:
         story = Story(terminal=terminal, connection=connection, scale=scale)
         story.checks = checks

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
+from mlmesh_cli.config import VARIABLES as CLI_VARIABLES
 from mlmesh_runtime.config import VARIABLES, Settings
 
 from tests.support import manifests
@@ -135,7 +136,7 @@ def test_every_place_to_write_is_a_volume(name: str) -> None:
 
 @pytest.mark.parametrize("name", [*SERVERS, "toolbox"])
 def test_the_environment_is_one_that_processes_understand(name: str) -> None:
-    known = {variable.name for variable in VARIABLES}
+    known = {variable.name for variable in (*VARIABLES, *(CLI_VARIABLES if name == "toolbox" else ()))}
     assert set(_environment(name)) <= known
 
 
