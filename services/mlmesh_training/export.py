@@ -62,6 +62,12 @@ def preload() -> None:
     from torch.onnx._internal.exporter import _core  # noqa: F401, PLC0415
 
 
+def rehearse() -> None:
+    """Export a tiny model to nowhere, so that the exporter has built its tables before the first real one."""
+    preload()
+    _program(nn.Linear(2, 2), torch.zeros(2, 2))
+
+
 def export(model: nn.Module, images: npt.NDArray[np.float32], logits: npt.NDArray[np.float32], path: Path) -> Exported:
     """Write the model to path and check it.
 
@@ -73,13 +79,23 @@ def export(model: nn.Module, images: npt.NDArray[np.float32], logits: npt.NDArra
     The file takes `image` and gives `logits` and `probabilities`, all with a dynamic batch.
     Errors: ExportError, OSError.
     """
-    served = _WithProbabilities(model).eval()
-    batch = torch.export.Dim("batch", min=1, max=BATCH_MAX_TRACED)
     # Two examples: with one, the tracer would take the batch for a constant.
-    example = torch.from_numpy(images[:2])
+    proto = _program(model, torch.from_numpy(images[:2]))
+    _strip(proto)
+    data = proto.SerializeToString(deterministic=True)
+    inputs, outputs = check(data)
+    difference = parity(data, images, logits)
+    return Exported(
+        file=write_file(path, data, media_type=MEDIA_TYPE), inputs=inputs, outputs=outputs, max_abs_diff=difference
+    )
+
+
+def _program(model: nn.Module, example: torch.Tensor) -> Any:
+    """The model with its probabilities as an ONNX ModelProto. Errors: ExportError."""
+    batch = torch.export.Dim("batch", min=1, max=BATCH_MAX_TRACED)
     with _quiet(), torch.inference_mode(False):
         program = torch.onnx.export(
-            served,
+            _WithProbabilities(model).eval(),
             (example,),
             dynamo=True,
             input_names=["image"],
@@ -92,14 +108,7 @@ def export(model: nn.Module, images: npt.NDArray[np.float32], logits: npt.NDArra
         )
     if program is None:
         raise ExportError("the exporter gave nothing")
-    proto = program.model_proto
-    _strip(proto)
-    data = proto.SerializeToString(deterministic=True)
-    inputs, outputs = check(data)
-    difference = parity(data, images, logits)
-    return Exported(
-        file=write_file(path, data, media_type=MEDIA_TYPE), inputs=inputs, outputs=outputs, max_abs_diff=difference
-    )
+    return program.model_proto
 
 
 def check(data: bytes) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:

@@ -119,6 +119,13 @@ def children(pid: int) -> list[int]:
     return found
 
 
+async def becomes(wanted: Callable[[], bool], *, timeout_s: float = 10.0) -> None:
+    """Wait for what no event tells: another process's end, a file's removal. TimeoutError when it does not come."""
+    async with asyncio.timeout(timeout_s):
+        while not wanted():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
 def alive(pid: int) -> bool:
     """Whether a process runs; a zombie does not."""
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +53,7 @@ async def connected(address: str) -> AsyncIterator[Client]:
 
 
 @contextlib.asynccontextmanager
-async def refused(kind: type[MeshError], reason: str) -> AsyncIterator[MeshError]:
+async def refused(kind: type[MeshError], reason: str) -> AsyncIterator[None]:
     """The block ends with this error, told by status and ErrorInfo."""
     with pytest.raises(grpc.aio.AioRpcError) as told:
         yield
@@ -85,7 +85,9 @@ class Client:
         """CancelJob."""
         return (await self.stub.CancelJob(pb.CancelJobRequest(name=name))).job
 
-    async def watch(self, name: str, start: int = 0, *, timeout: float = WATCH_S) -> AsyncIterator[pb.WatchJobResponse]:
+    async def watch(
+        self, name: str, start: int = 0, *, timeout: float = WATCH_S
+    ) -> AsyncGenerator[pb.WatchJobResponse]:
         """WatchJob."""
         request = pb.WatchJobRequest(name=name, from_sequence=start)
         async for event in self.stub.WatchJob(request, timeout=timeout):

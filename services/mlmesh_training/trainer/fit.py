@@ -62,16 +62,18 @@ class Fit:
     def run(self, folder: Path, reporter: Reporter) -> None:
         """Fit the epochs that are left; store a checkpoint after each. Errors: PermanentError (diverged), OSError."""
         while self.epoch < self.epochs:
-            meter = _Meter()
+            whole, meter = _Meter(), _Meter()
             self.model.train()
             for rows in self._order():
                 loss, right = self._fit(rows)
+                whole.add(loss, right, len(rows))
                 meter.add(loss, right, len(rows))
                 if meter.age_s >= REPORT_INTERVAL_S:
                     reporter.send(Metrics(progress=self.progress, values=self._figures(meter)))
                     meter = _Meter()
             self.epoch += 1
-            reporter.send(Metrics(progress=self.progress, values={**self._figures(meter), **self._validate()}))
+            # The last figures of an epoch are means over all of it.
+            reporter.send(Metrics(progress=self.progress, values={**self._figures(whole), **self._validate()}))
             sha256 = checkpoint.save(folder, self.epoch, self.state())
             reporter.send(Checkpoint(progress=self.progress, sha256=sha256))
 
@@ -126,15 +128,12 @@ class Fit:
         return value, int((logits.argmax(1) == classes).sum())
 
     def _figures(self, meter: _Meter) -> dict[str, float]:
-        figures = {"learning_rate": float(self._schedule.get_last_lr()[0])}
-        # The last report may have taken all of the epoch's examples: the mean of none is no figure.
-        if meter.examples:
-            figures |= {
-                "train_loss": meter.loss,
-                "train_accuracy": meter.accuracy,
-                "examples_per_second": meter.examples_per_second,
-            }
-        return figures
+        return {
+            "train_loss": meter.loss,
+            "train_accuracy": meter.accuracy,
+            "learning_rate": float(self._schedule.get_last_lr()[0]),
+            "examples_per_second": meter.examples_per_second,
+        }
 
     def _validate(self) -> dict[str, float]:
         logits = torch.from_numpy(self.logits(self._validation))
@@ -154,18 +153,18 @@ def shifted(images: Tensor, most: int) -> Tensor:
 
 
 class _Meter:
-    """Means since the last report."""
+    """Means since it was made; of at least one batch."""
 
     def __init__(self) -> None:
         self._started = time.monotonic()
         self._loss = 0.0
         self._right = 0
-        self.examples = 0
+        self._examples = 0
 
     def add(self, loss: float, right: int, examples: int) -> None:
         self._loss += loss * examples
         self._right += right
-        self.examples += examples
+        self._examples += examples
 
     @property
     def age_s(self) -> float:
@@ -173,12 +172,12 @@ class _Meter:
 
     @property
     def loss(self) -> float:
-        return self._loss / max(1, self.examples)
+        return self._loss / self._examples
 
     @property
     def accuracy(self) -> float:
-        return self._right / max(1, self.examples)
+        return self._right / self._examples
 
     @property
     def examples_per_second(self) -> float:
-        return self.examples / max(1e-6, self.age_s)
+        return self._examples / max(1e-6, self.age_s)

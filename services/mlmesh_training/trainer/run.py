@@ -27,7 +27,8 @@ MODEL_FILE = "model.onnx"
 def preload() -> None:
     """Load all that a training needs, before there is one."""
     torch.use_deterministic_algorithms(True)
-    export.preload()
+    torch.set_num_threads(1)
+    export.rehearse()
 
 
 def train(folder: Path, reporter: Reporter, *, threads: int) -> None:

@@ -18,6 +18,7 @@ from mlmesh.training.v1 import training_pb2 as pb
 from mlmesh_runtime.errors import AlreadyExists, InvalidInput, NotFound, Overloaded, RevisionLost, WrongState
 
 from tests.support import registry_process
+from tests.support.training import becomes
 from tests.support.training_process import (
     CANCELLED,
     SUCCEEDED,
@@ -43,7 +44,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def training(registry: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     folder = tmp_path_factory.mktemp("training")
-    with running(folder, registry=registry) as (_, address):
+    with running(folder, registry=registry, env={"MLMESH_TRAINING_THREADS": "1"}) as (_, address):
         yield address, folder
 
 
@@ -78,7 +79,7 @@ async def test_a_model_is_trained_measured_exported_and_registered(
     assert sum(sum(row.counts) for row in done.evaluation.confusion_matrix) == done.evaluation.examples == 359
     assert done == await client.get(job.name)
     # The folder is gone: what counts is in the registry.
-    assert not list((training[1] / "jobs").glob("*/"))
+    await becomes(lambda: not list((training[1] / "jobs").glob("*/")))
     # The same request again is answered as the first time, and trains nothing.
     assert await client.create(asked, "story") == job
     async with registry_process.connected(registry) as models:
@@ -110,7 +111,7 @@ async def test_a_running_job_is_cancelled_and_a_cut_watch_is_taken_up_without_ga
     assert states(seen) == ["QUEUED", "RUNNING", "CANCELLING", "CANCELLED"]
     assert gapless(seen)
     assert seen == await client.end(job.name)
-    assert not list((training[1] / "jobs").glob("*/"))
+    await becomes(lambda: not list((training[1] / "jobs").glob("*/")))
     assert (await client.cancel(job.name)).state == CANCELLED
     assert await client.end(job.name, seen[-1].sequence + 1) == []
     async with refused(RevisionLost, "SEQUENCE_LOST"):
@@ -207,7 +208,10 @@ async def test_a_watch_without_a_deadline_is_fine_and_other_calls_need_one(train
 
 
 async def test_a_full_queue_refuses_and_two_services_do_not_share_a_folder(tmp_path: Path) -> None:
-    with running(tmp_path, env={"MLMESH_TRAINING_QUEUE_ITEMS_MAX": "1"}) as (process, address):
+    with running(tmp_path, env={"MLMESH_TRAINING_QUEUE_ITEMS_MAX": "1", "MLMESH_TRAINING_WARM": "0"}) as (
+        process,
+        address,
+    ):
         async with connected(address) as client:
             first = await client.create(spec(hyperparameters={"epochs": 500.0}))
             async for event in client.watch(first.name):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from datetime import datetime
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -63,7 +64,7 @@ def test_whatever_happens_only_legal_moves_are_made(moves: list[str], publish: b
     assert now.attempts >= now.failures - 1 or moves
 
 
-def running(**changes: object) -> Job:
+def running(**changes: Any) -> Job:
     now, _ = jobs.started(job(**changes), START)
     return now
 
