@@ -57,7 +57,7 @@ def not_running(where: str) -> CliError:
 
 
 # What to do next, by the reason that a service gave; then by the status code.
-_HINTS_BY_REASON = {
+HINTS_BY_REASON = {
     "MODEL_NOT_FOUND": "`mlmesh models list` shows what is registered; `mlmesh train` makes one",
     "MODEL_VERSION_NOT_FOUND": "`mlmesh models versions MODEL` shows its versions",
     "MODEL_ALIAS_NOT_FOUND": "`mlmesh models show MODEL` shows its aliases",
@@ -74,7 +74,7 @@ _HINTS_BY_REASON = {
     "WORKLOAD_NOT_FOUND": "`mlmesh status` shows the workloads",
     "DISK_FULL": "make room on the disk that holds the state folder, then try again",
 }
-_HINTS_BY_CODE = {
+HINTS_BY_CODE = {
     "UNAVAILABLE": "`mlmesh status` shows what is running and why something is not",
     "DEADLINE_EXCEEDED": "it took too long: `mlmesh status` shows whether everything is ready",
     "PERMISSION_DENIED": "an AuthorizationPolicy in mesh/istio refuses this caller; `mlmesh status` shows who is who",
@@ -122,7 +122,7 @@ def from_rpc(error: grpc.aio.AioRpcError) -> CliError:
     missing = [violation for violation in failure.violations if violation.split(": ", 1)[-1] not in failure.message]
     if missing:
         problem += " (" + "; ".join(missing) + ")"
-    hint = _HINTS_BY_REASON.get(failure.reason) or _HINTS_BY_CODE.get(failure.code, "")
+    hint = HINTS_BY_REASON.get(failure.reason) or HINTS_BY_CODE.get(failure.code, "")
     return CliError(problem, hint, reason=failure.reason or failure.code)
 
 

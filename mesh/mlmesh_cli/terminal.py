@@ -8,11 +8,12 @@ from collections.abc import Callable, Coroutine, Mapping
 from typing import IO, TYPE_CHECKING, Any
 
 import typer
+from mlmesh_runtime.config import ConfigError
+from mlmesh_runtime.errors import MeshError
 from rich.console import Console, RenderableType
-from rich.markup import escape
 from rich.text import Text
 
-from mlmesh_cli.errors import CliError, ExitCode, from_rpc, leaves
+from mlmesh_cli.errors import HINTS_BY_CODE, HINTS_BY_REASON, CliError, ExitCode, from_rpc, leaves, usage_error
 from mlmesh_cli.options import OutputFormat
 
 if TYPE_CHECKING:
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 # A pipe has no width, and rich then takes 80: wide enough that no table breaks its cells. COLUMNS still decides.
 _PIPE_COLUMNS = 160
 _RICH_COLUMNS = 80
+
+# What a command may end with and a person can act on; the rest is a defect and shows its traceback.
+_KNOWN = (CliError, MeshError, ConfigError, OSError)
 
 JsonValue = Mapping[str, Any] | list[Any]
 
@@ -114,8 +118,8 @@ def run(terminal: Terminal, main: Callable[[], Coroutine[Any, Any, None]]) -> No
         asyncio.run(main())
     except KeyboardInterrupt:
         raise typer.Exit(ExitCode.INTERRUPTED) from None
-    except (CliError, grpc.aio.AioRpcError, OSError, BaseExceptionGroup) as error:
-        known = next((e for e in leaves(error) if isinstance(e, (CliError, grpc.aio.AioRpcError, OSError))), None)
+    except (*_KNOWN, grpc.aio.AioRpcError, BaseExceptionGroup) as error:
+        known = next((e for e in leaves(error) if isinstance(e, (*_KNOWN, grpc.aio.AioRpcError))), None)
         if known is None or isinstance(known, BrokenPipeError):
             raise
         cli_error = _cli_error(known)
@@ -126,12 +130,13 @@ def run(terminal: Terminal, main: Callable[[], Coroutine[Any, Any, None]]) -> No
 def _cli_error(error: BaseException) -> CliError:
     if isinstance(error, CliError):
         return error
+    if isinstance(error, MeshError):
+        return CliError(error.message, HINTS_BY_REASON.get(error.reason, ""), reason=error.reason)
+    if isinstance(error, ConfigError):
+        return usage_error(str(error), "the environment variables MLMESH_*_TARGET are host:port")
+    if isinstance(error, TimeoutError):
+        return CliError("it took too long", HINTS_BY_CODE["DEADLINE_EXCEEDED"], reason="TIMED_OUT")
     if isinstance(error, OSError):
         where = f": {error.filename}" if error.filename else ""
         return CliError(f"{error.strerror or error}{where}", reason="OS_ERROR")
     return from_rpc(error)  # type: ignore[arg-type]
-
-
-def safe(text: str) -> str:
-    """Text of others, so that its brackets are not read as markup."""
-    return escape(text)

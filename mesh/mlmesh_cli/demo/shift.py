@@ -188,13 +188,16 @@ async def _replica(story: Story, workload: str) -> local_pb2.Instance:
 
 
 async def _revived(story: Story, victim: local_pb2.Instance) -> local_pb2.Instance:
-    async with asyncio.timeout(_RESTART_S):
-        while True:
-            status = await story.connection.status()
-            now = next(i for i in status.instances if i.name == victim.name)
-            if now.state == local_pb2.INSTANCE_STATE_READY and now.application_pid not in (0, victim.application_pid):
-                return now
-            await asyncio.sleep(_REDRAW_S)
+    deadline = asyncio.get_running_loop().time() + _RESTART_S
+    while asyncio.get_running_loop().time() < deadline:
+        status = await story.connection.status()
+        now = next(i for i in status.instances if i.name == victim.name)
+        if now.state == local_pb2.INSTANCE_STATE_READY and now.application_pid not in (0, victim.application_pid):
+            return now
+        await asyncio.sleep(_REDRAW_S)
+    raise CliError(
+        f"{victim.name} did not come back within {_RESTART_S:.0f} s", "its log tells why", reason="NOT_READY"
+    )
 
 
 async def faults(story: Story) -> None:

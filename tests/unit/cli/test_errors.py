@@ -8,6 +8,8 @@ import typer
 from mlmesh_cli.errors import CliError, ExitCode, leaves, not_running, usage_error
 from mlmesh_cli.options import OutputFormat
 from mlmesh_cli.terminal import Terminal, run
+from mlmesh_runtime.config import ConfigError
+from mlmesh_runtime.errors import Corrupt
 
 from tests.unit.cli.conftest import FakeMesh, abort
 
@@ -59,6 +61,17 @@ def test_ctrl_c_is_130_without_a_word(capsys: pytest.CaptureFixture[str]) -> Non
 def test_a_missing_file_is_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     code, err = _run(FileNotFoundError(2, "No such file or directory", "/x"), OutputFormat.TABLE, capsys)
     assert (code, err) == (1, "error: No such file or directory: /x\n")
+
+
+def test_errors_of_the_runtime_are_told_in_the_same_way(capsys: pytest.CaptureFixture[str]) -> None:
+    code, err = _run(Corrupt("the bytes differ", reason="DIGEST_MISMATCH"), OutputFormat.TABLE, capsys)
+    assert (code, err) == (1, "error: the bytes differ\n")
+    code, err = _run(ConfigError("channel target: no port"), OutputFormat.TABLE, capsys)
+    assert code == 2
+    assert "MLMESH_*_TARGET" in err
+    code, err = _run(TimeoutError(), OutputFormat.TABLE, capsys)
+    assert code == 1
+    assert "took too long" in err
 
 
 def test_a_defect_of_ours_is_not_hidden() -> None:
