@@ -26,6 +26,9 @@ from typing import Any
 import grpc
 import numpy as np
 import yaml
+from rich.table import Table
+
+from benchmarks.harness import Request, Result, closed_loop, ratio_of_medians, streaming, write_results
 from mlmesh.local.v1 import local_pb2
 from mlmesh_cli import supervision
 from mlmesh_cli.apply import apply_documents
@@ -39,9 +42,6 @@ from mlmesh_cli.terminal import Terminal
 from mlmesh_cli.terminal import run as run_command
 from open_inference import grpc_service_pb2 as oip
 from open_inference import grpc_service_pb2_grpc
-from rich.table import Table
-
-from benchmarks.harness import Request, Result, closed_loop, ratio_of_medians, streaming, write_results
 
 MODEL = "tiny"
 ROWS, COLUMNS = 64, 10

@@ -27,7 +27,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mlmesh_runtime.config import Settings
 from mlmesh_runtime.server import Server
-
 from tests.support.echo import PROTOS, EchoServicer, Text, echo_service
 
 IN_FLIGHT = 16

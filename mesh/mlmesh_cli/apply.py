@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import grpc
-from mlmesh.local.v1 import local_pb2 as pb
 
+from mlmesh.local.v1 import local_pb2 as pb
 from mlmesh_cli.errors import CliError, RpcFailure, rpc_failure
 
 if TYPE_CHECKING:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlmesh.local.v1 import local_pb2 as pb
-
 from mlmesh_cli.connection import CONTROL_DEADLINE_S, duration
 
 if TYPE_CHECKING:

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Self
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
-from mlmesh.local.v1 import local_pb2, local_pb2_grpc
-from mlmesh_local.state import StateDir
 
+from mlmesh.local.v1 import local_pb2, local_pb2_grpc
 from mlmesh_cli.config import SERVICE_PORT, CliSettings, service_target
 from mlmesh_cli.errors import CliError, not_running
+from mlmesh_local.state import StateDir
 
 if TYPE_CHECKING:
     from mlmesh.registry.v1 import registry_pb2_grpc

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import numpy as np
-from open_inference import grpc_service_pb2 as oip
 
 from mlmesh_cli.errors import CliError
 from mlmesh_cli.tensors import Array, outputs
 from mlmesh_cli.tracing import request_span
+from open_inference import grpc_service_pb2 as oip
 
 if TYPE_CHECKING:
     from open_inference.grpc_service_pb2_grpc import GRPCInferenceServiceAsyncStub

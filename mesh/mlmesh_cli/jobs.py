@@ -11,8 +11,8 @@ from uuid import uuid4
 import grpc
 import yaml
 from google.protobuf.json_format import ParseDict, ParseError
-from mlmesh.training.v1 import training_pb2 as pb
 
+from mlmesh.training.v1 import training_pb2 as pb
 from mlmesh_cli.errors import CliError, usage_error
 from mlmesh_cli.render.training import FINAL_STATES
 

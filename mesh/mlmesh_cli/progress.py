@@ -5,11 +5,11 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Self
 
-from mlmesh.training.v1 import training_pb2 as pb
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from mlmesh.training.v1 import training_pb2 as pb
 from mlmesh_cli.render import text as t
 from mlmesh_cli.render.training import FINAL_STATES, phase_name
 

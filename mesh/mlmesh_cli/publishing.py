@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import grpc
-from mlmesh.registry.v1 import registry_pb2 as pb
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
+from mlmesh.registry.v1 import registry_pb2 as pb
 from mlmesh_cli.errors import CliError, usage_error
 from mlmesh_cli.names import ModelReference, parse_pairs
 from mlmesh_cli.terminal import Terminal

@@ -6,12 +6,11 @@ import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from open_inference import grpc_service_pb2 as oip
-
 from mlmesh_cli import samples, tensors
 from mlmesh_cli.errors import CliError, usage_error
 from mlmesh_cli.inferring import Metadata, Query
 from mlmesh_cli.names import ModelReference
+from open_inference import grpc_service_pb2 as oip
 
 if TYPE_CHECKING:
     from open_inference.grpc_service_pb2_grpc import GRPCInferenceServiceAsyncStub

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import cast
 
 import grpc
-from mlmesh.local.v1 import local_pb2 as pb
-from mlmesh_local.launcher import Progress, StartFailed, shut_down, start_detached
-from mlmesh_local.options import Options
 
+from mlmesh.local.v1 import local_pb2 as pb
 from mlmesh_cli.connection import Connection
 from mlmesh_cli.errors import CliError
+from mlmesh_local.launcher import Progress, StartFailed, shut_down, start_detached
+from mlmesh_local.options import Options
 
 _LOOK_S = 0.25
 _LOG_CHARACTERS_MAX = 600

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from open_inference import grpc_service_pb2 as oip
 
 from mlmesh_cli.errors import CliError, usage_error
+from open_inference import grpc_service_pb2 as oip
 
 _NUMPY: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype("?"),

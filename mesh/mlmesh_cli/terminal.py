@@ -8,13 +8,13 @@ from collections.abc import Callable, Coroutine, Mapping
 from typing import IO, TYPE_CHECKING, Any
 
 import typer
-from mlmesh_runtime.config import ConfigError
-from mlmesh_runtime.errors import MeshError
 from rich.console import Console, RenderableType
 from rich.text import Text
 
 from mlmesh_cli.errors import HINTS_BY_CODE, HINTS_BY_REASON, CliError, ExitCode, from_rpc, leaves, usage_error
 from mlmesh_cli.options import OutputFormat
+from mlmesh_runtime.config import ConfigError
+from mlmesh_runtime.errors import MeshError
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message

@@ -7,10 +7,11 @@ import contextlib
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 
-from mlmesh_runtime.config import Settings
-from mlmesh_runtime.telemetry import Telemetry, tracer
 from opentelemetry.context import Context
 from opentelemetry.trace import NonRecordingSpan, SpanContext, Status, StatusCode, use_span
+
+from mlmesh_runtime.config import Settings
+from mlmesh_runtime.telemetry import Telemetry, tracer
 
 SERVICE = "mlmesh-cli"
 _FLUSH_S = 2.0

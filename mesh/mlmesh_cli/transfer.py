@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import grpc
-from mlmesh.registry.v1 import registry_pb2 as pb
-from mlmesh_runtime.chunks import VerifyingWriter, read_chunks, sha256_of
 
+from mlmesh.registry.v1 import registry_pb2 as pb
 from mlmesh_cli.errors import CliError
+from mlmesh_runtime.chunks import VerifyingWriter, read_chunks, sha256_of
 
 if TYPE_CHECKING:
     from mlmesh.registry.v1.registry_pb2_grpc import ModelRegistryServiceAsyncStub

@@ -9,14 +9,13 @@ import sys
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
-from mlmesh_runtime.config import Settings
-from mlmesh_runtime.errors import MeshError
-from mlmesh_runtime.logs import JsonFormatter
-
 from mlmesh_local import app, options
 from mlmesh_local.process import LOG_BYTES_MAX
 from mlmesh_local.report import Report
 from mlmesh_local.state import StateDir
+from mlmesh_runtime.config import Settings
+from mlmesh_runtime.errors import MeshError
+from mlmesh_runtime.logs import JsonFormatter
 
 logger = logging.getLogger("mlmesh_local")
 

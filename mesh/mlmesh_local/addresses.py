@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import psutil
+
 from mlmesh_runtime.errors import InvalidInput, NotReady
 
 ADS_PORT = 15010

@@ -16,13 +16,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import grpc
-from mlmesh.local.v1 import local_pb2, local_pb2_grpc
-from mlmesh_runtime.config import Settings
-from mlmesh_runtime.errors import AlreadyExists
-from mlmesh_runtime.executors import BoundedExecutor
-from mlmesh_runtime.server import Server, Service
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc
 
+from mlmesh.local.v1 import local_pb2, local_pb2_grpc
 from mlmesh_local import addresses
 from mlmesh_local.certificates import Certificates
 from mlmesh_local.changes import Changes
@@ -47,6 +43,10 @@ from mlmesh_local.traces import TraceStore
 from mlmesh_local.work import Work
 from mlmesh_local.workloads import workload_of
 from mlmesh_local.xds import AdsServer, ConfigurationRejectedError
+from mlmesh_runtime.config import Settings
+from mlmesh_runtime.errors import AlreadyExists
+from mlmesh_runtime.executors import BoundedExecutor
+from mlmesh_runtime.server import Server, Service
 
 logger = logging.getLogger(__name__)
 

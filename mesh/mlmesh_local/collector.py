@@ -6,13 +6,13 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import grpc
-from mlmesh_runtime.errors import Overloaded
-from mlmesh_runtime.executors import BoundedExecutor, run_blocking
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.proto.common.v1 import common_pb2
 from opentelemetry.proto.trace.v1 import trace_pb2
 
 from mlmesh_local.traces import Span, TraceStore
+from mlmesh_runtime.errors import Overloaded
+from mlmesh_runtime.executors import BoundedExecutor, run_blocking
 
 _KINDS = {
     trace_pb2.Span.SPAN_KIND_CLIENT: "client",

@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlmesh_runtime.errors import MeshError, TimedOut
-
 from mlmesh_local.addresses import Block, split_address
 from mlmesh_local.certificates import Certificates, ServerCredential
 from mlmesh_local.instance import Instance
@@ -23,6 +21,7 @@ from mlmesh_local.snapshot import Snapshot, build_snapshots
 from mlmesh_local.translate import service_endpoints
 from mlmesh_local.workloads import Workload, workload_of
 from mlmesh_local.xds import AdsServer, ConfigurationRejectedError
+from mlmesh_runtime.errors import MeshError, TimedOut
 
 logger = logging.getLogger(__name__)
 

@@ -11,15 +11,15 @@ from typing import Any
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
-from mlmesh.local.v1 import local_pb2, local_pb2_grpc
-from mlmesh_runtime.errors import InvalidInput
-from mlmesh_runtime.executors import run_blocking
 
+from mlmesh.local.v1 import local_pb2, local_pb2_grpc
 from mlmesh_local import messages
 from mlmesh_local.mesh import Mesh
 from mlmesh_local.pki import LEAF_TTL
 from mlmesh_local.resources.parse import Document
 from mlmesh_local.routes import list_routes
+from mlmesh_runtime.errors import InvalidInput
+from mlmesh_runtime.executors import run_blocking
 
 Context = grpc.aio.ServicerContext[Any, Any]
 

@@ -10,8 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlmesh_runtime.errors import MeshError
-
 from mlmesh_local import sidecar
 from mlmesh_local.instances import InstancePlan, inheritable
 from mlmesh_local.pki import write_private
@@ -19,6 +17,7 @@ from mlmesh_local.probes import HealthProbe
 from mlmesh_local.process import MARK, Child, Command
 from mlmesh_local.slot import Slot
 from mlmesh_local.workloads import Probe
+from mlmesh_runtime.errors import MeshError
 
 logger = logging.getLogger(__name__)
 

@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlmesh_runtime.errors import InvalidInput
-
 from mlmesh_local import process
 from mlmesh_local.addresses import Block, InstanceAddresses
 from mlmesh_local.pki import spiffe_id
 from mlmesh_local.workloads import Workload, expand, resolve_environment
+from mlmesh_runtime.errors import InvalidInput
 
 # Never handed on: settings of the mesh and of telemetry belong to the manifests, and a proxy between loopback addresses
 # breaks gRPC.

@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from mlmesh.local.v1 import local_pb2, local_pb2_grpc
-from mlmesh_runtime.channel import open_channel
-from mlmesh_runtime.errors import MeshError
 
+from mlmesh.local.v1 import local_pb2, local_pb2_grpc
 from mlmesh_local.options import Options
 from mlmesh_local.process import tail
 from mlmesh_local.state import StateDir
+from mlmesh_runtime.channel import open_channel
+from mlmesh_runtime.errors import MeshError
 
 READY_S = 180.0
 FAILURES_MAX = 3

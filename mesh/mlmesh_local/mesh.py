@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-from mlmesh_runtime.executors import BoundedExecutor
-
 from mlmesh_local.certificates import Certificates
 from mlmesh_local.changes import Changes
 from mlmesh_local.configuration import ApplyOutcome, Configuration, gateways_of
@@ -26,6 +24,7 @@ from mlmesh_local.resources.resource_set import ResourceSet
 from mlmesh_local.supervisor import Supervisor
 from mlmesh_local.traces import TraceStore
 from mlmesh_local.work import Work
+from mlmesh_runtime.executors import BoundedExecutor
 
 logger = logging.getLogger(__name__)
 

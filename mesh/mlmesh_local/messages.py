@@ -7,8 +7,8 @@ from datetime import datetime
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
-from mlmesh.local.v1 import local_pb2
 
+from mlmesh.local.v1 import local_pb2
 from mlmesh_local.addresses import ADMIN_PORT
 from mlmesh_local.configuration import ApplyOutcome
 from mlmesh_local.instance import Instance, State

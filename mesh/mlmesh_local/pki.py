@@ -18,6 +18,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
 from mlmesh_runtime.errors import Corrupt, InvalidInput
 
 TRUST_DOMAIN = "cluster.local"

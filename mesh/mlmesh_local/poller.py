@@ -7,11 +7,10 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 
-from mlmesh_runtime.errors import MeshError
-
 from mlmesh_local import sidecar
 from mlmesh_local.instance import Instance
 from mlmesh_local.stats import STATS_REQUEST, Counts, Destination, Traffic, parse_counters
+from mlmesh_runtime.errors import MeshError
 
 logger = logging.getLogger(__name__)
 

@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlmesh_runtime.errors import NotReady, WrongState
-
 from mlmesh_local.addresses import ADMIN_PORT
 from mlmesh_local.model import ADS_CLUSTER
+from mlmesh_runtime.errors import NotReady, WrongState
 
 TOKEN_HEADER = "x-mlmesh-token"  # noqa: S105  (a name)
 # Istio's drainDuration: how long listeners that changed or go away keep their connections.

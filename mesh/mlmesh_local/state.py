@@ -9,9 +9,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from mlmesh_runtime.errors import AlreadyExists
-
 from mlmesh_local.process import kill_leftovers
+from mlmesh_runtime.errors import AlreadyExists
 
 # sockaddr_un.sun_path is 108 bytes on Linux, 104 elsewhere.
 SOCKET_PATH_BYTES_MAX = 100

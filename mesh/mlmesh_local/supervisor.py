@@ -7,13 +7,12 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Protocol
 
-from mlmesh_runtime.errors import InvalidInput, NotFound, NotReady
-
 from mlmesh_local.addresses import Block, numbers_free
 from mlmesh_local.changes import Changes
 from mlmesh_local.instance import Instance, SidecarSetup
 from mlmesh_local.instances import Folders, InstancePlan, plan
 from mlmesh_local.workloads import Workload
+from mlmesh_runtime.errors import InvalidInput, NotFound, NotReady
 
 logger = logging.getLogger(__name__)
 

@@ -11,12 +11,12 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, cast
 
 import grpc
-from mlmesh_runtime.errors import InvalidInput, TimedOut
 
 from mlmesh_local.delta import DeltaStream, Request, Response
 from mlmesh_local.envoy_types import message_class
 from mlmesh_local.model import NodeStatus, Secret
 from mlmesh_local.snapshot import Named, Snapshot, pack_secrets
+from mlmesh_runtime.errors import InvalidInput, TimedOut
 
 logger = logging.getLogger(__name__)
 

@@ -1,8 +1,7 @@
 """`python -m mlmesh_inference`: an inference process."""
 
-from mlmesh_runtime.server import run
-
 from mlmesh_inference.app import serve
+from mlmesh_runtime.server import run
 
 if __name__ == "__main__":
     run(serve, service="inference")

@@ -9,13 +9,6 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Final
 
 from mlmesh.inference.v1 import control_pb2, control_pb2_grpc
-from mlmesh_runtime.channel import open_channel
-from mlmesh_runtime.config import Settings
-from mlmesh_runtime.executors import Executors
-from mlmesh_runtime.health import HealthStatuses
-from mlmesh_runtime.server import Server, Service
-from open_inference import grpc_service_pb2, grpc_service_pb2_grpc
-
 from mlmesh_inference.cache import ModelCache
 from mlmesh_inference.catalog import Catalog, State, Status
 from mlmesh_inference.config import InferenceSettings
@@ -29,6 +22,12 @@ from mlmesh_inference.loading import Loading
 from mlmesh_inference.oip.servicer import METHODS, OpenInferenceServicer, Repository
 from mlmesh_inference.registry import RegistryClient
 from mlmesh_inference.tracing import SpanTracer
+from mlmesh_runtime.channel import open_channel
+from mlmesh_runtime.config import Settings
+from mlmesh_runtime.executors import Executors
+from mlmesh_runtime.health import HealthStatuses
+from mlmesh_runtime.server import Server, Service
+from open_inference import grpc_service_pb2, grpc_service_pb2_grpc
 
 _LOG = logging.getLogger(__name__)
 _SERVICE: Final = grpc_service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"]

@@ -27,10 +27,10 @@ from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 import numpy as np
-from mlmesh_runtime.errors import InvalidInput, MeshError, NotReady, Overloaded, TimedOut
 
 from mlmesh_inference.engines.base import Engine, EngineError
 from mlmesh_inference.tensors import Array, show
+from mlmesh_runtime.errors import InvalidInput, MeshError, NotReady, Overloaded, TimedOut
 
 _LOG = logging.getLogger(__name__)
 

@@ -16,9 +16,8 @@ import time
 from pathlib import Path
 from typing import Final
 
-from mlmesh_runtime.chunks import VerifyingWriter, fsync_directory, sha256_of
-
 from mlmesh_inference.desired import ModelFile, RegistryView, VersionRecord, from_json, to_json
+from mlmesh_runtime.chunks import VerifyingWriter, fsync_directory, sha256_of
 
 KEEP_S: Final = 3600.0
 """Blobs used in the last hour are never swept."""

@@ -14,11 +14,10 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from mlmesh_runtime.errors import NotFound, NotReady, Overloaded
-
 from mlmesh_inference.batcher import Batcher, BatchPolicy
 from mlmesh_inference.statistics import Statistics
 from mlmesh_inference.tensors import Signature, TensorSpec
+from mlmesh_runtime.errors import NotFound, NotReady, Overloaded
 
 WATCHER_ITEMS_MAX: Final = 1000
 """Changes that may wait for a watcher; one that falls behind further is ended (WATCHER_TOO_SLOW)."""

@@ -6,9 +6,8 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mlmesh_runtime.config import ConfigError, Settings, Variable
-
 from mlmesh_inference.desired import Selector, parse_selectors
+from mlmesh_runtime.config import ConfigError, Settings, Variable
 
 VARIABLES: tuple[Variable, ...] = (
     Variable(

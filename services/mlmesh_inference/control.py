@@ -6,9 +6,9 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any, Final
 
 from google.protobuf.timestamp_pb2 import Timestamp
+
 from mlmesh.inference.v1 import control_pb2 as pb
 from mlmesh.inference.v1 import control_pb2_grpc as stubs
-
 from mlmesh_inference.catalog import Catalog, Status
 from mlmesh_inference.engines.base import EngineKind
 

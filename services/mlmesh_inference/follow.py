@@ -10,11 +10,10 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Final, Protocol
 
-from mlmesh_runtime.chunks import Chunk
-from mlmesh_runtime.errors import MeshError, RevisionLost, TimedOut
-
 from mlmesh_inference.desired import ModelFile, RegistryView
 from mlmesh_inference.events import AliasDeleted, AliasMoved, Bookmark, Event, Published
+from mlmesh_runtime.chunks import Chunk
+from mlmesh_runtime.errors import MeshError, RevisionLost, TimedOut
 
 _LOG = logging.getLogger(__name__)
 

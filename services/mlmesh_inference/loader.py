@@ -15,13 +15,12 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from mlmesh_runtime.errors import NotFound, WrongState
-from mlmesh_runtime.executors import run_blocking
-
 from mlmesh_inference.catalog import ReadyModel, State, Status
 from mlmesh_inference.desired import RegistryView, Selector, VersionRecord, Wanted, wanted
 from mlmesh_inference.follow import Follower
 from mlmesh_inference.loading import Loading
+from mlmesh_runtime.errors import NotFound, WrongState
+from mlmesh_runtime.executors import run_blocking
 
 _LOG = logging.getLogger(__name__)
 

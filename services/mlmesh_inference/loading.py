@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
-from mlmesh_runtime.errors import Corrupt, InvalidInput, MeshError, NotFound
-from mlmesh_runtime.executors import BoundedExecutor, run_blocking
 
 from mlmesh_inference.batcher import Batcher, BatchPolicy
 from mlmesh_inference.cache import ModelCache
@@ -23,6 +21,8 @@ from mlmesh_inference.engines.base import BuiltEngine, Engine, EngineError, Engi
 from mlmesh_inference.follow import Backoff, Sleep, Source
 from mlmesh_inference.statistics import Statistics, Tracer
 from mlmesh_inference.tensors import Array, TensorSpec, show
+from mlmesh_runtime.errors import Corrupt, InvalidInput, MeshError, NotFound
+from mlmesh_runtime.executors import BoundedExecutor, run_blocking
 
 _LOG = logging.getLogger(__name__)
 

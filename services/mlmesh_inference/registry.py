@@ -6,14 +6,14 @@ from collections.abc import AsyncGenerator
 from typing import Any, Final
 
 import grpc
+
 from mlmesh.registry.v1 import registry_pb2 as pb
 from mlmesh.registry.v1 import registry_pb2_grpc as stubs
-from mlmesh_runtime.channel import NO_DEADLINE, mesh_error
-from mlmesh_runtime.chunks import Chunk
-
 from mlmesh_inference.desired import ModelFile, VersionRecord
 from mlmesh_inference.events import AliasDeleted, AliasMoved, Bookmark, Event, Published
 from mlmesh_inference.tensors import DATATYPES, Signature, TensorSpec
+from mlmesh_runtime.channel import NO_DEADLINE, mesh_error
+from mlmesh_runtime.chunks import Chunk
 
 DOWNLOAD_DEADLINE_S: Final = 600.0
 """Bound on one DownloadBlob; a fetch that is cut goes on from where it was."""

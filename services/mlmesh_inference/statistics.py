@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
-from mlmesh_runtime.telemetry import REGISTRY
 from prometheus_client import Counter, Gauge, Histogram
 
 from mlmesh_inference.batcher import BatchReport, Pending
+from mlmesh_runtime.telemetry import REGISTRY
 
 _TIMES: Final = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 _ROWS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)

@@ -16,8 +16,9 @@ from types import MappingProxyType
 from typing import Any, Final, TypeAlias
 
 import numpy as np
-from mlmesh_runtime.errors import InvalidInput
 from numpy.typing import NDArray
+
+from mlmesh_runtime.errors import InvalidInput
 
 Array: TypeAlias = NDArray[Any]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from mlmesh_runtime.telemetry import current_context, record_span, sampled, tracing
 from opentelemetry import trace
 from opentelemetry.context import Context
 
 from mlmesh_inference.batcher import BatchReport
+from mlmesh_runtime.telemetry import current_context, record_span, sampled, tracing
 
 
 def request_trace() -> Context | None:

@@ -1,12 +1,11 @@
 """The registry process: python -m mlmesh_registry."""
 
 from mlmesh.registry.v1 import registry_pb2, registry_pb2_grpc
-from mlmesh_runtime.config import Settings
-from mlmesh_runtime.server import Server, Service, run
-
 from mlmesh_registry.config import RegistrySettings
 from mlmesh_registry.registry import open_registry
 from mlmesh_registry.servicer import RegistryServicer
+from mlmesh_runtime.config import Settings
+from mlmesh_runtime.server import Server, Service, run
 
 
 async def serve(settings: Settings) -> None:

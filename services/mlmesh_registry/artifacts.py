@@ -10,14 +10,13 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from datetime import datetime
 
-from mlmesh_runtime.chunks import CHUNK_BYTES, Chunk, crc32c
-from mlmesh_runtime.errors import Corrupt, InvalidInput, MeshError
-from mlmesh_runtime.executors import BoundedExecutor, run_blocking
-
 from mlmesh_registry import names
 from mlmesh_registry.blobs import LocalBlobs
 from mlmesh_registry.ledger import Blob, SqlBlobLedger, Upload
 from mlmesh_registry.uploading import LiveUpload, Place
+from mlmesh_runtime.chunks import CHUNK_BYTES, Chunk, crc32c
+from mlmesh_runtime.errors import Corrupt, InvalidInput, MeshError
+from mlmesh_runtime.executors import BoundedExecutor, run_blocking
 
 log = logging.getLogger(__name__)
 

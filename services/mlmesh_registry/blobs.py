@@ -11,12 +11,12 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import obstore
-from mlmesh_runtime.chunks import disk_full, fsync_directory, is_disk_full
-from mlmesh_runtime.errors import Corrupt
 from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore
 
 from mlmesh_registry.ledger import Blob
+from mlmesh_runtime.chunks import disk_full, fsync_directory, is_disk_full
+from mlmesh_runtime.errors import Corrupt
 
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _STAGING = "staging"

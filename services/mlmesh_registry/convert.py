@@ -3,8 +3,8 @@
 from datetime import datetime
 
 from google.protobuf.timestamp_pb2 import Timestamp
-from mlmesh.registry.v1 import registry_pb2 as pb
 
+from mlmesh.registry.v1 import registry_pb2 as pb
 from mlmesh_registry import names
 from mlmesh_registry.events import Bookmark, Change, DeletedAlias, from_micros, to_micros
 from mlmesh_registry.ledger import Blob, Upload

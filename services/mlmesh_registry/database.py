@@ -17,12 +17,12 @@ from typing import Any, TypeVar
 import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
-from mlmesh_runtime.chunks import disk_full
-from mlmesh_runtime.executors import BoundedExecutor, run_blocking
 
 from mlmesh_registry import tables
 from mlmesh_registry.events import Change, Subject, encode, to_micros
 from mlmesh_registry.versions import canonical
+from mlmesh_runtime.chunks import disk_full
+from mlmesh_runtime.executors import BoundedExecutor, run_blocking
 
 T = TypeVar("T")
 

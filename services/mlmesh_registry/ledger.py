@@ -10,7 +10,6 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import sqlalchemy as sa
-from mlmesh_runtime.errors import InvalidInput, NotFound
 
 from mlmesh_registry import names
 from mlmesh_registry.database import Database, Write
@@ -18,6 +17,7 @@ from mlmesh_registry.events import from_micros, to_micros
 from mlmesh_registry.requests import first_answer, remember
 from mlmesh_registry.tables import blobs, uploads
 from mlmesh_registry.versions import fingerprint
+from mlmesh_runtime.errors import InvalidInput, NotFound
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

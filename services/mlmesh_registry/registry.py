@@ -12,10 +12,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from mlmesh_runtime.config import ConfigError
-from mlmesh_runtime.errors import MeshError
-from mlmesh_runtime.executors import Executors, run_blocking
-
 from mlmesh_registry.artifacts import Artifacts
 from mlmesh_registry.blobs import LocalBlobs
 from mlmesh_registry.config import RegistrySettings
@@ -24,6 +20,9 @@ from mlmesh_registry.events import Change
 from mlmesh_registry.ledger import SqlBlobLedger
 from mlmesh_registry.store import SqlModelStore
 from mlmesh_registry.watch import ChangeFeed
+from mlmesh_runtime.config import ConfigError
+from mlmesh_runtime.errors import MeshError
+from mlmesh_runtime.executors import Executors, run_blocking
 
 log = logging.getLogger(__name__)
 

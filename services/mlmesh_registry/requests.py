@@ -3,12 +3,11 @@
 import json
 from typing import Any
 
-from mlmesh_runtime.errors import AlreadyExists
-
 from mlmesh_registry import tables
 from mlmesh_registry.database import Write
 from mlmesh_registry.events import to_micros
 from mlmesh_registry.versions import canonical, check_text
+from mlmesh_runtime.errors import AlreadyExists
 
 REQUEST_ID_CHARS_MAX = 128
 

@@ -8,15 +8,14 @@ from typing import Any
 
 from mlmesh.registry.v1 import registry_pb2 as pb
 from mlmesh.registry.v1.registry_pb2_grpc import ModelRegistryServiceServicer
-from mlmesh_runtime.chunks import Chunk
-from mlmesh_runtime.errors import InvalidInput, MeshError
-from mlmesh_runtime.identity import current_identity
-
 from mlmesh_registry import convert, names
 from mlmesh_registry.artifacts import Artifacts
 from mlmesh_registry.ledger import Blob
 from mlmesh_registry.store import SqlModelStore
 from mlmesh_registry.watch import ChangeFeed, too_slow
+from mlmesh_runtime.chunks import Chunk
+from mlmesh_runtime.errors import InvalidInput, MeshError
+from mlmesh_runtime.identity import current_identity
 
 _READ_ON_S = 1.0
 _READ_ON_ITEMS = 16

@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import cast
 
 import sqlalchemy as sa
-from mlmesh_runtime.errors import AlreadyExists, Conflict, InvalidInput, NotFound, RevisionLost, WrongState
 
 from mlmesh_registry import names, rows, tables
 from mlmesh_registry.database import Database, Write
@@ -31,6 +30,7 @@ from mlmesh_registry.versions import (
     fingerprint,
     manifest,
 )
+from mlmesh_runtime.errors import AlreadyExists, Conflict, InvalidInput, NotFound, RevisionLost, WrongState
 
 
 class SqlModelStore:

@@ -7,13 +7,12 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, TypeVar
 
-from mlmesh_runtime.chunks import Chunk
-from mlmesh_runtime.errors import Corrupt, WrongState
-from mlmesh_runtime.executors import BoundedExecutor, run_blocking
-
 from mlmesh_registry.blobs import LocalBlobs
 from mlmesh_registry.ledger import Blob, SqlBlobLedger, Upload
 from mlmesh_registry.staging import StagedFile, offset_mismatch
+from mlmesh_runtime.chunks import Chunk
+from mlmesh_runtime.errors import Corrupt, WrongState
+from mlmesh_runtime.executors import BoundedExecutor, run_blocking
 
 T = TypeVar("T")
 

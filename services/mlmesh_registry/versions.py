@@ -12,9 +12,8 @@ from datetime import datetime
 from types import MappingProxyType
 from typing import Any
 
-from mlmesh_runtime.errors import InvalidInput
-
 from mlmesh_registry import names
+from mlmesh_runtime.errors import InvalidInput
 
 _UNSIGNED = {"UINT8", "UINT16", "UINT32", "UINT64"}
 _SIGNED = {"INT8", "INT16", "INT32", "INT64"}

@@ -11,10 +11,9 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from datetime import datetime
 
-from mlmesh_runtime.errors import Overloaded
-
 from mlmesh_registry.events import Bookmark, Change
 from mlmesh_registry.store import SqlModelStore
+from mlmesh_runtime.errors import Overloaded
 
 PAGE_ITEMS = 500
 

@@ -8,7 +8,6 @@ from mlmesh.training.v1 import training_pb2, training_pb2_grpc
 from mlmesh_runtime.channel import open_channel
 from mlmesh_runtime.config import Settings
 from mlmesh_runtime.server import Server, Service, run
-
 from mlmesh_training.config import TrainingSettings
 from mlmesh_training.service import open_training
 from mlmesh_training.servicer import TrainingServicer

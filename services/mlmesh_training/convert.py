@@ -5,8 +5,8 @@ from __future__ import annotations
 from datetime import datetime
 
 from google.protobuf.timestamp_pb2 import Timestamp
-from mlmesh.training.v1 import training_pb2 as pb
 
+from mlmesh.training.v1 import training_pb2 as pb
 from mlmesh_training import jobs
 from mlmesh_training.jobs import Job, JobSpec, Progress, Publication
 from mlmesh_training.recipes import Recipe

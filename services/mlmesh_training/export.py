@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from mlmesh_runtime.chunks import fsync_directory
 from torch import nn
 
+from mlmesh_runtime.chunks import fsync_directory
 from mlmesh_training.jobs import File, Tensor
 
 OPSET = 20

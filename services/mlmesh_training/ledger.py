@@ -20,9 +20,9 @@ from typing import Any
 import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
+
 from mlmesh_runtime.chunks import disk_full
 from mlmesh_runtime.errors import AlreadyExists, InvalidInput, NotFound, Overloaded, RevisionLost
-
 from mlmesh_training import documents, tables
 from mlmesh_training.jobs import FINAL, Decision, Event, Job, JobChanged, JobState
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from mlmesh_runtime.telemetry import REGISTRY
 from prometheus_client import Counter, Gauge
+
+from mlmesh_runtime.telemetry import REGISTRY
 
 JOBS_FINISHED = Counter(
     "mlmesh_training_jobs_finished", "Jobs that ended, by final state.", ["state"], registry=REGISTRY

@@ -10,13 +10,13 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import grpc
+
 from mlmesh.registry.v1 import registry_pb2 as pb
 from mlmesh.registry.v1.registry_pb2_grpc import ModelRegistryServiceStub
 from mlmesh_runtime.channel import mesh_error
 from mlmesh_runtime.chunks import read_chunks
 from mlmesh_runtime.errors import AlreadyExists, Conflict, Corrupt, MeshError, NotFound
 from mlmesh_runtime.executors import BoundedExecutor, run_blocking
-
 from mlmesh_training.jobs import File, Job, Tensor
 
 UPLOAD_S = 600.0

@@ -9,7 +9,6 @@ from datetime import datetime
 
 from mlmesh_runtime.errors import Overloaded, RevisionLost
 from mlmesh_runtime.executors import BoundedExecutor, run_blocking
-
 from mlmesh_training import jobs, recipes
 from mlmesh_training.jobs import Decision, Event, Job, JobSpec, JobState
 from mlmesh_training.ledger import SqlJobLedger

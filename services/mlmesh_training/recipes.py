@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from mlmesh_runtime.errors import FieldViolation, InvalidInput
-
 from mlmesh_training.jobs import JobSpec
 
 

@@ -23,7 +23,6 @@ from mlmesh_runtime.errors import (
     Unsupported,
     WrongState,
 )
-
 from mlmesh_training import jobs, metrics
 from mlmesh_training.backends.base import Backend, Died, Finished, Report, TrainingTask
 from mlmesh_training.jobs import Decision, Job, JobState

@@ -12,9 +12,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import grpc
+
 from mlmesh_runtime.config import ConfigError, Settings
 from mlmesh_runtime.executors import Executors, run_blocking
-
 from mlmesh_training.backends.local import LocalBackend, LocalLimits
 from mlmesh_training.config import TrainingSettings, trainer_environment
 from mlmesh_training.ledger import LedgerLimits, SqlJobLedger

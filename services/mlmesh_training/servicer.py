@@ -11,7 +11,6 @@ from mlmesh.training.v1 import training_pb2 as pb
 from mlmesh.training.v1.training_pb2_grpc import TrainingServiceServicer as Base
 from mlmesh_runtime.errors import Overloaded
 from mlmesh_runtime.identity import current_identity
-
 from mlmesh_training import convert
 from mlmesh_training.ledger import page_key, page_token
 from mlmesh_training.queue import JobQueue

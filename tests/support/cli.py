@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 from google.protobuf.timestamp_pb2 import Timestamp
+
 from mlmesh.local.v1 import local_pb2
 
 NOW = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)

@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 from google.protobuf import descriptor_pb2, message_factory
 from google.protobuf.descriptor_pool import DescriptorPool
+
 from mlmesh_runtime.server import Service
 
 

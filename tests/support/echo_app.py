@@ -16,7 +16,6 @@ from mlmesh_runtime.config import Settings
 from mlmesh_runtime.errors import NotReady
 from mlmesh_runtime.identity import current_identity
 from mlmesh_runtime.server import Server, run
-
 from tests.support.echo import EchoServicer, Text, echo_service
 
 

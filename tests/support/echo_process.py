@@ -10,7 +10,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from mlmesh_runtime.channel import open_channel
 from mlmesh_runtime.config import Settings
 from mlmesh_runtime.server import Server, run
-
 from tests.support.echo import PROTOS, Text, echo_service
 
 

@@ -21,6 +21,7 @@ from urllib.parse import quote
 from urllib.request import urlopen
 
 import grpc
+
 from mlmesh_local.addresses import ADMIN_PORT, claim
 from mlmesh_local.envoy_types import CLUSTER, build
 from mlmesh_local.model import CertificateSecret, ProxyNode, Secret, TrustSecret, World
@@ -29,7 +30,6 @@ from mlmesh_local.sidecar import TOKEN_HEADER, SidecarPlan, bootstrap, command, 
 from mlmesh_local.snapshot import build_snapshots
 from mlmesh_local.translate import service_endpoints
 from mlmesh_local.xds import AdsServer
-
 from tests.support.pki import Authority, Leaf, spiffe
 
 HOST = "server.mlmesh.svc.cluster.local"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from mlmesh_inference.app import services
 from mlmesh_inference.batcher import Batcher, BatchPolicy
 from mlmesh_inference.catalog import Catalog, ReadyModel
@@ -20,7 +21,6 @@ from mlmesh_inference.tensors import DATATYPES, Array, Signature, TensorSpec
 from mlmesh_runtime.errors import NotFound
 from mlmesh_runtime.health import HealthStatuses
 from mlmesh_runtime.server import Server
-
 from tests.support.server import settings
 
 WAIT_S = 10.0

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+
 from mlmesh.local.v1 import local_pb2, local_pb2_grpc
 from mlmesh_local.state import StateDir
 

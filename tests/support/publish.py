@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Mapping
 from types import TracebackType
 
 import grpc
+
 from mlmesh.registry.v1 import registry_pb2 as pb
 from mlmesh.registry.v1 import registry_pb2_grpc as stubs
 from mlmesh_runtime.chunks import CHUNK_BYTES, crc32c

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 import grpc
 import pytest
+
 from mlmesh.registry.v1 import registry_pb2 as pb
 from mlmesh.registry.v1.registry_pb2_grpc import ModelRegistryServiceStub
 from mlmesh_runtime.channel import MeshChannel, mesh_error, open_channel
 from mlmesh_runtime.chunks import Chunk, crc32c
 from mlmesh_runtime.errors import MeshError
-
 from tests.support.server import Process, spawn
 
 if TYPE_CHECKING:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
+
 from mlmesh.training.v1 import training_pb2 as pb
 from mlmesh.training.v1.training_pb2_grpc import TrainingServiceStub
 from mlmesh_runtime.channel import MeshChannel, mesh_error, open_channel
 from mlmesh_runtime.errors import MeshError
-
 from tests.support.server import Process, spawn
 
 if TYPE_CHECKING:

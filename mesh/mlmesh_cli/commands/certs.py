@@ -88,9 +88,9 @@ def rotate(state_dir: StateDir = DEFAULT_STATE_DIR, output: Output = OutputForma
     terminal = Terminal(output)
 
     async def main() -> None:
-        from mlmesh.local.v1 import local_pb2 as pb  # noqa: PLC0415
         from rich.text import Text  # noqa: PLC0415  keeps `mlmesh --help` quick
 
+        from mlmesh.local.v1 import local_pb2 as pb  # noqa: PLC0415
         from mlmesh_cli.connection import Connection  # noqa: PLC0415
 
         async with Connection.from_environment(state_dir) as connection:

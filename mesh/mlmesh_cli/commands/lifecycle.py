@@ -183,9 +183,9 @@ def status(
 
 
 async def _watch_status(connection: Connection, terminal: Terminal) -> None:
-    from mlmesh.local.v1 import local_pb2 as pb  # noqa: PLC0415
     from rich.live import Live  # noqa: PLC0415
 
+    from mlmesh.local.v1 import local_pb2 as pb  # noqa: PLC0415
     from mlmesh_cli.connection import duration  # noqa: PLC0415
     from mlmesh_cli.errors import CliError, ExitCode  # noqa: PLC0415
     from mlmesh_cli.render.status import status_view  # noqa: PLC0415

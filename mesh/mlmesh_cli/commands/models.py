@@ -50,7 +50,6 @@ def list_models(state_dir: StateDir = DEFAULT_STATE_DIR, output: Output = Output
 
     async def main() -> None:
         from mlmesh.registry.v1 import registry_pb2 as pb  # noqa: PLC0415  keeps `mlmesh --help` quick
-
         from mlmesh_cli.connection import Connection  # noqa: PLC0415
         from mlmesh_cli.render.models import models_table  # noqa: PLC0415
 
@@ -95,7 +94,6 @@ def show(model: _Reference, state_dir: StateDir = DEFAULT_STATE_DIR, output: Out
 
     async def main() -> None:
         from mlmesh.registry.v1 import registry_pb2 as pb  # noqa: PLC0415  keeps `mlmesh --help` quick
-
         from mlmesh_cli.connection import Connection  # noqa: PLC0415
         from mlmesh_cli.names import parse_model  # noqa: PLC0415
         from mlmesh_cli.render.models import model_view, version_view  # noqa: PLC0415
@@ -136,7 +134,6 @@ def versions(model: _Model, state_dir: StateDir = DEFAULT_STATE_DIR, output: Out
 
     async def main() -> None:
         from mlmesh.registry.v1 import registry_pb2 as pb  # noqa: PLC0415  keeps `mlmesh --help` quick
-
         from mlmesh_cli.connection import Connection  # noqa: PLC0415
         from mlmesh_cli.names import parse_model  # noqa: PLC0415
         from mlmesh_cli.render.models import versions_table  # noqa: PLC0415
@@ -173,7 +170,6 @@ def list_aliases(
 
     async def main() -> None:
         from mlmesh.registry.v1 import registry_pb2 as pb  # noqa: PLC0415  keeps `mlmesh --help` quick
-
         from mlmesh_cli.connection import Connection  # noqa: PLC0415
         from mlmesh_cli.names import parse_model  # noqa: PLC0415
         from mlmesh_cli.render.models import aliases_table  # noqa: PLC0415
@@ -207,7 +203,6 @@ def set_alias(
 
     async def main() -> None:
         from mlmesh.registry.v1 import registry_pb2 as pb  # noqa: PLC0415  keeps `mlmesh --help` quick
-
         from mlmesh_cli.connection import Connection  # noqa: PLC0415
         from mlmesh_cli.names import parse_model  # noqa: PLC0415
         from mlmesh_cli.render.models import aliases_table  # noqa: PLC0415
@@ -241,9 +236,9 @@ def delete_alias(
     terminal = Terminal(output)
 
     async def main() -> None:
-        from mlmesh.registry.v1 import registry_pb2 as pb  # noqa: PLC0415
         from rich.text import Text  # noqa: PLC0415  keeps `mlmesh --help` quick
 
+        from mlmesh.registry.v1 import registry_pb2 as pb  # noqa: PLC0415
         from mlmesh_cli.connection import Connection  # noqa: PLC0415
         from mlmesh_cli.errors import CliError  # noqa: PLC0415
         from mlmesh_cli.names import parse_model  # noqa: PLC0415

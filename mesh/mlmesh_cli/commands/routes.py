@@ -34,9 +34,9 @@ def routes(
     async def main() -> None:
         import asyncio  # noqa: PLC0415  keeps `mlmesh --help` quick
 
-        from mlmesh.local.v1 import local_pb2 as pb  # noqa: PLC0415
         from rich.live import Live  # noqa: PLC0415
 
+        from mlmesh.local.v1 import local_pb2 as pb  # noqa: PLC0415
         from mlmesh_cli.config import full_host  # noqa: PLC0415
         from mlmesh_cli.connection import CONTROL_DEADLINE_S, Connection, duration  # noqa: PLC0415
         from mlmesh_cli.render.status import routes_view  # noqa: PLC0415

@@ -33,7 +33,6 @@ def list_traces(
 
     async def main() -> None:
         from mlmesh.local.v1 import local_pb2 as pb  # noqa: PLC0415  keeps `mlmesh --help` quick
-
         from mlmesh_cli.connection import CONTROL_DEADLINE_S, Connection  # noqa: PLC0415
         from mlmesh_cli.render.traces import traces_table  # noqa: PLC0415
 
@@ -67,7 +66,6 @@ def show_trace(
         import re  # noqa: PLC0415  keeps `mlmesh --help` quick
 
         from mlmesh.local.v1 import local_pb2 as pb  # noqa: PLC0415
-
         from mlmesh_cli.connection import CONTROL_DEADLINE_S, Connection  # noqa: PLC0415
         from mlmesh_cli.errors import usage_error  # noqa: PLC0415
         from mlmesh_cli.render.traces import trace_view  # noqa: PLC0415

@@ -68,7 +68,6 @@ def train(
 
     async def main() -> None:
         from mlmesh.training.v1 import training_pb2 as pb  # noqa: PLC0415  keeps `mlmesh --help` quick
-
         from mlmesh_cli.connection import Connection  # noqa: PLC0415
         from mlmesh_cli.jobs import hyperparameters, read_spec, submit  # noqa: PLC0415
         from mlmesh_cli.render.training import jobs_table  # noqa: PLC0415
@@ -104,7 +103,6 @@ async def watch_to_end(stub: TrainingServiceAsyncStub, name: str, terminal: Term
     import asyncio  # noqa: PLC0415
 
     from mlmesh.training.v1 import training_pb2 as pb  # noqa: PLC0415
-
     from mlmesh_cli.errors import CliError  # noqa: PLC0415
     from mlmesh_cli.jobs import follow  # noqa: PLC0415
     from mlmesh_cli.progress import JobProgress  # noqa: PLC0415
@@ -147,7 +145,6 @@ def list_jobs(
 
     async def main() -> None:
         from mlmesh.training.v1 import training_pb2 as pb  # noqa: PLC0415  keeps `mlmesh --help` quick
-
         from mlmesh_cli.connection import Connection  # noqa: PLC0415
         from mlmesh_cli.render.training import jobs_table  # noqa: PLC0415
 
@@ -197,7 +194,6 @@ def cancel(job: _Job, state_dir: StateDir = DEFAULT_STATE_DIR, output: Output = 
 
     async def main() -> None:
         from mlmesh.training.v1 import training_pb2 as pb  # noqa: PLC0415  keeps `mlmesh --help` quick
-
         from mlmesh_cli.connection import Connection  # noqa: PLC0415
         from mlmesh_cli.jobs import job_name  # noqa: PLC0415
         from mlmesh_cli.render.training import jobs_table  # noqa: PLC0415
@@ -221,7 +217,6 @@ def recipes(state_dir: StateDir = DEFAULT_STATE_DIR, output: Output = OutputForm
 
     async def main() -> None:
         from mlmesh.training.v1 import training_pb2 as pb  # noqa: PLC0415  keeps `mlmesh --help` quick
-
         from mlmesh_cli.connection import Connection  # noqa: PLC0415
         from mlmesh_cli.render.training import recipes_view  # noqa: PLC0415
 

@@ -10,8 +10,8 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import psutil
-from mlmesh.local.v1 import local_pb2
 
+from mlmesh.local.v1 import local_pb2
 from mlmesh_cli.commands.lifecycle import starting
 from mlmesh_cli.config import CliSettings
 from mlmesh_cli.connection import Connection

@@ -6,11 +6,11 @@ import asyncio
 from datetime import UTC, datetime
 
 import grpc
+
 from mlmesh.inference.v1 import control_pb2, control_pb2_grpc
 from mlmesh.local.v1 import local_pb2
 from mlmesh.registry.v1 import registry_pb2
 from mlmesh.training.v1 import training_pb2
-
 from mlmesh_cli.demo.story import Story
 from mlmesh_cli.demo.tables import served_table
 from mlmesh_cli.errors import CliError

@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import grpc
-from mlmesh.training.v1 import training_pb2, training_pb2_grpc
 
+from mlmesh.training.v1 import training_pb2, training_pb2_grpc
 from mlmesh_cli.certificates import WrittenCertificate, write_certificate
 from mlmesh_cli.config import service_target
 from mlmesh_cli.connection import find_instance

@@ -10,11 +10,11 @@ import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mlmesh.local.v1 import local_pb2
 from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
+from mlmesh.local.v1 import local_pb2
 from mlmesh_cli.connection import CLIENT_WORKLOAD, CONTROL_DEADLINE_S, find_instance
 from mlmesh_cli.demo.story import Story
 from mlmesh_cli.demo.tables import shift_table, traffic_table

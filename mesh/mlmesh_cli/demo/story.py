@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlmesh.local.v1 import local_pb2
 from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.text import Text
 
+from mlmesh.local.v1 import local_pb2
 from mlmesh_cli.apply import apply_documents
 from mlmesh_cli.connection import Connection
 from mlmesh_cli.demo.checks import Checks

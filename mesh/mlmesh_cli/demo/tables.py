@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from mlmesh.inference.v1 import control_pb2
 from rich.console import RenderableType
 from rich.text import Text
 
+from mlmesh.inference.v1 import control_pb2
 from mlmesh_cli.demo.traffic import Phase
 from mlmesh_cli.render import text as t
 from mlmesh_cli.render.status import table

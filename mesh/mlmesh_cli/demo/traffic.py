@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import grpc
-from open_inference import grpc_service_pb2 as oip
 
 from mlmesh_cli.inferring import Metadata, Query, read_answer
+from open_inference import grpc_service_pb2 as oip
 
 if TYPE_CHECKING:
     from open_inference.grpc_service_pb2_grpc import GRPCInferenceServiceAsyncStub

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 
 import grpc
-from mlmesh.local.v1 import local_pb2
 
+from mlmesh.local.v1 import local_pb2
 from mlmesh_cli.connection import CONTROL_DEADLINE_S
 from mlmesh_cli.demo.story import Story
 from mlmesh_cli.inferring import infer_one

@@ -6,10 +6,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 
-from mlmesh.registry.v1 import registry_pb2 as pb
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from mlmesh.registry.v1 import registry_pb2 as pb
 from mlmesh_cli.render import text as t
 from mlmesh_cli.render.status import table
 

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from mlmesh.local.v1 import local_pb2 as pb
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from mlmesh.local.v1 import local_pb2 as pb
 from mlmesh_cli.render import text as t
 
 if TYPE_CHECKING:

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from mlmesh.local.v1 import local_pb2 as pb
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.text import Text
 
+from mlmesh.local.v1 import local_pb2 as pb
 from mlmesh_cli.render import text as t
 from mlmesh_cli.render.status import table
 

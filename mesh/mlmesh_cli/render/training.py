@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from datetime import datetime
 
-from mlmesh.training.v1 import training_pb2 as pb
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from mlmesh.training.v1 import training_pb2 as pb
 from mlmesh_cli.render import text as t
 from mlmesh_cli.render.status import table
 

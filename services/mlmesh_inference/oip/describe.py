@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Final
 
-from open_inference import grpc_service_pb2 as pb
-from open_inference import model_config_pb2 as config_pb
-
 from mlmesh_inference.catalog import Catalog, ReadyModel, State, Status
 from mlmesh_inference.statistics import Duration
 from mlmesh_inference.tensors import TensorSpec
+from open_inference import grpc_service_pb2 as pb
+from open_inference import model_config_pb2 as config_pb
 
 SERVER_NAME: Final = "mlmesh"
 EXTENSIONS: Final = (

@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from time import monotonic_ns
 
-from mlmesh_runtime.calls import CURRENT
-from mlmesh_runtime.errors import NotReady
-from open_inference import grpc_service_pb2 as pb
-
 from mlmesh_inference.batcher import Outcome
 from mlmesh_inference.catalog import Catalog, ReadyModel
 from mlmesh_inference.oip import replies, requests
 from mlmesh_inference.tracing import request_trace
+from mlmesh_runtime.calls import CURRENT
+from mlmesh_runtime.errors import NotReady
+from open_inference import grpc_service_pb2 as pb
 
 
 @dataclass(slots=True, kw_only=True)

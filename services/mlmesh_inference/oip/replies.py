@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from open_inference import grpc_service_pb2 as pb
-
 from mlmesh_inference.catalog import ReadyModel
 from mlmesh_inference.oip.requests import Request
 from mlmesh_inference.tensors import DATATYPES, Array, classify, encode_raw, encode_typed
+from open_inference import grpc_service_pb2 as pb
 
 
 def write(request_id: str, request: Request, model: ReadyModel, arrays: Sequence[Array]) -> pb.ModelInferResponse:

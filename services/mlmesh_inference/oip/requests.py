@@ -9,12 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from mlmesh_runtime.errors import InvalidInput, Unsupported
-from open_inference import grpc_service_pb2 as pb
-
 from mlmesh_inference.batcher import check_rows
 from mlmesh_inference.catalog import ReadyModel
 from mlmesh_inference.tensors import Array, TensorSpec, datatype, decode_raw, decode_typed, element_count, show
+from mlmesh_runtime.errors import InvalidInput, Unsupported
+from open_inference import grpc_service_pb2 as pb
 
 TENSORS_MAX: Final = 1024
 """Most inputs or outputs of a request."""

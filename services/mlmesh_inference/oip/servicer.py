@@ -7,14 +7,13 @@ import re
 from collections.abc import AsyncIterable
 from typing import Any, Final, Protocol
 
+from mlmesh_inference.catalog import Catalog
+from mlmesh_inference.oip import describe, stream
+from mlmesh_inference.oip.infer import shutting_down, start
 from mlmesh_runtime.calls import metadata_value
 from mlmesh_runtime.errors import InvalidInput, Unsupported
 from open_inference import grpc_service_pb2 as pb
 from open_inference import grpc_service_pb2_grpc as stubs
-
-from mlmesh_inference.catalog import Catalog
-from mlmesh_inference.oip import describe, stream
-from mlmesh_inference.oip.infer import shutting_down, start
 
 METHODS: Final = frozenset(method.name for method in pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods)
 """All RPCs: clients of the protocol call every one of them without a deadline."""

@@ -13,12 +13,11 @@ from collections.abc import AsyncIterable, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final
 
+from mlmesh_inference.catalog import Catalog
+from mlmesh_inference.oip.infer import Started, shutting_down, start
 from mlmesh_runtime.errors import MeshError
 from mlmesh_runtime.status import InternalError
 from open_inference import grpc_service_pb2 as pb
-
-from mlmesh_inference.catalog import Catalog
-from mlmesh_inference.oip.infer import Started, shutting_down, start
 
 _LOG = logging.getLogger(__name__)
 

@@ -25,7 +25,6 @@ from types import TracebackType
 
 from mlmesh_runtime.chunks import sha256_of
 from mlmesh_runtime.executors import BoundedExecutor, run_blocking
-
 from mlmesh_training import documents
 from mlmesh_training.backends.base import (
     RESULT_FILE,

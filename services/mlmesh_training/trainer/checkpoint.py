@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from mlmesh_runtime.chunks import fsync_directory
 
 KEPT = 2

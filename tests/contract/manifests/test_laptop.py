@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from mlmesh_local.resources import Applied, Deployment, ResourceSet, VirtualService, load_resources, read_documents
 
+from mlmesh_local.resources import Applied, Deployment, ResourceSet, VirtualService, load_resources, read_documents
 from tests.support import manifests
 
 ISTIO_KINDS = {

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import yaml
+
 from mlmesh_cli.config import VARIABLES as CLI_VARIABLES
 from mlmesh_runtime.config import VARIABLES, Settings
-
 from tests.support import manifests
 
 DOCS = manifests.documents(manifests.BASE)

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 from google.protobuf import descriptor_pb2
-from open_inference import grpc_service_pb2, model_config_pb2
 from tritonclient.grpc import model_config_pb2 as triton_config_pb2
 from tritonclient.grpc import service_pb2 as triton_service_pb2
+
+from open_inference import grpc_service_pb2, model_config_pb2
 
 FILES = [
     pytest.param(grpc_service_pb2, triton_service_pb2, id="grpc_service"),

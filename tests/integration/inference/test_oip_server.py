@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+
 from mlmesh.inference.v1 import control_pb2, control_pb2_grpc
 from mlmesh_inference.app import ModelHealth
 from mlmesh_inference.catalog import Catalog
@@ -18,7 +19,6 @@ from mlmesh_inference.oip.stream import IN_FLIGHT_MAX
 from mlmesh_runtime.health import HealthStatuses
 from open_inference import grpc_service_pb2 as pb
 from open_inference import grpc_service_pb2_grpc as stubs
-
 from tests.support.inference import GatedEngine, eventually, inference_server, install, ready_model, rows
 
 TIMEOUT_S = 20.0

@@ -13,11 +13,11 @@ import grpc
 import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+
 from mlmesh.inference.v1 import control_pb2, control_pb2_grpc
 from mlmesh.registry.v1 import registry_pb2
 from open_inference import grpc_service_pb2 as pb
 from open_inference import grpc_service_pb2_grpc as stubs
-
 from tests.support import onnx_models
 from tests.support.inference import eventually, rows
 from tests.support.publish import Publisher

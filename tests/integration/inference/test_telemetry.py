@@ -8,15 +8,15 @@ from typing import Any
 
 import grpc
 import pytest
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
 from mlmesh_inference.catalog import Catalog
 from mlmesh_inference.statistics import Statistics
 from mlmesh_inference.tracing import SpanTracer
 from mlmesh_runtime.telemetry import REGISTRY, Telemetry
 from open_inference import grpc_service_pb2 as pb
 from open_inference import grpc_service_pb2_grpc as stubs
-from opentelemetry.sdk.trace import ReadableSpan
-from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-
 from tests.support.inference import GatedEngine, eventually, inference_server, ready_model, rows
 from tests.support.server import settings
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from mlmesh.local.v1 import local_pb2, local_pb2_grpc
 from mlmesh_local.launcher import Progress, shut_down, start_detached
 from mlmesh_local.options import Options
 from mlmesh_local.state import StateDir
 from mlmesh_runtime.channel import open_channel
-
 from tests.support.echo import PROTOS, Text
 
 HERE = Path(__file__).parent

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from mlmesh_local import process
 from mlmesh_local.launcher import StartFailed, shut_down
 from mlmesh_local.options import Options
 from mlmesh_local.sidecar import find_envoy
 from mlmesh_local.state import StateDir
 from mlmesh_runtime.errors import AlreadyExists, WrongState
-
 from tests.integration.local.conftest import HERE, RunningMesh, start
 
 

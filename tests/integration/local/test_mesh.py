@@ -14,10 +14,10 @@ from typing import Any
 import grpc
 import psutil
 import pytest
+
 from mlmesh.local.v1 import local_pb2
 from mlmesh_local.instance import State
 from mlmesh_runtime.channel import ClientTls, open_channel
-
 from tests.integration.local.conftest import ECHO, ECHO_TARGET, HERE, RunningMesh, answer, start
 from tests.support.echo import PROTOS, Text
 

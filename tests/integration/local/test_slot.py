@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from mlmesh_local.backoff import Backoff
 from mlmesh_local.changes import Changes
 from mlmesh_local.process import Child, Command, tail

@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator
 import grpc
 import pytest
 import pytest_asyncio
-from mlmesh_local.xds import ConfigurationRejectedError
 
+from mlmesh_local.xds import ConfigurationRejectedError
 from tests.support.envoy_mesh import CHAT, EnvoyMesh
 from tests.support.mesh_documents import STRICT, SUBSETS, deployment, service, split
 from tests.support.mesh_load import under_load

@@ -10,12 +10,12 @@ import grpc
 import numpy as np
 import onnxruntime
 import pytest
+
 from mlmesh.registry.v1 import registry_pb2, registry_pb2_grpc
 from mlmesh.training.v1 import training_pb2, training_pb2_grpc
 from mlmesh_cli import samples
 from open_inference import grpc_service_pb2 as oip
 from open_inference import grpc_service_pb2_grpc as oip_grpc
-
 from tests.support.pki import Authority, spiffe
 from tests.support.platform import HOST, Platform
 

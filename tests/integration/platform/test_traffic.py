@@ -13,11 +13,11 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+
 from mlmesh.local.v1 import local_pb2
 from mlmesh_cli import samples
 from open_inference import grpc_service_pb2 as oip
 from open_inference import grpc_service_pb2_grpc as oip_grpc
-
 from tests.integration.platform.conftest import WeightsFile
 from tests.support.platform import HOST, ROOT, Platform
 

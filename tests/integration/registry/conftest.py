@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from mlmesh_registry.config import RegistrySettings
 from mlmesh_registry.registry import Registry, open_registry
 

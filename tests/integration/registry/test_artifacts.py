@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from mlmesh_registry.ledger import Blob
 from mlmesh_registry.registry import Registry
 from mlmesh_registry.staging import StagedFile
 from mlmesh_runtime.chunks import CHUNK_BYTES, Chunk
 from mlmesh_runtime.errors import AlreadyExists, Conflict, Corrupt, InvalidInput, NotFound, WrongState
-
 from tests.support.registry import append, chunk, create_model, publish, put, read, sha256, start
 
 Opener = Callable[..., AbstractAsyncContextManager[Registry]]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+
 from mlmesh.registry.v1 import registry_pb2 as pb
 from mlmesh_runtime.channel import NO_DEADLINE
 from mlmesh_runtime.chunks import CHUNK_BYTES, Chunk
@@ -21,7 +22,6 @@ from mlmesh_runtime.errors import (
     RevisionLost,
     WrongState,
 )
-
 from tests.support.registry_process import Client, connected, pieces, refused, running
 from tests.support.server import spawn
 

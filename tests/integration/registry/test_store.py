@@ -10,12 +10,12 @@ import pytest
 import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+
 from mlmesh_registry import tables
 from mlmesh_registry.registry import Registry
 from mlmesh_registry.versions import Artifact, Content
 from mlmesh_runtime.config import ConfigError
 from mlmesh_runtime.errors import AlreadyExists, Conflict, InvalidInput, MeshError, NotFound, WrongState
-
 from tests.support.registry import alias, create_model, number, publish, put
 
 Opener = Callable[..., AbstractAsyncContextManager[Registry]]

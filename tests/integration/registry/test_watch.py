@@ -7,11 +7,11 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, aclosing
 
 import pytest
+
 from mlmesh_registry.events import Bookmark, Change, DeletedAlias
 from mlmesh_registry.registry import Registry
 from mlmesh_registry.versions import Alias, Model, Version
 from mlmesh_runtime.errors import Overloaded, RevisionLost
-
 from tests.support.registry import alias, create_model, number, publish, put
 
 Opener = Callable[..., AbstractAsyncContextManager[Registry]]

@@ -5,19 +5,19 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
-import open_inference.grpc_service_pb2 as oip
 import pytest
 from google.protobuf import descriptor_pb2
 from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+import open_inference.grpc_service_pb2 as oip
 from mlmesh.registry.v1 import registry_pb2, registry_pb2_grpc
 from mlmesh_runtime import health
 from mlmesh_runtime.channel import mesh_error, open_channel
 from mlmesh_runtime.limits import Limits
 from mlmesh_runtime.reflection import DescriptorIndex, Protocol
 from mlmesh_runtime.server import Service
-
 from tests.support.echo import EchoServicer, Protos, echo_service
 from tests.support.server import serving
 

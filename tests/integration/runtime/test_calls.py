@@ -8,12 +8,12 @@ from typing import Any
 
 import grpc
 import pytest
+
 from mlmesh.registry.v1 import registry_pb2, registry_pb2_grpc
 from mlmesh_runtime import calls, errors
 from mlmesh_runtime.channel import NO_DEADLINE, mesh_error, open_channel
 from mlmesh_runtime.limits import Limits
 from mlmesh_runtime.server import Service
-
 from tests.support.echo import PROTOS, EchoServicer, Text, echo_service
 from tests.support.server import serving
 

@@ -10,10 +10,10 @@ from typing import Any
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+
 from mlmesh_runtime.channel import mesh_error, open_channel
 from mlmesh_runtime.config import ConfigError
 from mlmesh_runtime.limits import Limits
-
 from tests.support.echo import PROTOS, EchoServicer, Text, echo_service
 from tests.support.server import serving, spawn
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import grpc
 import pytest
-from mlmesh_runtime import errors, logs, telemetry
-from mlmesh_runtime.channel import open_channel
-from mlmesh_runtime.telemetry import REGISTRY, Telemetry
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode, format_span_id, format_trace_id
 
+from mlmesh_runtime import errors, logs, telemetry
+from mlmesh_runtime.channel import open_channel
+from mlmesh_runtime.telemetry import REGISTRY, Telemetry
 from tests.support.echo import PROTOS, EchoServicer, Protos, Text, echo_service
 from tests.support.server import serving, settings
 

@@ -11,11 +11,11 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
+
 from mlmesh_runtime.executors import Executors
 from mlmesh_training.backends.base import Died, Finished, Outcome, Report, Stopped, TrainingTask
 from mlmesh_training.backends.local import LocalBackend, LocalLimits
 from mlmesh_training.jobs import LOG_LINE_BYTES_MAX, JobPhase, LogLine
-
 from tests.support.training import alive, becomes, children
 
 TASK = TrainingTask(uid="cnn-digits-1", recipe="cnn", dataset="digits", hyperparameters={"epochs": 1.0}, seed=1)

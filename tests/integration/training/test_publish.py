@@ -8,13 +8,13 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+
 from mlmesh.registry.v1 import registry_pb2 as pb
 from mlmesh_runtime.channel import MeshChannel, open_channel
 from mlmesh_runtime.errors import AlreadyExists, InvalidInput, MeshError, NotReady, WrongState
 from mlmesh_runtime.executors import Executors
 from mlmesh_training.jobs import File, Job, Publication
 from mlmesh_training.publish import RegistryPublisher
-
 from tests.support import registry_process
 from tests.support.training import job, model, spec
 

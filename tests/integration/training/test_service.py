@@ -13,10 +13,10 @@ import grpc
 import numpy as np
 import onnxruntime
 import pytest
+
 from mlmesh.registry.v1 import registry_pb2
 from mlmesh.training.v1 import training_pb2 as pb
 from mlmesh_runtime.errors import AlreadyExists, InvalidInput, NotFound, Overloaded, RevisionLost, WrongState
-
 from tests.support import registry_process
 from tests.support.training import becomes
 from tests.support.training_process import (

@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+
 from mlmesh_training import documents, export, recipes
 from mlmesh_training.backends.base import Died, Report, TrainingTask, read_report, report_line
 from mlmesh_training.backends.local import read_result
@@ -18,7 +19,6 @@ from mlmesh_training.jobs import Checkpoint, Evaluation, JobPhase, LogLine, Metr
 from mlmesh_training.trainer import checkpoint, data, networks, run
 from mlmesh_training.trainer.fit import Fit
 from mlmesh_training.trainer.reporter import PermanentError, Reporter
-
 from tests.support.training import spec
 
 torch = pytest.importorskip("torch")

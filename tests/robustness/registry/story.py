@@ -15,13 +15,13 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
+from sqlalchemy.exc import OperationalError
+
 from mlmesh_registry.config import RegistrySettings
 from mlmesh_registry.events import Bookmark
 from mlmesh_registry.ledger import Blob
 from mlmesh_registry.registry import Registry, open_registry
 from mlmesh_runtime.errors import Conflict, Corrupt, NotFound
-from sqlalchemy.exc import OperationalError
-
 from tests.support.registry import alias, chunk, number, publish, read, sha256, some_bytes
 
 SETTINGS = RegistrySettings(commit_bytes=40_000)

@@ -18,9 +18,9 @@ from typing import Any
 
 import grpc
 import pytest
+
 from mlmesh.registry.v1 import registry_pb2 as pb
 from mlmesh_registry.registry import open_registry
-
 from tests.robustness.registry import story
 from tests.support.registry import some_bytes
 from tests.support.registry_process import Client, connected, running

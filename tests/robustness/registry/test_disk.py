@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from mlmesh.registry.v1 import registry_pb2 as pb
 from mlmesh_runtime.errors import Overloaded
-
 from tests.support.registry import some_bytes
 from tests.support.registry_process import Client, connected, pieces, refused, running
 

@@ -11,8 +11,8 @@ import grpc
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from mlmesh.registry.v1 import registry_pb2 as pb
 
+from mlmesh.registry.v1 import registry_pb2 as pb
 from tests.support.registry_process import connected, running
 
 hostile = st.one_of(

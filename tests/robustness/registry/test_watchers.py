@@ -8,11 +8,11 @@ import urllib.request
 from pathlib import Path
 
 import psutil
+
 from mlmesh.registry.v1 import registry_pb2 as pb
 from mlmesh_runtime.channel import NO_DEADLINE, open_channel
 from mlmesh_runtime.errors import NotReady, Overloaded
 from mlmesh_runtime.limits import Limits
-
 from tests.support.registry_process import Client, connected, refused, running
 from tests.support.server import Process
 

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from mlmesh.training.v1 import training_pb2 as pb
 from mlmesh_runtime.errors import Overloaded
-
 from tests.support.training_process import connected, refused, running, spec
 
 COLD = {"MLMESH_TRAINING_WARM": "0"}

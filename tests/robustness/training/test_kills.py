@@ -13,10 +13,10 @@ from pathlib import Path
 
 import grpc
 import pytest
+
 from mlmesh.training.v1 import training_pb2 as pb
 from mlmesh_training import convert, recipes
 from mlmesh_training.jobs import Evaluation
-
 from tests.support.server import Process
 from tests.support.training import alive, becomes, children
 from tests.support.training_process import (

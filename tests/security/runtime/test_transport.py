@@ -7,12 +7,12 @@ from typing import Any
 
 import grpc
 import pytest
+
 from mlmesh_runtime.channel import ClientTls, mesh_error, open_channel
 from mlmesh_runtime.config import ConfigError
 from mlmesh_runtime.identity import current_identity
 from mlmesh_runtime.telemetry import REGISTRY
 from mlmesh_runtime.tls import RotatingCredentials
-
 from tests.support.echo import PROTOS, EchoServicer, Text, echo_service
 from tests.support.pki import SERVER_NAME, Authority, spiffe
 from tests.support.server import serving

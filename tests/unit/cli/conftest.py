@@ -12,14 +12,14 @@ from typing import Any
 import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
+from rich.console import Console, RenderableType
+from typer.testing import CliRunner
+
 from mlmesh.local.v1 import local_pb2, local_pb2_grpc
 from mlmesh.registry.v1 import registry_pb2_grpc
 from mlmesh.training.v1 import training_pb2_grpc
 from mlmesh_cli.app import app
 from open_inference import grpc_service_pb2_grpc
-from rich.console import Console, RenderableType
-from typer.testing import CliRunner
-
 from tests.support.cli import FakeServicer, mesh_status
 
 

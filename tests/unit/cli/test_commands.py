@@ -12,13 +12,13 @@ import grpc
 import numpy as np
 import pytest
 import typer.main
+from typer.testing import CliRunner
+
 from mlmesh.local.v1 import local_pb2 as local
 from mlmesh.registry.v1 import registry_pb2 as registry
 from mlmesh.training.v1 import training_pb2 as training
 from mlmesh_cli.app import app
 from open_inference import grpc_service_pb2 as oip
-from typer.testing import CliRunner
-
 from tests.support.cli import at, span
 from tests.unit.cli.conftest import FakeMesh, abort
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from mlmesh_cli import defaults
 from mlmesh_cli.errors import CliError
 

@@ -12,6 +12,7 @@ import grpc
 import numpy as np
 import pytest
 import yaml
+
 from mlmesh_cli.config import CliSettings
 from mlmesh_cli.connection import Connection
 from mlmesh_cli.demo import shift, story, waterfall
@@ -25,7 +26,6 @@ from mlmesh_local.resources.parse import Document, load_resources, read_document
 from mlmesh_local.resources.resource_set import ResourceSet
 from open_inference import grpc_service_pb2 as oip
 from open_inference import grpc_service_pb2_grpc
-
 from tests.support.cli import span
 from tests.unit.cli.conftest import FakeMesh, abort, text_of
 

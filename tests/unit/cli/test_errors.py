@@ -5,12 +5,12 @@ import json
 import grpc
 import pytest
 import typer
+
 from mlmesh_cli.errors import CliError, ExitCode, leaves, not_running, usage_error
 from mlmesh_cli.options import OutputFormat
 from mlmesh_cli.terminal import Terminal, run
 from mlmesh_runtime.config import ConfigError
 from mlmesh_runtime.errors import Corrupt
-
 from tests.unit.cli.conftest import FakeMesh, abort
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from mlmesh_cli import samples
 from mlmesh_cli.errors import CliError, ExitCode
 from mlmesh_cli.jobs import hyperparameters, job_name, read_spec

@@ -5,10 +5,10 @@ from typing import Any
 
 import grpc
 import pytest
+
 from mlmesh.training.v1 import training_pb2 as pb
 from mlmesh.training.v1 import training_pb2_grpc
 from mlmesh_cli.jobs import follow
-
 from tests.unit.cli.conftest import FakeMesh
 
 

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from mlmesh.registry.v1 import registry_pb2 as pb
 from mlmesh_cli.render import models as view
-
 from tests.support.cli import NOW, at
 from tests.unit.cli.conftest import text_of
 

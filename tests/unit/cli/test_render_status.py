@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from mlmesh.local.v1 import local_pb2 as pb
 from mlmesh_cli.render import status as view
-
 from tests.support.cli import HOST, NOW, instance, mesh_status
 from tests.unit.cli.conftest import text_of
 

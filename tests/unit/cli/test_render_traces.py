@@ -2,9 +2,9 @@ from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
+
 from mlmesh.local.v1 import local_pb2 as pb
 from mlmesh_cli.render import traces as view
-
 from tests.support.cli import NOW, at, span
 from tests.unit.cli.conftest import text_of
 

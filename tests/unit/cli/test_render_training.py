@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import io
 
+from rich.console import Console
+
 from mlmesh.training.v1 import training_pb2 as pb
 from mlmesh_cli.progress import JobProgress, figures
 from mlmesh_cli.render import training as view
-from rich.console import Console
-
 from tests.support.cli import NOW, at
 from tests.unit.cli.conftest import text_of
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+
 from mlmesh_cli import tensors
 from mlmesh_cli.errors import CliError, ExitCode
 from open_inference import grpc_service_pb2 as oip

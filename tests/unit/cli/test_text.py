@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mlmesh_cli.render import text as t
 
+from mlmesh_cli.render import text as t
 from tests.support.cli import NOW, at
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 import pytest
+
 from mlmesh.registry.v1 import registry_pb2 as pb
 from mlmesh.registry.v1 import registry_pb2_grpc
 from mlmesh_cli import transfer
@@ -15,7 +16,6 @@ from mlmesh_cli.errors import CliError
 from mlmesh_cli.publishing import _inside, read_signature
 from mlmesh_runtime.chunks import crc32c
 from mlmesh_runtime.errors import Corrupt
-
 from tests.unit.cli.conftest import FakeMesh, abort
 
 _BYTES = bytes(range(256)) * 4096 * 3  # three chunks

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from mlmesh_inference.batcher import Batcher, BatchPolicy, BatchReport, InferenceError, Pending
 from mlmesh_runtime.errors import InvalidInput, NotReady, Overloaded, TimedOut
-
 from tests.support.inference import GatedEngine, rows
 
 

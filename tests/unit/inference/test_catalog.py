@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+
 from mlmesh_inference.catalog import WATCHER_ITEMS_MAX, Catalog, ReadyModel, State, Status
 from mlmesh_runtime.errors import NotFound, NotReady, Overloaded
-
 from tests.support.inference import GatedEngine, ready_model
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+
 from mlmesh_inference.config import VARIABLES, InferenceSettings
 from mlmesh_inference.desired import Selector
 from mlmesh_runtime.config import ConfigError, Settings

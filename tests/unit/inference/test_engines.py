@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from mlmesh_inference.engines import cuda, tensorrt
 from mlmesh_inference.engines.base import (
     Availability,
@@ -18,7 +19,6 @@ from mlmesh_inference.engines.base import (
 from mlmesh_inference.engines.onnx import OnnxKind
 from mlmesh_inference.engines.tensorrt import TensorRTKind
 from mlmesh_inference.tensors import DATATYPES
-
 from tests.support import onnx_models
 from tests.support.inference import onnx_engine, rows
 

@@ -7,9 +7,9 @@ import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
 import pytest
+
 from mlmesh_inference.events import Bookmark, Event, Published
 from mlmesh_inference.follow import Backoff, Follower
-
 from tests.support.registry_source import MemoryRegistry
 
 

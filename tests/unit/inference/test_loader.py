@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from mlmesh_inference.batcher import BatchPolicy
 from mlmesh_inference.cache import ModelCache
 from mlmesh_inference.catalog import Catalog, State, Status
@@ -22,7 +23,6 @@ from mlmesh_inference.loading import Loading, warm_up
 from mlmesh_inference.tensors import DATATYPES, Signature, TensorSpec
 from mlmesh_runtime.errors import NotFound, WrongState
 from mlmesh_runtime.executors import Executors
-
 from tests.support import onnx_models
 from tests.support.inference import GatedEngine
 from tests.support.registry_source import MemoryRegistry

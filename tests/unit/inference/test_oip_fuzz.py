@@ -9,12 +9,12 @@ import pytest
 from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
+
 from mlmesh_inference.catalog import ReadyModel
 from mlmesh_inference.oip import replies, requests
 from mlmesh_inference.tensors import DATATYPES, Signature, TensorSpec, encode_raw
 from mlmesh_runtime.errors import InvalidInput, Unsupported
 from open_inference import grpc_service_pb2 as pb
-
 from tests.support.inference import GatedEngine, ready_model
 
 KINDS = sorted(DATATYPES)

@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+
 from mlmesh_inference.catalog import ReadyModel
 from mlmesh_inference.oip import replies, requests
 from mlmesh_inference.tensors import DATATYPES, Signature, TensorSpec
 from mlmesh_runtime.errors import InvalidInput, Unsupported
 from open_inference import grpc_service_pb2 as pb
-
 from tests.support.inference import GatedEngine, ready_model
 
 Tensor = pb.ModelInferRequest.InferInputTensor

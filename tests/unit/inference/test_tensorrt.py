@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from mlmesh_inference.engines.base import EngineError, EngineOptions
 from mlmesh_inference.engines.tensorrt import TensorRTEngine
-
 from tests.support.inference import rows
 
 OPTIONS = EngineOptions(rows_max=8, rows_preferred=4)

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+
 from mlmesh_inference.tensors import (
     DATATYPES,
     RANK_MAX,

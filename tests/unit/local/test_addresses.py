@@ -4,6 +4,7 @@ import os
 import socket
 
 import pytest
+
 from mlmesh_local import addresses
 from mlmesh_runtime.errors import InvalidInput
 

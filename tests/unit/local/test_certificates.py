@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from cryptography import x509
+
 from mlmesh_local.certificates import Certificates, ServerCredential
 from mlmesh_local.model import CertificateSecret, ProxyNode, Secret, TrustSecret
 from mlmesh_local.pki import Authority

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
+
 from mlmesh_local.pki import Authority, Certificate
 from mlmesh_runtime.errors import Corrupt, InvalidInput
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from mlmesh_local.messages import subset_shares
 from mlmesh_local.resources import Document, ResourceSet, load_resources
 from mlmesh_local.routes import configured_shares, list_routes

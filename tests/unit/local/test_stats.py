@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 
 import pytest
+
 from mlmesh_local.stats import Counts, Destination, Traffic, parse_counters, shares
 
 HOST = "inference.mlmesh.svc.cluster.local"

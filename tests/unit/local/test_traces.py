@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from mlmesh_local.traces import Span, TraceStore
 from mlmesh_runtime.errors import NotFound
 

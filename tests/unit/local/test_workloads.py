@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from mlmesh_local.addresses import Block
 from mlmesh_local.instances import Folders, InstancePlan, plan
 from mlmesh_local.resources.model import Deployment

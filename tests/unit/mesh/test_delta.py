@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from mlmesh_local.delta import DeltaStream, Request, Response
 from mlmesh_local.envoy_types import CLUSTER, ENDPOINTS, LISTENER, PUSH_ORDER, ROUTES, SECRET
 from mlmesh_local.snapshot import Packed, Snapshot

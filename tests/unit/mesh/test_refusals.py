@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from mlmesh_local.resources import Document, InvalidResource, ResourceSet, load_resources, read_documents, tree
 from mlmesh_local.resources.fields import parse_duration
 from mlmesh_runtime.errors import InvalidInput
-
 from tests.support.mesh_world import SUBSETS, WORKLOADS, destination_rule, load, load_alone, resource, virtual_service
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
+
 from mlmesh_local.envoy_types import CLUSTER, ENDPOINTS, LISTENER, ROUTES, InvalidMessageError, build_bytes, typed
 from mlmesh_local.model import CertificateSecret, TrustSecret
 from mlmesh_local.resources import ResourceSet
 from mlmesh_local.snapshot import build_snapshot, build_snapshots, consistency, pack_secrets
 from mlmesh_local.translate import View, translate
-
 from tests.support.mesh_world import SUBSETS, WORKLOADS, load, load_alone, resource, virtual_service, world
 
 RULES = virtual_service("[{route: [{destination: {host: server, subset: v1}}]}]")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from mlmesh_local.envoy_types import ROUTES
 from mlmesh_local.snapshot import build_snapshots
 from mlmesh_local.translate.authorization import ALLOW_FILTER, DENY_FILTER
-
 from tests.support.mesh_world import Told, resource, world
 
 INBOUND = "inbound|8000||"

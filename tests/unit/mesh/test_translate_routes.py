@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from mlmesh_local.envoy_types import LISTENER, ROUTES
 from mlmesh_local.snapshot import build_snapshots
 from mlmesh_local.translate.names import fraction, seconds
-
 from tests.support.mesh_world import HOST, SUBSETS, Told, destination_rule, resource, virtual_service, world
 
 TO_SERVER = "route: [{destination: {host: server}}]"

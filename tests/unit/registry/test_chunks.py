@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from mlmesh_runtime.chunks import Chunk, VerifyingWriter, crc32c, read_chunks, sha256_of
 from mlmesh_runtime.errors import Conflict, Corrupt, MeshError, WrongState
 

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+
 from mlmesh_registry.config import VARIABLES, RegistrySettings
 from mlmesh_runtime.config import ConfigError
 

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from mlmesh_registry.events import Change, DeletedAlias, decode, encode, from_micros, to_micros
 from mlmesh_registry.versions import Alias, Artifact, Content, Model, Version, digest
 

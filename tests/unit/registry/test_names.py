@@ -5,6 +5,7 @@ import re
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+
 from mlmesh_registry import names
 from mlmesh_registry.names import AliasName, VersionName
 from mlmesh_runtime.errors import InvalidInput

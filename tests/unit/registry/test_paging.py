@@ -6,6 +6,7 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from mlmesh_registry.paging import PAGE_SIZE_DEFAULT, PAGE_SIZE_MAX, make_token, page_size, read_token
 from mlmesh_runtime.errors import InvalidInput
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from mlmesh_registry.staging import StagedFile
 from mlmesh_runtime.chunks import CHUNK_BYTES, crc32c
 from mlmesh_runtime.errors import Conflict, Corrupt, InvalidInput, MeshError, Overloaded

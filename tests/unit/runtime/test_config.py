@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from mlmesh_runtime import config
 from mlmesh_runtime.config import ConfigError, Settings
 

@@ -5,6 +5,7 @@ import inspect
 import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
+
 from mlmesh_runtime import errors, status
 from mlmesh_runtime.errors import FieldViolation, InvalidInput, MeshError, NotFound, Overloaded
 

@@ -5,6 +5,7 @@ import contextvars
 import threading
 
 import pytest
+
 from mlmesh_runtime.errors import Overloaded
 from mlmesh_runtime.executors import BoundedExecutor, Executors, run_blocking
 

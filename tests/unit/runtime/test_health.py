@@ -1,6 +1,7 @@
 """Health statuses and their watchers, without a server."""
 
 import pytest
+
 from mlmesh_runtime import health
 from mlmesh_runtime.errors import Overloaded
 from mlmesh_runtime.health import NOT_SERVING, SERVICE_UNKNOWN, SERVING, HealthStatuses

@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from mlmesh_runtime.calls import CURRENT, Call
 from mlmesh_runtime.errors import Unauthenticated
 from mlmesh_runtime.identity import current_identity, tls_uris, xfcc_uris

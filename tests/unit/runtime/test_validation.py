@@ -1,6 +1,7 @@
 """protovalidate's verdicts as errors for people."""
 
 import pytest
+
 from mlmesh.registry.v1 import registry_pb2
 from mlmesh_runtime.errors import InvalidInput
 from mlmesh_runtime.validation import checker, shown

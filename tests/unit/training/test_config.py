@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+
 from mlmesh_runtime.config import ConfigError
 from mlmesh_training.config import VARIABLES, TrainingSettings, trainer_environment
 

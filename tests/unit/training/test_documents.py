@@ -8,6 +8,7 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from mlmesh_training import documents
 from mlmesh_training.backends.base import Died, read_report, report_line
 from mlmesh_training.backends.lines import LineSplitter
@@ -21,7 +22,6 @@ from mlmesh_training.jobs import (
     Metrics,
     Progress,
 )
-
 from tests.support.training import PUBLICATION, START, evaluation, job, model, spec
 
 FULL = dataclasses.replace(

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from mlmesh.training.v1 import training_pb2
 from mlmesh_runtime.errors import WrongState
 from mlmesh_training import jobs
 from mlmesh_training.jobs import Checkpoint, Decision, Job, JobChanged, JobPhase, JobState, LogLine, Metrics, Progress
-
 from tests.support.training import PUBLICATION, START, evaluation, job, model, spec
 
 MOVES: dict[str, Callable[[Job, datetime], Decision]] = {

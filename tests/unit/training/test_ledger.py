@@ -11,11 +11,11 @@ import pytest
 import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+
 from mlmesh_runtime.errors import AlreadyExists, InvalidInput, NotFound, Overloaded, RevisionLost, WrongState
 from mlmesh_training import jobs, tables
 from mlmesh_training.jobs import Decision, Job, JobChanged, JobState, LogLine
 from mlmesh_training.ledger import LedgerLimits, SqlJobLedger, page_key, page_token
-
 from tests.support.training import ManualClock, job, spec
 
 

@@ -9,13 +9,13 @@ from contextlib import aclosing
 from pathlib import Path
 
 import pytest
+
 from mlmesh_runtime.errors import InvalidInput, NotFound, Overloaded, RevisionLost, WrongState
 from mlmesh_runtime.executors import Executors
 from mlmesh_training import jobs
 from mlmesh_training.jobs import JobState, LogLine
 from mlmesh_training.ledger import LedgerLimits, SqlJobLedger
 from mlmesh_training.queue import WATCH_PAGE_ITEMS, JobQueue, Wakeups
-
 from tests.support.training import ManualClock, spec
 
 

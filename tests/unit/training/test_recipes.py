@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
+
 from mlmesh_runtime.errors import InvalidInput
 from mlmesh_training.jobs import Publication
 from mlmesh_training.recipes import DATASETS, RECIPES, resolve
-
 from tests.support.training import spec
 
 

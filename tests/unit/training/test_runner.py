@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
+
 from mlmesh_runtime.errors import Denied, MeshError, NotReady, WrongState
 from mlmesh_runtime.executors import Executors
 from mlmesh_training import jobs
@@ -17,7 +18,6 @@ from mlmesh_training.jobs import Checkpoint, Event, Job, JobChanged, JobPhase, J
 from mlmesh_training.ledger import SqlJobLedger
 from mlmesh_training.queue import JobQueue, Wakeups
 from mlmesh_training.runner import Runner, RunnerLimits, backoff_s
-
 from tests.support.training import PUBLICATION, ManualClock, ScriptedBackend, evaluation, finish, model, spec
 
 Reporting = Callable[[Report], Awaitable[None]]
