@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
 
 NO_GPU = "no NVIDIA GPU here (/dev/nvidiactl is missing)"
+
+# A shell without job control starts what runs in the background with SIGINT ignored, and children inherit that: tests
+# of Ctrl-C would wait for ever.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -25,6 +25,7 @@ from mlmesh_cli.render import text as t
 
 _REDRAW_S = 0.2
 _RESTART_S = 60.0
+_HANG_S = 0.2
 
 View = Callable[[], RenderableType]
 
@@ -148,7 +149,7 @@ async def retries(story: Story) -> Retries:
 
 
 async def replica_dies(story: Story) -> None:
-    """kill -9 of one of two replicas under traffic."""
+    """One of two replicas hangs for a moment and is killed, under traffic."""
     before = await retries(story)
     victim = await _replica(story, "inference-v1")
     stub = await story.connection.inference()
@@ -157,8 +158,14 @@ async def replica_dies(story: Story) -> None:
     storm = Phase(name="after kill -9", target=story.scale.during // 4)
     async with traffic.running(calm):
         await traffic.reached(calm)
-        os.kill(victim.application_pid, signal.SIGKILL)
         traffic.begin(storm)
+        # It hangs, then it dies: requests are under way in it, and its sidecar has to answer for it. Killed at once it
+        # may be between two requests, and leave the mesh so quickly that nobody has to try again.
+        os.kill(victim.application_pid, signal.SIGSTOP)
+        try:
+            await asyncio.sleep(_HANG_S)
+        finally:
+            os.kill(victim.application_pid, signal.SIGKILL)
         await traffic.reached(storm)
         # A burst around the restart, too: the replica that comes back must not be asked before it is ready.
         revived = await _revived(story, victim)

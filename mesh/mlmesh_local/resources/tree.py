@@ -13,6 +13,9 @@ from mlmesh_local.resources.problems import At, InvalidResource, Problem
 NODES_MAX = 200_000
 """Most values in one document: aliases can make a small file endless."""
 
+DEPTH_MAX = 64
+"""Most values inside each other; Kubernetes and Istio need about a dozen."""
+
 Scalar = str | int | float | bool | None
 
 
@@ -87,18 +90,20 @@ class _Builder:
         self._loader = loader
         self._count = 0
 
-    def build(self, node: yaml.Node) -> Node:
+    def build(self, node: yaml.Node, depth: int = 0) -> Node:
         line = node.start_mark.line + 1
         self._count += 1
+        if depth > DEPTH_MAX:
+            self._refuse(line, f"values are nested too deeply: more than {DEPTH_MAX} inside each other")
         if self._count > NODES_MAX:
             self._refuse(line, f"more than {NODES_MAX} values in one document")
         if isinstance(node, yaml.MappingNode):
-            return Node(line, self._mapping(node))
+            return Node(line, self._mapping(node, depth))
         if isinstance(node, yaml.SequenceNode):
-            return Node(line, [self.build(item) for item in node.value])
+            return Node(line, [self.build(item, depth + 1) for item in node.value])
         return Node(line, self._scalar(node))
 
-    def _mapping(self, node: yaml.MappingNode) -> dict[str, Node]:
+    def _mapping(self, node: yaml.MappingNode, depth: int) -> dict[str, Node]:
         result: dict[str, Node] = {}
         for key_node, value_node in node.value:
             line = key_node.start_mark.line + 1
@@ -107,7 +112,7 @@ class _Builder:
             key = str(key_node.value)
             if key in result:
                 self._refuse(line, f'the key "{key}" occurs twice')
-            value = self.build(value_node)
+            value = self.build(value_node, depth + 1)
             # A person looks for the key, not for the first line of what it holds.
             result[key] = Node(line, value.value)
         return result

@@ -22,7 +22,7 @@ INSIDE = {
     "mlmesh.local.v1.LocalMeshService": {
         "PORT_IN_USE",
         "MESH_RUNNING",
-        "ENVOY_MISSING",
+        "ENVOY_NOT_FOUND",
         "INSTANCE_FAILED",
         "START_TIMED_OUT",
         "NOT_READY",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -25,16 +26,21 @@ class Shell:
 
     folder: Path
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        """Starts a command; its output is read by the caller."""
-        return subprocess.Popen(
+    @contextlib.contextmanager
+    def started(self, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+        """A command for the length of a block, ended with it; its output is read by the caller."""
+        with subprocess.Popen(
             [MLMESH, *arguments],
             cwd=self.folder,
             env={**os.environ, "COLUMNS": "160"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-        )
+        ) as process:
+            try:
+                yield process
+            finally:
+                process.kill()
 
     def run(self, *arguments: str, timeout_s: float = 120, code: int = 0) -> subprocess.CompletedProcess[str]:
         """Runs a command that must exit with this code."""
@@ -221,18 +227,18 @@ def test_certificates_for_tools(shell: Shell) -> None:
 @pytest.mark.slow
 def test_ctrl_c_ends_a_watch_cleanly(shell: Shell) -> None:
     for command in (("status", "--watch"), ("routes", "--watch")):
-        process = shell.start(*command, "-o", "json")
-        assert process.stdout is not None
-        assert json.loads(process.stdout.readline())
-        interrupt(process)
+        with shell.started(*command, "-o", "json") as process:
+            assert process.stdout is not None
+            assert json.loads(process.stdout.readline())
+            interrupt(process)
 
 
 @pytest.mark.slow
 def test_ctrl_c_detaches_from_a_job_that_goes_on(shell: Shell) -> None:
-    process = shell.start("train", "-d", "digits", "--set", "epochs=500", "--no-publish", "-o", "json")
-    assert process.stdout is not None
-    job = json.loads(process.stdout.readline())["job"]["name"]
-    said = interrupt(process)
+    with shell.started("train", "-d", "digits", "--set", "epochs=500", "--no-publish", "-o", "json") as process:
+        assert process.stdout is not None
+        job = json.loads(process.stdout.readline())["job"]["name"]
+        said = interrupt(process)
     assert f"mlmesh train watch {job}" in said
     assert shell.json("train", "list")["jobs"][0]["name"] == job
     shell.run("train", "cancel", job)
@@ -242,12 +248,12 @@ def test_ctrl_c_detaches_from_a_job_that_goes_on(shell: Shell) -> None:
 @pytest.mark.slow
 def test_ctrl_c_while_the_mesh_starts_leaves_nothing_behind(tmp_path: Path) -> None:
     shell = Shell(folder=tmp_path)
-    process = shell.start("up", "--gateway-address", "none")
-    # Something of it runs before it is interrupted: the supervisor writes its process id first.
-    pid_file = tmp_path / ".mlmesh/supervisor.pid"
-    while not (pid_file.exists() and pid_file.read_text().strip()):
-        assert process.poll() is None, process.communicate()
-    interrupt(process)
+    with shell.started("up", "--gateway-address", "none") as process:
+        # Something of it runs before it is interrupted: the supervisor writes its process id first.
+        pid_file = tmp_path / ".mlmesh/supervisor.pid"
+        while not (pid_file.exists() and pid_file.read_text().strip()):
+            assert process.poll() is None, process.communicate()
+        interrupt(process)
     assert not psutil.wait_procs(shell.processes(), timeout=10)[1]
     assert shell.run("status", code=3)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.platform import ROOT, Platform, started
+from tests.support.live_platform import ROOT, Platform, started
 
 
 @pytest.fixture(scope="session")

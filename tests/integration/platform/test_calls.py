@@ -16,8 +16,8 @@ from mlmesh.training.v1 import training_pb2, training_pb2_grpc
 from mlmesh_cli import samples
 from open_inference import grpc_service_pb2 as oip
 from open_inference import grpc_service_pb2_grpc as oip_grpc
+from tests.support.live_platform import HOST, Platform
 from tests.support.pki import Authority, spiffe
-from tests.support.platform import HOST, Platform
 
 INSTANCES = ("inference-v1-0", "inference-v1-1", "inference-v2-0")
 COUNT = 32

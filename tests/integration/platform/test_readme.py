@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.platform import ROOT, Platform
+from tests.support.live_platform import ROOT, Platform
 from tests.support.tools import require
 
 README = (ROOT / "README.md").read_text()
@@ -69,7 +69,9 @@ def test_every_control_rpc_is_shown() -> None:
                 assert method.name in elsewhere or method.name in shown, f"the README does not show {method.full_name}"
 
 
-@pytest.mark.parametrize("package", ["mlmesh_runtime", "mlmesh_registry", "mlmesh_training", "mlmesh_inference"])
+@pytest.mark.parametrize(
+    "package", ["mlmesh_runtime", "mlmesh_registry", "mlmesh_training", "mlmesh_inference", "mlmesh_cli"]
+)
 def test_every_variable_is_documented(package: str) -> None:
     for variable in importlib.import_module(f"{package}.config").VARIABLES:
         default = f"`{variable.default}`" if variable.default else ""

@@ -19,7 +19,7 @@ from mlmesh_cli import samples
 from open_inference import grpc_service_pb2 as oip
 from open_inference import grpc_service_pb2_grpc as oip_grpc
 from tests.integration.platform.conftest import WeightsFile
-from tests.support.platform import HOST, ROOT, Platform
+from tests.support.live_platform import HOST, ROOT, Platform
 
 REQUESTS = 5000
 IN_FLIGHT = 16
