@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.support.live_platform import ROOT, Platform
+from tests.support.live_platform import HOST, ROOT, Platform
 from tests.support.tools import require
 
 README = (ROOT / "README.md").read_text()
@@ -49,6 +50,24 @@ def test_every_grpcurl_command_works(platform: Platform) -> None:
     assert '"bookmark"' in done.stdout
     assert "JOB_STATE_SUCCEEDED" in done.stdout
     assert "mlmesh.inference.v1.InferenceControlService" in done.stdout
+
+
+def test_the_client_in_the_readme_works(platform: Platform) -> None:
+    """As printed, but for the address: nothing captures calls on a laptop."""
+    example = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)[0]
+    direct = 'grpc.insecure_channel("inference.mlmesh.svc.cluster.local:9000")'
+    assert direct in example
+    through = f'grpc.insecure_channel("{platform.outbound()}", [("grpc.default_authority", "{HOST}:9000")])'
+    done = subprocess.run(
+        [sys.executable, "-c", example.replace(direct, through)],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"1 [0-9]\n", done.stdout)
 
 
 def test_every_control_rpc_is_shown() -> None:

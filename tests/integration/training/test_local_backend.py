@@ -55,6 +55,16 @@ class Listener:
         return [report.message for report in self.reports if isinstance(report, LogLine)]
 
 
+Started = Callable[[], list[int]]
+
+
+@pytest.fixture
+def started() -> Started:
+    """Children of this process that the test started; fixtures of wider scope may have some of their own."""
+    before = set(children(os.getpid()))
+    return lambda: [child for child in children(os.getpid()) if child not in before]
+
+
 @pytest.fixture
 async def make(tmp_path: Path) -> AsyncIterator[Make]:
     async with Executors({"disk": 2}) as executors:
@@ -174,7 +184,7 @@ async def test_a_slow_ledger_slows_the_process_instead_of_filling_memory(make: M
     assert len(seen) == 20_000
 
 
-async def test_stopping_asks_first_and_then_insists(make: Make) -> None:
+async def test_stopping_asks_first_and_then_insists(make: Make, started: Started) -> None:
     for program, polite in (
         ("signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); here(); time.sleep(60)", True),
         ("signal.signal(signal.SIGTERM, signal.SIG_IGN); here(); time.sleep(60)", False),
@@ -186,7 +196,7 @@ async def test_stopping_asks_first_and_then_insists(make: Make) -> None:
             await listener.begun.wait()
             stop.set()
         assert running.result() == Stopped()
-        assert children(os.getpid()) == []
+        assert started() == []
 
 
 async def test_a_process_that_says_nothing_hangs_and_is_ended(make: Make) -> None:
@@ -243,27 +253,27 @@ async def test_a_folder_that_cannot_be_written_is_the_attempts_end(make: Make, t
     assert "cannot write" in outcome.reason
 
 
-async def test_a_warm_process_takes_the_next_attempt_and_never_a_second_one(make: Make) -> None:
+async def test_a_warm_process_takes_the_next_attempt_and_never_a_second_one(make: Make, started: Started) -> None:
     program = """
     here()
     print("I am", os.getpid(), a.preload)
     """
     listener, second = Listener(), Listener()
     async with make(program, warm=True) as backend:
-        (warm,) = children(os.getpid())
+        (warm,) = started()
         await attempt(backend, listener)
         assert f"I am {warm} True" in listener.lines()
-        (next_one,) = children(os.getpid())
+        (next_one,) = started()
         assert next_one != warm
         await attempt(backend, second)
         assert f"I am {next_one} True" in second.lines()
-    assert children(os.getpid()) == []
+    assert started() == []
 
 
-async def test_a_warm_process_that_died_is_not_missed(make: Make) -> None:
+async def test_a_warm_process_that_died_is_not_missed(make: Make, started: Started) -> None:
     listener = Listener()
     async with make("here(); print(a.preload)", warm=True) as backend:
-        (warm,) = children(os.getpid())
+        (warm,) = started()
         os.kill(warm, signal.SIGKILL)
         async with asyncio.timeout(10):
             assert backend._warm is not None
