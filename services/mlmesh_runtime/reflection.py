@@ -13,6 +13,7 @@ import grpc
 from google.protobuf import descriptor_pb2, message_factory
 from google.protobuf.descriptor import FileDescriptor, ServiceDescriptor
 from google.protobuf.descriptor_pool import DescriptorPool
+from google.rpc import error_details_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
 NOT_FOUND, INVALID_ARGUMENT = 5, 3
@@ -32,6 +33,8 @@ class DescriptorIndex:
         self._extensions: dict[str, dict[int, str]] = {}
         for service in services:
             self._add(service.file)
+        # Every service answers errors with these details: tools that know us by reflection alone can then print them.
+        self._add(error_details_pb2.DESCRIPTOR)
 
     def file_by_name(self, name: str) -> list[bytes] | None:
         """The serialized file and everything it imports; None when unknown."""
