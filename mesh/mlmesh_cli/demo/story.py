@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Group, RenderableType
 from rich.panel import Panel
+from rich.table import Table
 from rich.text import Text
 
 from mlmesh.local.v1 import local_pb2
@@ -94,7 +95,7 @@ class Story:
         width = min(self.terminal.out.width, _PANEL_COLUMNS)
         heading = f"[bold]{number}. {title}[/bold]"
         panel = Panel(Text(explanation), title=heading, title_align="left", border_style="cyan", width=width)
-        self.terminal.say(panel)
+        self.terminal.say(Group(Text(), panel))
 
     def tell(self, text: str) -> None:
         """A sentence between tables."""
@@ -106,8 +107,11 @@ class Story:
 
     def check(self, claim: str, held: bool, detail: str = "") -> bool:
         """Notes a claim and prints it."""
-        mark = Text("  ✓ ", style="bold green") if held else Text("  ✗ ", style="bold red")
-        self.terminal.say(mark + Text(claim, style="default") + Text(f"  ({detail})" if detail else "", style="dim"))
+        mark = Text("  ✓", style="bold green") if held else Text("  ✗", style="bold red")
+        # Two columns, so that a long line goes on below its claim and not below the mark.
+        line = Table.grid(padding=(0, 1, 0, 0))
+        line.add_row(mark, Text.assemble(claim, (f"  ({detail})" if detail else "", "dim")))
+        self.terminal.say(line)
         return self.checks.add(claim, held, detail)
 
     async def apply(self, name: str) -> local_pb2.ApplyResponse:
