@@ -26,6 +26,9 @@ from mlmesh_cli.render import text as t
 _REDRAW_S = 0.2
 _RESTART_S = 60.0
 _HANG_S = 0.2
+# What faults.yaml asks for. Envoy's event loop (libevent) counts a timer from when its present turn began, so a busy
+# sidecar lets a request go as much too early as that turn is old: milliseconds.
+_DELAY_S, _TIMER_S = 0.3, 0.01
 
 View = Callable[[], RenderableType]
 
@@ -222,7 +225,9 @@ async def faults(story: Story) -> None:
     after = await retries(story)
     story.show(traffic_table([delayed, refused, plain]))
     fastest = min(delayed.latencies_s)
-    story.check("an injected delay is felt in full", fastest >= 0.3, f"fastest answer after {t.duration(fastest)}")
+    felt = fastest >= _DELAY_S - _TIMER_S
+    detail = f"fastest answer after {t.duration(fastest)}; {t.duration(_DELAY_S)} asked"
+    story.check("an injected delay is felt in full", felt, detail)
     codes = sorted({failure.split(":")[0] for failure in refused.failures})
     share = len(refused.failures) / refused.requests
     # Retried like a real UNAVAILABLE, only an eighth would be left.
