@@ -18,19 +18,20 @@ class Report:
         if descriptor >= 0:
             # A reader that stopped reading must not stop the mesh.
             os.set_blocking(descriptor, False)
-        self._told: dict[str, tuple[str, str]] = {}
+        self._told: dict[str, tuple[str, str, int]] = {}
 
     def step(self, message: str) -> None:
         """Something was done."""
         self._write({"event": "step", "message": message}, message)
 
     def instance(self, instance: Instance) -> None:
-        """Where an instance stands, when that changed."""
-        now = (instance.state.value, instance.reason)
+        """Where an instance stands, when that changed or it failed once more."""
+        failures = max(instance.application.failures, instance.sidecar.failures)
+        # Who looks now and then may never see it run between two failures: their number must count as a change.
+        now = (instance.state.value, instance.reason, failures)
         if self._told.get(instance.name) == now:
             return
         self._told[instance.name] = now
-        failures = max(instance.application.failures, instance.sidecar.failures)
         application = instance.application.failures > 0
         failed_log = instance.plan.log if application else instance.plan.sidecar_log
         slot = instance.application if application else instance.sidecar
