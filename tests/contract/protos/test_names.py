@@ -17,11 +17,14 @@ SHORT_LISTS = {
     "mlmesh.local.v1.LocalMeshService/ListResources",
     "mlmesh.local.v1.LocalMeshService/ListRoutes",
     "mlmesh.local.v1.LocalMeshService/ListTraces",
+    "mlmesh.registry.v1.ModelRegistryService/ListModelVersionSignatures",
+    "mlmesh.training.v1.TrainingService/ListDatasets",
     "mlmesh.training.v1.TrainingService/ListRecipes",
 }
 VERBS = (
-    "Apply", "Cancel", "Create", "Delete", "Download", "Finish", "Get", "Issue", "List", "Restart", "Rotate", "Set",
-    "Shutdown", "Start", "Update", "Upload", "Watch",
+    "Add", "Apply", "Cancel", "Collect", "Create", "Delete", "Download", "Finish", "Get", "Issue", "List", "Pause",
+    "Restart", "Resume", "Retry", "Rotate", "Set", "Shutdown", "Start", "Stop", "Undelete", "Update", "Upload",
+    "Verify", "Watch",
 )  # fmt: skip
 
 
