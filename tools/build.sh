@@ -1,19 +1,22 @@
 #!/usr/bin/env bash
-# Builds the programs that some tests use, at pinned versions, into .tools/bin. Quick when they are there already.
+# Gets the programs that some tests use: built with Go at pinned versions into .tools/bin, servers from the distribution.
+# Quick when they are there already.
 # With arguments, builds only those: tools/build.sh grpcurl
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 GRPCURL=v1.9.3
 KUSTOMIZE=v5.8.1
-ISTIOCTL=$(awk '$1 == "require" && $2 == "istio.io/istio" { print $3 }' tools/istioctl/go.mod)
+ISTIOCTL=$(awk '$1 == "istio.io/istio" { print $2 }' tools/go/go.mod)
+CRDSERVER=$(awk '$1 == "k8s.io/apiextensions-apiserver" { print $2 }' tools/go/go.mod)
+TRAINER_CRDS=v2.3.0
 
 bin=$PWD/.tools/bin
 logs=$PWD/.tools/logs
 mkdir -p "$bin" "$logs"
 
 if ! command -v go >/dev/null; then
-  echo "tools: Go is not installed, so grpcurl, kustomize and istioctl cannot be built; their tests will skip." >&2
+  echo "tools: Go is not installed, so grpcurl, kustomize, istioctl and crdserver cannot be built; their tests will skip." >&2
   exit 1
 fi
 
@@ -26,14 +29,42 @@ build_grpcurl() { install_module grpcurl "github.com/fullstorydev/grpcurl/cmd/gr
 build_kustomize() { install_module kustomize "sigs.k8s.io/kustomize/kustomize/v5@$KUSTOMIZE"; }
 
 build_istioctl() {
-  (cd tools/istioctl && CGO_ENABLED=0 go build -mod=readonly -trimpath \
+  (cd tools/go && CGO_ENABLED=0 go build -mod=readonly -trimpath \
     -ldflags="-s -w -X istio.io/istio/pkg/version.buildVersion=$ISTIOCTL" \
     -o "$bin/istioctl" istio.io/istio/istioctl/cmd/istioctl)
 }
 
+# Kubernetes' own server for custom resources: schemas, defaults, validation and watch as they are in a cluster.
+build_crdserver() { (cd tools/go && CGO_ENABLED=0 go build -mod=readonly -trimpath -ldflags='-s -w' -o "$bin/crdserver" ./crdserver); }
+
+# The schemas of Kubeflow Trainer, from its module.
+build_trainer_crds() {
+  local folder
+  folder=$(cd "$(mktemp -d)" && go mod download -json "github.com/kubeflow/trainer/v2@$TRAINER_CRDS" |
+    awk -F '"' '$2 == "Dir" { print $4 }')
+  mkdir -p "$bin/../crds"
+  install -m 644 "$folder"/manifests/base/crds/*.yaml "$bin/../crds/"
+  ln -sfn ../crds "$bin/trainer_crds"
+}
+
+# Servers that the tests start, from the distribution: Debian and its kin, as root.
+package() { # package, file that shows it is there
+  if compgen -G "$2" >/dev/null; then
+    echo "tools: $1 is there"
+    return 0
+  fi
+  echo "tools: installing $1 (log in .tools/logs/$1.log)"
+  if ! { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$1"; } \
+    >"$logs/$1.log" 2>&1; then
+    echo "tools: $1 could not be installed; its tests will skip. The log ends:" >&2
+    tail -n 3 "$logs/$1.log" >&2
+    return 1
+  fi
+}
+
 build() { # name, version
   local stamp=$bin/.$1-$2 started=$SECONDS
-  if [[ -x $bin/$1 && -e $stamp ]]; then
+  if [[ -e $bin/$1 && -e $stamp ]]; then
     echo "tools: $1 $2 is there"
     return 0
   fi
@@ -55,12 +86,20 @@ for name in "${@:-all}"; do
       build grpcurl "$GRPCURL" || failed=1
       build kustomize "$KUSTOMIZE" || failed=1
       build istioctl "$ISTIOCTL" || failed=1
+      build crdserver "$CRDSERVER" || failed=1
+      build trainer_crds "$TRAINER_CRDS" || failed=1
+      package postgresql '/usr/lib/postgresql/*/bin/initdb' || failed=1
+      package etcd-server '/usr/bin/etcd' || failed=1
       ;;
     grpcurl) build grpcurl "$GRPCURL" || failed=1 ;;
     kustomize) build kustomize "$KUSTOMIZE" || failed=1 ;;
     istioctl) build istioctl "$ISTIOCTL" || failed=1 ;;
+    crdserver) build crdserver "$CRDSERVER" || failed=1 ;;
+    trainer_crds) build trainer_crds "$TRAINER_CRDS" || failed=1 ;;
+    postgresql) package postgresql '/usr/lib/postgresql/*/bin/initdb' || failed=1 ;;
+    etcd) package etcd-server '/usr/bin/etcd' || failed=1 ;;
     *)
-      echo "tools: no such tool: $name (grpcurl, kustomize, istioctl)" >&2
+      echo "tools: no such tool: $name (grpcurl, kustomize, istioctl, crdserver, trainer_crds, postgresql, etcd)" >&2
       exit 2
       ;;
   esac
