@@ -7,6 +7,7 @@ from sqlalchemy import (
     BigInteger,
     Boolean,
     Column,
+    Double,
     ForeignKey,
     ForeignKeyConstraint,
     Index,
@@ -130,4 +131,73 @@ requests = Table(
     Column("answer", Text, nullable=False),
     Column("time", BigInteger, nullable=False),
     Index(None, "time"),
+)
+
+# What is searched: values taken out of manifests when a version or a model is written, so that filters and orders have
+# indexes. A version is meant by its revision, which is unique and never changes.
+
+# Compared character by character on either database, whatever language PostgreSQL was set up for.
+_COMPARED = Text().with_variant(Text(collation="C"), "postgresql")
+
+# Figures. The model is repeated, so that the best of one model are found without looking at those of the others.
+version_metrics = Table(
+    "version_metrics",
+    metadata,
+    Column("revision", BigInteger, ForeignKey("versions.revision", ondelete="CASCADE"), primary_key=True),
+    Column("name", Text, primary_key=True),
+    Column("value", Double, nullable=False),
+    Column("model", Text, nullable=False),
+    Index(None, "name", "value", "revision"),
+    Index(None, "model", "name", "value", "revision"),
+)
+
+# Labels, lineage and paths of files: field is "labels.team", "lineage.job", "lineage.parents" or "artifacts.path". The
+# index has the start of a value only, because PostgreSQL's have room for 2,700 bytes.
+version_terms = Table(
+    "version_terms",
+    metadata,
+    Column("revision", BigInteger, ForeignKey("versions.revision", ondelete="CASCADE"), primary_key=True),
+    Column("field", Text, primary_key=True),
+    Column("position", BigInteger, primary_key=True, autoincrement=False),
+    Column("start", _COMPARED, nullable=False),
+    Column("value", _COMPARED, nullable=False),
+    Index(None, "field", "start", "revision"),
+)
+
+# Descriptions without case, for words; apart, because a search reads all of them.
+version_texts = Table(
+    "version_texts",
+    metadata,
+    Column("revision", BigInteger, ForeignKey("versions.revision", ondelete="CASCADE"), primary_key=True),
+    Column("folded", _COMPARED, nullable=False),
+)
+
+model_terms = Table(
+    "model_terms",
+    metadata,
+    Column("model", Text, ForeignKey("models.id", ondelete="CASCADE"), primary_key=True),
+    Column("field", Text, primary_key=True),
+    Column("position", BigInteger, primary_key=True, autoincrement=False),
+    Column("start", _COMPARED, nullable=False),
+    Column("value", _COMPARED, nullable=False),
+    Index(None, "field", "start", "model"),
+)
+
+model_texts = Table(
+    "model_texts",
+    metadata,
+    Column("model", Text, ForeignKey("models.id", ondelete="CASCADE"), primary_key=True),
+    Column("folded", _COMPARED, nullable=False),
+)
+
+# Signatures over versions; digest is the bundle's, so that the same bundle is stored once.
+version_signatures = Table(
+    "version_signatures",
+    metadata,
+    Column("revision", BigInteger, ForeignKey("versions.revision", ondelete="CASCADE"), primary_key=True),
+    Column("digest", Text, primary_key=True),
+    Column("position", BigInteger, nullable=False),
+    Column("bundle", Text, nullable=False),
+    Column("create_time", BigInteger, nullable=False),
+    Column("creator", Text, nullable=False),
 )
