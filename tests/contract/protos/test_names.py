@@ -23,7 +23,7 @@ SHORT_LISTS = {
 }
 VERBS = (
     "Add", "Apply", "Cancel", "Collect", "Create", "Delete", "Download", "Finish", "Get", "Issue", "List", "Pause",
-    "Restart", "Resume", "Retry", "Rotate", "Set", "Shutdown", "Start", "Stop", "Undelete", "Update", "Upload",
+    "Report", "Restart", "Resume", "Retry", "Rotate", "Set", "Shutdown", "Start", "Stop", "Undelete", "Update", "Upload",
     "Verify", "Watch",
 )  # fmt: skip
 
