@@ -7,8 +7,10 @@ from datetime import datetime
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from mlmesh.training.v1 import training_pb2 as pb
+from mlmesh_training import convert_options as options
 from mlmesh_training import jobs
 from mlmesh_training.jobs import Job, JobSpec, Progress, Publication
+from mlmesh_training.options import Distribution, FitOptions, Resources
 from mlmesh_training.recipes import Recipe
 
 
@@ -25,6 +27,13 @@ def spec(message: pb.JobSpec) -> JobSpec:
         seed=message.seed,
         retries_max=message.retries_max,
         publication=publication,
+        priority=message.priority,
+        resources=options.resources(message.resources),
+        distribution=options.distribution(message.distribution),
+        fit=options.fit(message.fit),
+        time_limit_s=options.seconds(message.time_limit),
+        optimization=options.optimization(message.optimization) if message.HasField("optimization") else None,
+        labels=dict(message.labels),
     )
 
 
@@ -37,27 +46,35 @@ def job(value: Job) -> pb.Job:
     """A job as the contract shows it."""
     message = pb.Job(
         name=value.name,
-        spec=_spec(value.spec),
+        spec=spec_message(value.spec),
         state=pb.JobState.Value(f"JOB_STATE_{value.state}"),
         phase=pb.JobPhase.Value(f"JOB_PHASE_{value.phase or 'UNSPECIFIED'}"),
         progress=_progress(value.progress),
         model_version=value.model_version,
         attempts=value.attempts,
         error=value.error,
-        create_time=_time(value.create_time),
-        start_time=_time(value.start_time),
-        end_time=_time(value.end_time),
+        create_time=time(value.create_time),
+        start_time=time(value.start_time),
+        end_time=time(value.end_time),
         creator=value.creator,
         last_sequence=value.last_sequence,
+        attempt_history=map(_attempt, value.history),
+        run_duration=options.duration(value.run_s),
+        study=value.study,
+        resources=options.resources_message(value.resources),
+        queue_position=value.queue_position,
+        resolved_dataset=value.resolved_dataset,
     )
     if value.evaluation is not None:
-        message.evaluation.CopyFrom(_evaluation(value.evaluation))
+        message.evaluation.CopyFrom(evaluation(value.evaluation))
+    if value.optimization is not None:
+        message.optimization.CopyFrom(_optimization_result(value.optimization))
     return message
 
 
 def event(value: jobs.Event) -> pb.WatchJobResponse:
     """One event of a job."""
-    message = pb.WatchJobResponse(sequence=value.sequence, time=_time(value.time))
+    message = pb.WatchJobResponse(sequence=value.sequence, time=time(value.time))
     match value.body:
         case jobs.JobChanged(job=Job() as changed):
             message.job.CopyFrom(job(changed))
@@ -69,6 +86,51 @@ def event(value: jobs.Event) -> pb.WatchJobResponse:
         case jobs.Checkpoint(progress=progress, sha256=sha256):
             message.checkpoint.progress.CopyFrom(_progress(progress))
             message.checkpoint.sha256 = sha256
+    return message
+
+
+def evaluation(value: jobs.Evaluation) -> pb.Evaluation:
+    """What was measured on held-out data."""
+    message = pb.Evaluation(
+        accuracy=value.accuracy,
+        precision=value.precision,
+        recall=value.recall,
+        f1=value.f1,
+        loss=value.loss,
+        labels=value.labels,
+        confusion_matrix=[pb.ConfusionRow(counts=row) for row in value.confusion],
+        examples=value.examples,
+        export_max_abs_diff=value.export_max_abs_diff,
+        latency=[
+            pb.Latency(
+                batch_size=measured.batch_size,
+                median=options.duration(measured.median_s),
+                p95=options.duration(measured.p95_s),
+                requests=measured.requests,
+            )
+            for measured in value.latency
+        ],
+    )
+    if (calibration := value.calibration) is not None:
+        message.calibration.CopyFrom(
+            pb.Calibration(
+                expected_error=calibration.expected_error,
+                max_error=calibration.max_error,
+                brier=calibration.brier,
+                bins=[
+                    pb.CalibrationBin(examples=each.examples, confidence=each.confidence, accuracy=each.accuracy)
+                    for each in calibration.bins
+                ],
+            )
+        )
+    if (errors := value.regression) is not None:
+        message.regression.CopyFrom(
+            pb.RegressionErrors(
+                mean_absolute_error=errors.mean_absolute_error,
+                root_mean_squared_error=errors.root_mean_squared_error,
+                r2=errors.r2,
+            )
+        )
     return message
 
 
@@ -92,14 +154,27 @@ def recipe(value: Recipe) -> pb.Recipe:
     )
 
 
-def _spec(value: JobSpec) -> pb.JobSpec:
+def spec_message(value: JobSpec) -> pb.JobSpec:
+    """A spec as the contract shows it: what was left to the defaults as a whole stays absent."""
     message = pb.JobSpec(
         recipe=value.recipe,
         dataset=value.dataset,
         hyperparameters=value.hyperparameters,
         seed=value.seed,
         retries_max=value.retries_max,
+        priority=value.priority,
+        labels=value.labels,
     )
+    if value.resources != Resources():
+        message.resources.CopyFrom(options.resources_message(value.resources))
+    if value.distribution != Distribution():
+        message.distribution.CopyFrom(options.distribution_message(value.distribution))
+    if value.fit != FitOptions():
+        message.fit.CopyFrom(options.fit_message(value.fit))
+    if value.time_limit_s:
+        message.time_limit.CopyFrom(options.duration(value.time_limit_s))
+    if value.optimization is not None:
+        message.optimization.CopyFrom(options.optimization_message(value.optimization))
     if value.publication is not None:
         message.publication.CopyFrom(
             pb.Publication(
@@ -115,21 +190,32 @@ def _progress(value: Progress) -> pb.Progress:
     return pb.Progress(epoch=value.epoch, epochs=value.epochs, step=value.step, steps=value.steps)
 
 
-def _evaluation(value: jobs.Evaluation) -> pb.Evaluation:
-    return pb.Evaluation(
-        accuracy=value.accuracy,
-        precision=value.precision,
-        recall=value.recall,
-        f1=value.f1,
-        loss=value.loss,
-        labels=value.labels,
-        confusion_matrix=[pb.ConfusionRow(counts=row) for row in value.confusion],
-        examples=value.examples,
-        export_max_abs_diff=value.export_max_abs_diff,
+def _attempt(value: jobs.Attempt) -> pb.Attempt:
+    return pb.Attempt(
+        number=value.number,
+        start_time=time(value.start_time),
+        end_time=time(value.end_time),
+        reason=value.reason,
+        charged=value.charged,
     )
 
 
-def _time(value: datetime | None) -> Timestamp | None:
+def _optimization_result(value: jobs.OptimizationResult) -> pb.OptimizationResult:
+    return pb.OptimizationResult(
+        source=value.source,
+        technique=value.technique,
+        before=evaluation(value.before),
+        after=evaluation(value.after),
+        size_bytes_before=value.size_bytes_before,
+        size_bytes_after=value.size_bytes_after,
+        sparsity=value.sparsity,
+        quality_drop=value.quality_drop,
+        quality_drop_max=value.quality_drop_max,
+    )
+
+
+def time(value: datetime | None) -> Timestamp | None:
+    """A moment; None stays absent."""
     if value is None:
         return None
     message = Timestamp()

@@ -1,4 +1,4 @@
-"""What a training job is and how it may move. Pure: every decision is a function from a job to a job and its events.
+"""What a training job is, as values; how it moves is in `moves`. Pure. Times are timezone-aware UTC.
 
 QUEUED → RUNNING → SUCCEEDED, FAILED or CANCELLED; RUNNING → RETRYING → RUNNING when its process died and the budget
 allows; RUNNING → CANCELLING on request. Final states never change. Times are timezone-aware UTC.
@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from datetime import datetime
 from types import MappingProxyType
 
-from mlmesh_runtime.errors import WrongState
+from mlmesh_training.options import Distribution, FitOptions, Optimization, Resources
 
 RETRIES_DEFAULT = 2
 INTERRUPTIONS_MAX = 20
 """Times in a row that a job may be interrupted by the service's own end, without a checkpoint in between."""
+ATTEMPTS_KEPT = 100
+"""Attempts kept in a job's history."""
 LOG_LINE_BYTES_MAX = 8192
 """Longest log line kept, UTF-8 bytes."""
 
@@ -32,6 +34,8 @@ class JobState(enum.StrEnum):
     SUCCEEDED = "SUCCEEDED"
     FAILED = "FAILED"
     CANCELLED = "CANCELLED"
+    PAUSING = "PAUSING"
+    PAUSED = "PAUSED"
 
 
 class JobPhase(enum.StrEnum):
@@ -43,6 +47,7 @@ class JobPhase(enum.StrEnum):
     EVALUATING = "EVALUATING"
     EXPORTING = "EXPORTING"
     PUBLISHING = "PUBLISHING"
+    OPTIMIZING = "OPTIMIZING"
 
 
 FINAL = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED})
@@ -52,6 +57,8 @@ LEGAL: Mapping[JobState, frozenset[JobState]] = MappingProxyType(
         JobState.QUEUED: frozenset({JobState.RUNNING, JobState.CANCELLED}),
         JobState.RUNNING: frozenset({JobState.RETRYING, JobState.CANCELLING, JobState.SUCCEEDED, JobState.FAILED}),
         JobState.RETRYING: frozenset({JobState.RUNNING, JobState.CANCELLED, JobState.FAILED}),
+        JobState.PAUSING: frozenset({JobState.PAUSED, JobState.CANCELLING, JobState.SUCCEEDED, JobState.FAILED}),
+        JobState.PAUSED: frozenset({JobState.QUEUED, JobState.CANCELLED}),
         # A version that is being registered when the request comes is registered: then the job has succeeded.
         JobState.CANCELLING: frozenset({JobState.CANCELLED, JobState.SUCCEEDED}),
         JobState.SUCCEEDED: frozenset(),
@@ -72,7 +79,15 @@ class Publication:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobSpec:
-    """What was asked, as it was asked. `retries_max`: 0 means the default, -1 none."""
+    """What was asked, as it was asked.
+
+    Attributes:
+        dataset: a name, or "models/{model}/versions/{number}" or "models/{model}/aliases/{alias}" of a registered one.
+        retries_max: 0 means the default, -1 none.
+        priority: greater runs first.
+        resources: what is 0 takes the service's default.
+        time_limit_s: of all attempts together; 0 means the service's limit.
+    """
 
     recipe: str
     dataset: str
@@ -80,6 +95,18 @@ class JobSpec:
     seed: int = 0
     retries_max: int = 0
     publication: Publication | None = None
+    priority: int = 0
+    resources: Resources = dataclasses.field(default_factory=Resources)
+    distribution: Distribution = dataclasses.field(default_factory=Distribution)
+    fit: FitOptions = dataclasses.field(default_factory=FitOptions)
+    time_limit_s: float = 0.0
+    optimization: Optimization | None = None
+    labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def registered_dataset(self) -> bool:
+        """Whether the data set is one of the registry's."""
+        return self.dataset.startswith("models/")
 
     @property
     def retries(self) -> int:
@@ -98,18 +125,81 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluation:
-    """Measures on held-out data; precision, recall and F1 are macro means. `confusion`: one row a true class."""
+class CalibrationBin:
+    """One bin of a reliability diagram: its examples, their mean confidence, the share of right answers."""
 
+    examples: int
+    confidence: float
     accuracy: float
-    precision: float
-    recall: float
-    f1: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """Probability of the predicted class against how often it was right; bins are equal, from 0 to 1."""
+
+    expected_error: float
+    max_error: float
+    brier: float
+    bins: tuple[CalibrationBin, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Latency:
+    """How fast the exported model answers requests of one batch size, seconds."""
+
+    batch_size: int
+    median_s: float
+    p95_s: float
+    requests: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RegressionErrors:
+    """Errors in the unit of the target."""
+
+    mean_absolute_error: float
+    root_mean_squared_error: float
+    r2: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """Measures on held-out data; precision, recall and F1 are macro means. `confusion`: one row a true class.
+
+    Of a regressor only `loss`, `examples`, `latency` and `regression` say something.
+    """
+
+    accuracy: float = 0.0
+    precision: float = 0.0
+    recall: float = 0.0
+    f1: float = 0.0
     loss: float
-    labels: tuple[str, ...]
-    confusion: tuple[tuple[int, ...], ...]
+    labels: tuple[str, ...] = ()
+    confusion: tuple[tuple[int, ...], ...] = ()
     examples: int
     export_max_abs_diff: float = 0.0
+    calibration: Calibration | None = None
+    latency: tuple[Latency, ...] = ()
+    regression: RegressionErrors | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizationResult:
+    """An optimised model against its source, on the same held-out data.
+
+    `technique` is "int8", "fp16", "bf16", "pruned", "2:4" or "distilled"; `sparsity` the share of weights that are
+    zero; `quality_drop` in the unit of `quality_drop_max`, negative when it got better.
+    """
+
+    source: str
+    technique: str
+    before: Evaluation
+    after: Evaluation
+    size_bytes_before: int
+    size_bytes_after: int
+    sparsity: float = 0.0
+    quality_drop: float
+    quality_drop_max: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,6 +233,24 @@ class TrainedModel:
     dataset_fingerprint: str
     code_digest: str
     environment_digest: str
+    optimization: OptimizationResult | None = None
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Further figures to register with the version, beside those of the evaluation."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """One run of a job's processes that ended.
+
+    `number` counts up from 1; `reason` is empty when it did all there was to do; `charged`: it used up a part of the
+    retry budget.
+    """
+
+    number: int
+    start_time: datetime
+    end_time: datetime
+    reason: str = ""
+    charged: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,6 +266,13 @@ class Job:
         trained: set once training has left a model; from then on only publishing is left.
         registering: set before the version is created, so that a crash or a cancellation knows it may exist.
         last_sequence: of its latest event.
+        study: "studies/{study}" that it is a trial of, or empty.
+        resolved_dataset: the version that the data set meant when the job was accepted, or the named data set.
+        resolved_source: the version that an optimisation's source meant then.
+        resources: what it occupies while it runs, defaults filled in.
+        history: attempts that ended, oldest first, at most ATTEMPTS_KEPT.
+        run_s: seconds that its attempts ran, added up; by a clock that does not jump.
+        queue_position: jobs ahead of it, while it is queued; filled in when it is read.
     """
 
     uid: str
@@ -179,6 +294,14 @@ class Job:
     start_time: datetime | None = None
     end_time: datetime | None = None
     last_sequence: int = 0
+    study: str = ""
+    resolved_dataset: str = ""
+    resolved_source: str = ""
+    resources: Resources = dataclasses.field(default_factory=Resources)
+    history: tuple[Attempt, ...] = ()
+    run_s: float = 0.0
+    optimization: OptimizationResult | None = None
+    queue_position: int = 0
 
     @property
     def name(self) -> str:
@@ -232,144 +355,3 @@ class Event:
     sequence: int
     time: datetime
     body: EventBody
-
-
-Decision = tuple[Job, tuple[EventBody, ...]]
-
-
-def started(job: Job, now: datetime) -> Decision:
-    """An attempt begins."""
-    return _moved(job, JobState.RUNNING, attempts=job.attempts + 1, error="", start_time=job.start_time or now)
-
-
-def entered(job: Job, phase: JobPhase) -> Decision:
-    """A running job reaches a phase."""
-    if job.state is not JobState.RUNNING or job.phase is phase:
-        return job, ()
-    return dataclasses.replace(job, phase=phase), (JobChanged(),)
-
-
-def measured(job: Job, metrics: Metrics) -> Decision:
-    """Figures came from the fitting."""
-    if job.final:
-        return job, ()
-    return dataclasses.replace(job, progress=metrics.progress), (metrics,)
-
-
-def logged(job: Job, *lines: LogLine) -> Decision:
-    """Lines came from the process."""
-    return job, (() if job.final else tuple(shortened(line) for line in lines))
-
-
-def checkpointed(job: Job, checkpoint: Checkpoint) -> Decision:
-    """A checkpoint is safely on disk: whatever interrupted the job before, it gets on."""
-    if job.final:
-        return job, ()
-    return dataclasses.replace(job, progress=checkpoint.progress, interruptions=0), (checkpoint,)
-
-
-def evaluated(job: Job, evaluation: Evaluation) -> Decision:
-    """Held-out data was measured."""
-    if job.state is not JobState.RUNNING:
-        return job, ()
-    return dataclasses.replace(job, evaluation=evaluation), (JobChanged(),)
-
-
-def trained(job: Job, model: TrainedModel, now: datetime) -> Decision:
-    """Training left a model. Without a publication the job has succeeded."""
-    if job.state is not JobState.RUNNING:
-        return job, ()
-    done = dataclasses.replace(job, trained=model, evaluation=model.evaluation)
-    if job.spec.publication is None:
-        return succeeded(done, now)
-    return entered(done, JobPhase.PUBLISHING)
-
-
-def registration_begun(job: Job) -> Decision:
-    """From here on a version may exist. A job that is asked to stop before this point does not pass it."""
-    if job.state is not JobState.RUNNING:
-        raise WrongState(f"{job.name} is {job.state}", reason="JOB_STOPPED")
-    return dataclasses.replace(job, registering=True), ()
-
-
-def registered(job: Job, version: str) -> Decision:
-    """The version exists; aliases may still have to move."""
-    if job.final or job.model_version == version:
-        return job, ()
-    return dataclasses.replace(job, model_version=version), (JobChanged(),)
-
-
-def succeeded(job: Job, now: datetime) -> Decision:
-    """All that was asked is done."""
-    return _moved(job, JobState.SUCCEEDED, phase=JobPhase.NONE, error="", end_time=now)
-
-
-def failed(job: Job, reason: str, now: datetime) -> Decision:
-    """Trying again would not help. A job that was asked to stop is cancelled instead."""
-    if job.state is JobState.CANCELLING:
-        return cancelled(job, now)
-    return _ended(job, reason, now)
-
-
-def process_died(job: Job, reason: str, now: datetime) -> Decision:
-    """An attempt ended by its own fault: retry while the budget lasts."""
-    if job.state is JobState.CANCELLING:
-        return cancelled(job, now)
-    charged = dataclasses.replace(job, failures=job.failures + 1)
-    if charged.failures > job.spec.retries:
-        return _ended(charged, f"gave up after {job.attempts} attempts: {reason}", now)
-    return _retrying(charged, reason)
-
-
-def interrupted(job: Job, now: datetime) -> Decision:
-    """The service came back and finds a job that was running when it ended. The job's own budget is not charged."""
-    if job.state is JobState.CANCELLING and not job.registering:
-        return cancelled(job, now)
-    if job.state is not JobState.RUNNING or job.trained:
-        return job, ()
-    counted = dataclasses.replace(job, interruptions=job.interruptions + 1)
-    if counted.interruptions > INTERRUPTIONS_MAX:
-        return _ended(counted, f"interrupted {counted.interruptions} times in a row without a checkpoint", now)
-    return _retrying(counted, "the training service restarted")
-
-
-def cancel_requested(job: Job, now: datetime) -> Decision:
-    """Somebody asks it to stop. Raises WrongState (JOB_FINISHED) when it ended in another way."""
-    if job.state in {JobState.CANCELLING, JobState.CANCELLED}:
-        return job, ()
-    if job.final:
-        raise WrongState(f"{job.name} is {job.state} already", reason="JOB_FINISHED", metadata={"state": job.state})
-    if job.state is JobState.RUNNING:
-        return _moved(job, JobState.CANCELLING)
-    return cancelled(job, now)
-
-
-def cancelled(job: Job, now: datetime) -> Decision:
-    """It stopped on request."""
-    return _moved(job, JobState.CANCELLED, phase=JobPhase.NONE, error="", end_time=now)
-
-
-def shortened(line: LogLine) -> LogLine:
-    """A line cut to LOG_LINE_BYTES_MAX, on a character boundary."""
-    raw = line.message.encode()
-    if len(raw) <= LOG_LINE_BYTES_MAX:
-        return line
-    return dataclasses.replace(line, message=raw[: LOG_LINE_BYTES_MAX - 3].decode(errors="ignore") + "…")
-
-
-def _ended(job: Job, reason: str, now: datetime) -> Decision:
-    line = shortened(LogLine(severity="error", message=reason))
-    moved, events = _moved(job, JobState.FAILED, phase=JobPhase.NONE, error=line.message, end_time=now)
-    return moved, (line, *events)
-
-
-def _retrying(job: Job, reason: str) -> Decision:
-    line = shortened(LogLine(severity="warning", message=reason))
-    moved, events = _moved(job, JobState.RETRYING, phase=JobPhase.NONE, error=line.message)
-    return moved, (line, *events)
-
-
-def _moved(job: Job, state: JobState, **changes: object) -> Decision:
-    if state not in LEGAL[job.state]:
-        raise WrongState(f"{job.name} is {job.state}, it cannot become {state}", reason="ILLEGAL_TRANSITION")
-    return dataclasses.replace(job, state=state, **changes), (JobChanged(),)  # type: ignore[arg-type]

@@ -24,7 +24,8 @@ from alembic.config import Config
 from mlmesh_runtime.chunks import disk_full
 from mlmesh_runtime.errors import AlreadyExists, InvalidInput, NotFound, Overloaded, RevisionLost
 from mlmesh_training import documents, tables
-from mlmesh_training.jobs import FINAL, Decision, Event, Job, JobChanged, JobState
+from mlmesh_training.jobs import FINAL, Event, Job, JobChanged, JobState
+from mlmesh_training.moves import Decision
 
 BUSY_TIMEOUT_S = 5.0
 _MIGRATIONS = Path(__file__).parent / "migrations"

@@ -9,9 +9,10 @@ from datetime import datetime
 
 from mlmesh_runtime.errors import Overloaded, RevisionLost
 from mlmesh_runtime.executors import BoundedExecutor, run_blocking
-from mlmesh_training import jobs, recipes
-from mlmesh_training.jobs import Decision, Event, Job, JobSpec, JobState
+from mlmesh_training import moves, recipes
+from mlmesh_training.jobs import Event, Job, JobSpec, JobState
 from mlmesh_training.ledger import SqlJobLedger
+from mlmesh_training.moves import Decision
 
 WATCH_PAGE_ITEMS = 64
 """Events that a watcher holds at most."""
@@ -79,10 +80,18 @@ class JobQueue:
         self._stops: dict[str, asyncio.Event] = {}
         self.arrived = asyncio.Event()
 
-    async def create(self, spec: JobSpec, *, request_id: str = "", creator: str = "") -> Job:
-        """Check and store a job; then it is durable. Errors: as `recipes.resolve` and `SqlJobLedger.create`."""
+    async def create(self, spec: JobSpec, *, request_id: str = "", creator: str = "", study: str = "") -> Job:
+        """Check and store a job; then it is durable.
+
+        Args:
+            study: "studies/{study}" that it is a trial of.
+
+        Errors: as `recipes.resolve` and `SqlJobLedger.create`.
+        """
         job = Job(
             uid=f"{spec.recipe}-{spec.dataset}-{self._new_uid()}",
+            study=study,
+            resolved_dataset=spec.dataset,
             spec=spec,
             hyperparameters=recipes.resolve(spec),
             create_time=self._clock(),
@@ -114,7 +123,7 @@ class JobQueue:
 
     async def cancel(self, uid: str) -> Job:
         """Ask a job to stop. Errors: NotFound (JOB_NOT_FOUND), WrongState (JOB_FINISHED)."""
-        job = await self.change(uid, jobs.cancel_requested)
+        job = await self.change(uid, moves.cancel_requested)
         if job.state in {JobState.CANCELLING, JobState.CANCELLED} and uid in self._stops:
             self._stops[uid].set()
         return job

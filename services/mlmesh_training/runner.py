@@ -23,9 +23,10 @@ from mlmesh_runtime.errors import (
     Unsupported,
     WrongState,
 )
-from mlmesh_training import jobs, metrics
+from mlmesh_training import jobs, metrics, moves
 from mlmesh_training.backends.base import Backend, Died, Finished, Report, TrainingTask
-from mlmesh_training.jobs import Decision, Job, JobState
+from mlmesh_training.jobs import Job, JobState
+from mlmesh_training.moves import Decision
 from mlmesh_training.queue import JobQueue
 
 logger = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ class Runner:
         """Take up unfinished jobs, then run what is queued, oldest first. Never returns."""
         async with asyncio.TaskGroup() as group:
             for job in await self._queue.unfinished():
-                after = await self._queue.change(job.uid, jobs.interrupted)
+                after = await self._queue.change(job.uid, moves.interrupted)
                 if after.final:
                     await self._finished(after)
                 elif after.state in {JobState.RUNNING, JobState.CANCELLING}:
@@ -117,7 +118,7 @@ class Runner:
                 await asyncio.sleep(backoff_s(self._limits.retry_s, failures))
                 failures += 1
                 with contextlib.suppress(MeshError):
-                    await self._queue.change(uid, jobs.interrupted)
+                    await self._queue.change(uid, moves.interrupted)
         finally:
             self._active.discard(uid)
             metrics.JOBS_ACTIVE.set(len(self._active))
@@ -131,7 +132,7 @@ class Runner:
                 self._leave_slot(uid)
                 job = await self._publish(job, stop)
             elif job.state is JobState.CANCELLING:
-                job = await self._queue.change(uid, jobs.cancelled)
+                job = await self._queue.change(uid, moves.cancelled)
             else:
                 job = await self._train(job, stop)
             if job.state is JobState.RETRYING:
@@ -151,14 +152,17 @@ class Runner:
             dataset=job.spec.dataset,
             hyperparameters=job.hyperparameters,
             seed=job.spec.seed,
+            fit=job.spec.fit,
+            distribution=job.spec.distribution,
+            attempt=job.attempts,
         )
-        outcome = await self._backend.run(task, report=self._reporter(job.uid), stop=stop)
+        outcome = await self._backend.run(task, report=self._reporter(job.uid), stop=stop, pause=asyncio.Event())
         if isinstance(outcome, Finished):
-            return await self._queue.change(job.uid, _timed(jobs.trained, outcome.model))
+            return await self._queue.change(job.uid, _timed(moves.trained, outcome.model))
         if isinstance(outcome, Died):
-            end = jobs.failed if outcome.permanent else jobs.process_died
+            end = moves.failed if outcome.permanent else moves.process_died
             return await self._queue.change(job.uid, _timed(end, outcome.reason))
-        return await self._queue.change(job.uid, jobs.interrupted)
+        return await self._queue.change(job.uid, moves.interrupted)
 
     def _reporter(self, uid: str) -> Callable[[Report], Awaitable[None]]:
         async def report(report: Report) -> None:
@@ -176,15 +180,15 @@ class Runner:
                 return await self._publish_once(job, stop)
             except MeshError as error:
                 if isinstance(error, WrongState) and error.reason == "JOB_STOPPED":
-                    return await self._queue.change(job.uid, jobs.cancelled)
+                    return await self._queue.change(job.uid, moves.cancelled)
                 reason = f"publishing to {job.spec.publication.model if job.spec.publication else ''}: {error.message}"
                 hopeless = isinstance(error, _HOPELESS) and error.reason != "BLOB_NOT_FOUND"
                 if hopeless or loop.time() >= until:
-                    return await self._queue.change(job.uid, _timed(jobs.failed, reason))
+                    return await self._queue.change(job.uid, _timed(moves.failed, reason))
                 logger.warning("publishing is retried", extra={"job": job.name, "error": error.message})
                 if tries == 0:
                     line = jobs.LogLine(severity="warning", message=f"{reason}; it is tried again")
-                    await self._queue.change(job.uid, _timeless(jobs.logged, line))
+                    await self._queue.change(job.uid, _timeless(moves.logged, line))
             await _set_within(stop, backoff_s(self._limits.retry_s, tries))
             tries += 1
 
@@ -195,11 +199,11 @@ class Runner:
             await self._publisher.upload(job)
         else:
             await _unless(stop, self._publisher.upload(job))
-            job = await self._queue.change(job.uid, _timeless(jobs.registration_begun))
+            job = await self._queue.change(job.uid, _timeless(moves.registration_begun))
         version = job.model_version or await self._publisher.register(job)
-        job = await self._queue.change(job.uid, _timeless(jobs.registered, version))
+        job = await self._queue.change(job.uid, _timeless(moves.registered, version))
         await self._publisher.point(job)
-        return await self._queue.change(job.uid, jobs.succeeded)
+        return await self._queue.change(job.uid, moves.succeeded)
 
     async def _finished(self, job: Job) -> None:
         metrics.JOBS_FINISHED.labels(state=job.state.value).inc()
@@ -215,15 +219,17 @@ def reported(job: Job, report: Report) -> Decision:
     """What a report of the training process changes. Pure."""
     match report:
         case jobs.JobPhase():
-            return jobs.entered(job, report)
+            return moves.entered(job, report)
         case jobs.Metrics():
-            return jobs.measured(job, report)
+            return moves.measured(job, report)
         case jobs.Checkpoint():
-            return jobs.checkpointed(job, report)
+            return moves.checkpointed(job, report)
         case jobs.Evaluation():
-            return jobs.evaluated(job, report)
+            return moves.evaluated(job, report)
         case jobs.LogLine():
-            return jobs.logged(job, report)
+            return moves.logged(job, report)
+        case jobs.OptimizationResult():
+            return moves.optimized(job, report)
 
 
 def backoff_s(first_s: float, failures: int) -> float:
@@ -233,7 +239,7 @@ def backoff_s(first_s: float, failures: int) -> float:
 
 def _started(job: Job, now: datetime) -> Decision:
     """An attempt begins, unless somebody was faster and cancelled the job."""
-    return jobs.started(job, now) if job.state in {JobState.QUEUED, JobState.RETRYING} else (job, ())
+    return moves.started(job, now) if job.state in {JobState.QUEUED, JobState.RETRYING} else (job, ())
 
 
 def _timed(decide: Callable[..., Decision], *values: object) -> Callable[[Job, datetime], Decision]:

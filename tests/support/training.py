@@ -88,7 +88,12 @@ class ScriptedBackend:
         self.discarded: list[str] = []
 
     async def run(
-        self, task: TrainingTask, *, report: Callable[[Report], Awaitable[None]], stop: asyncio.Event
+        self,
+        task: TrainingTask,
+        *,
+        report: Callable[[Report], Awaitable[None]],
+        stop: asyncio.Event,
+        pause: asyncio.Event,
     ) -> Outcome:
         act = self._acts.pop(0) if len(self._acts) > 1 else self._acts[0]
         self.attempts.append(task.uid)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
-from mlmesh_training import documents
-from mlmesh_training.jobs import Checkpoint, Evaluation, JobPhase, LogLine, Metrics, TrainedModel
+from mlmesh_training.jobs import Checkpoint, Evaluation, JobPhase, LogLine, Metrics, OptimizationResult, TrainedModel
+from mlmesh_training.options import Distribution, FitOptions, Optimization
 
 TASK_FILE = "task.json"
 """In a job's folder: what to train."""
@@ -19,16 +18,33 @@ RESULT_FILE = "result.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingTask:
-    """What to train. The same task always gives the same model; `uid` names the place that outlives an attempt."""
+    """What to train. The same task always gives the same model; `uid` names the place that outlives an attempt.
+
+    Attributes:
+        dataset: name of a named data set; empty for a registered one, whose files are then in `<folder>/dataset/`.
+        dataset_version: "models/{model}/versions/{number}" of a registered one, else empty.
+        hyperparameters: all of the recipe's, defaults filled in.
+        optimization: set to optimise a version, whose files are then in `<folder>/source/`.
+        attempt: counts up from 1.
+        threads: of torch in each process; 0 leaves it to the backend.
+        gpus: indexes of the GPUs that are this attempt's, among those that the service sees.
+    """
 
     uid: str
     recipe: str
     dataset: str
+    dataset_version: str = ""
     hyperparameters: Mapping[str, float]
     seed: int
+    fit: FitOptions = field(default_factory=FitOptions)
+    distribution: Distribution = field(default_factory=Distribution)
+    optimization: Optimization | None = None
+    attempt: int = 1
+    threads: int = 0
+    gpus: tuple[int, ...] = ()
 
 
-Report = JobPhase | Metrics | LogLine | Checkpoint | Evaluation
+Report = JobPhase | Metrics | LogLine | Checkpoint | Evaluation | OptimizationResult
 """What training tells while it runs."""
 
 
@@ -52,57 +68,34 @@ class Stopped:
     """The attempt ended because it was asked to."""
 
 
-Outcome = Finished | Died | Stopped
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Paused:
+    """The attempt wrote a checkpoint and ended because it was asked to; another goes on from there."""
+
+
+Outcome = Finished | Died | Stopped | Paused
 
 
 class Backend(Protocol):
     """A place where training runs."""
 
     async def run(
-        self, task: TrainingTask, *, report: Callable[[Report], Awaitable[None]], stop: asyncio.Event
+        self,
+        task: TrainingTask,
+        *,
+        report: Callable[[Report], Awaitable[None]],
+        stop: asyncio.Event,
+        pause: asyncio.Event,
     ) -> Outcome:
         """Run one attempt, from the last complete checkpoint, to its end.
 
-        `report` is awaited for each report, in order. Once `stop` is set the attempt is ended. When this returns,
-        raises or is cancelled, nothing of the attempt runs any more.
+        `report` is awaited for each report, in order. Once `pause` is set the attempt writes a checkpoint at its next
+        step and ends as Paused, or goes on to its end where no step is left; an attempt that dies meanwhile has died.
+        Once `stop` is set the attempt is ended, paused or not. Both may be set before this is called. When this
+        returns, raises or is cancelled, nothing of the attempt runs any more.
         """
         ...
 
     async def discard(self, uid: str) -> None:
         """Throw away all that is kept of a task: checkpoints and model. Idempotent."""
         ...
-
-
-def report_line(report: Report | Died) -> bytes:
-    """A report as one line of JSON, newline included."""
-    kind: str
-    document: documents.Document
-    match report:
-        case JobPhase():
-            kind, document = "phase", {"phase": str(report)}
-        case Evaluation():
-            kind, document = "evaluation", documents.evaluation_document(report)
-        case Died():
-            kind, document = "died", {"reason": report.reason, "permanent": report.permanent}
-        case _:
-            kind, document = documents.body_document(report)
-    return documents.dumps({"kind": kind, "value": document}).encode() + b"\n"
-
-
-def read_report(line: bytes) -> Report | Died:
-    """A report from its line. Errors: ValueError when it is not one."""
-    try:
-        message = json.loads(line)
-        kind, value = message["kind"], message["value"]
-        if kind == "phase":
-            return JobPhase(value["phase"])
-        if kind == "evaluation":
-            return documents.read_evaluation(value)
-        if kind == "died":
-            return Died(reason=str(value["reason"]), permanent=bool(value["permanent"]))
-        body = documents.read_body(kind, value)
-        if isinstance(body, Metrics | LogLine | Checkpoint):
-            return body
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"not a report: {error!r}") from error
-    raise ValueError("not a report")

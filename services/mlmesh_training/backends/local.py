@@ -35,9 +35,9 @@ from mlmesh_training.backends.base import (
     Report,
     Stopped,
     TrainingTask,
-    read_report,
 )
 from mlmesh_training.backends.process import TrainerProcess, epitaph, first, lines
+from mlmesh_training.backends.reports import read_report
 from mlmesh_training.jobs import LOG_LINE_BYTES_MAX, JobPhase, LogLine, TrainedModel
 
 REPORT_BYTES_MAX = 1 << 20
@@ -101,7 +101,12 @@ class LocalBackend:
         return self._folder / uid
 
     async def run(
-        self, task: TrainingTask, *, report: Callable[[Report], Awaitable[None]], stop: asyncio.Event
+        self,
+        task: TrainingTask,
+        *,
+        report: Callable[[Report], Awaitable[None]],
+        stop: asyncio.Event,
+        pause: asyncio.Event,  # noqa: ARG002
     ) -> Outcome:
         """Run one attempt; see `Backend.run`."""
         folder = self.folder(task.uid)
@@ -246,10 +251,4 @@ def read_result(folder: Path) -> TrainedModel:
 
 def _prepare(folder: Path, task: TrainingTask) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    document = {
-        "recipe": task.recipe,
-        "dataset": task.dataset,
-        "hyperparameters": dict(task.hyperparameters),
-        "seed": task.seed,
-    }
-    (folder / TASK_FILE).write_text(documents.dumps(document))
+    (folder / TASK_FILE).write_text(documents.dumps(documents.task_document(task)))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 from typing import IO
 
-from mlmesh_training.backends.base import Died, Report, report_line
+from mlmesh_training.backends.base import Died, Report
+from mlmesh_training.backends.reports import report_line
 
 
 class PermanentError(Exception):

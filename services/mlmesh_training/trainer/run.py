@@ -91,7 +91,8 @@ def train(folder: Path, reporter: Reporter, *, threads: int) -> None:
 
 def read_task(folder: Path) -> TrainingTask:
     """The task that the service left in the folder."""
-    return TrainingTask(uid=folder.name, **json.loads((folder / TASK_FILE).read_bytes()))
+    document = json.loads((folder / TASK_FILE).read_bytes())
+    return documents.read_task({"uid": folder.name, **document})
 
 
 def resumed(folder: Path, task: TrainingTask, loaded: data.Data, split: data.Split, reporter: Reporter) -> Fit:

@@ -85,7 +85,7 @@ async def make(tmp_path: Path) -> AsyncIterator[Make]:
 
 async def attempt(backend: LocalBackend, listener: Listener | None = None) -> Outcome:
     async with asyncio.timeout(20):
-        return await backend.run(TASK, report=listener or Listener(), stop=asyncio.Event())
+        return await backend.run(TASK, report=listener or Listener(), stop=asyncio.Event(), pause=asyncio.Event())
 
 
 async def test_exit_codes_and_signals_are_told_with_the_last_words(make: Make) -> None:
@@ -176,7 +176,7 @@ async def test_a_slow_ledger_slows_the_process_instead_of_filling_memory(make: M
     """
     backend = make(program)
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
-        running = group.create_task(backend.run(TASK, report=report, stop=asyncio.Event()))
+        running = group.create_task(backend.run(TASK, report=report, stop=asyncio.Event(), pause=asyncio.Event()))
         await asyncio.sleep(0.5)  # time in which an unbounded pipe would have taken everything
         assert not (backend.folder(TASK.uid) / "through").exists()
         released.set()
@@ -192,7 +192,7 @@ async def test_stopping_asks_first_and_then_insists(make: Make, started: Started
         listener, stop = Listener(), asyncio.Event()
         backend = make(program, stop_grace_s=0.3 if not polite else 10.0)
         async with asyncio.timeout(9), asyncio.TaskGroup() as group:
-            running = group.create_task(backend.run(TASK, report=listener, stop=stop))
+            running = group.create_task(backend.run(TASK, report=listener, stop=stop, pause=asyncio.Event()))
             await listener.begun.wait()
             stop.set()
         assert running.result() == Stopped()
@@ -236,7 +236,7 @@ async def test_however_an_attempt_is_left_nothing_of_it_runs(make: Make, cut: st
                 raise OSError("the ledger is gone")
 
     async with asyncio.timeout(10):
-        running = asyncio.ensure_future(backend.run(TASK, report=report, stop=asyncio.Event()))
+        running = asyncio.ensure_future(backend.run(TASK, report=report, stop=asyncio.Event(), pause=asyncio.Event()))
         await begun.wait()
         if cut == "cancelled":
             running.cancel()

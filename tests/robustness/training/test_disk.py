@@ -68,7 +68,8 @@ def test_a_trainer_without_room_says_so_and_may_be_tried_again(tmp_path: Path) -
     import json
 
     from mlmesh_training import convert, recipes
-    from mlmesh_training.backends.base import Died, read_report
+    from mlmesh_training.backends.base import Died
+    from mlmesh_training.backends.reports import read_report
     from mlmesh_training.trainer.__main__ import work
     from mlmesh_training.trainer.reporter import Reporter
 

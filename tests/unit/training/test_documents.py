@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlmesh_training import documents
-from mlmesh_training.backends.base import Died, read_report, report_line
+from mlmesh_training.backends.base import Died
 from mlmesh_training.backends.lines import LineSplitter
+from mlmesh_training.backends.reports import read_report, report_line
 from mlmesh_training.jobs import (
     Checkpoint,
     EventBody,

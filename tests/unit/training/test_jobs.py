@@ -13,25 +13,26 @@ from hypothesis import strategies as st
 
 from mlmesh.training.v1 import training_pb2
 from mlmesh_runtime.errors import WrongState
-from mlmesh_training import jobs
-from mlmesh_training.jobs import Checkpoint, Decision, Job, JobChanged, JobPhase, JobState, LogLine, Metrics, Progress
+from mlmesh_training import jobs, moves
+from mlmesh_training.jobs import Checkpoint, Job, JobChanged, JobPhase, JobState, LogLine, Metrics, Progress
+from mlmesh_training.moves import Decision
 from tests.support.training import PUBLICATION, START, evaluation, job, model, spec
 
 MOVES: dict[str, Callable[[Job, datetime], Decision]] = {
-    "started": jobs.started,
-    "entered": lambda job, now: jobs.entered(job, JobPhase.TRAINING),
-    "measured": lambda job, now: jobs.measured(job, Metrics(progress=Progress(step=1), values={"train_loss": 1.0})),
-    "checkpointed": lambda job, now: jobs.checkpointed(job, Checkpoint(progress=Progress(epoch=1), sha256="00")),
-    "evaluated": lambda job, now: jobs.evaluated(job, evaluation()),
-    "trained": lambda job, now: jobs.trained(job, model(), now),
-    "registration_begun": lambda job, now: jobs.registration_begun(job),
-    "registered": lambda job, now: jobs.registered(job, "models/digits/versions/1"),
-    "succeeded": jobs.succeeded,
-    "failed": lambda job, now: jobs.failed(job, "no", now),
-    "process_died": lambda job, now: jobs.process_died(job, "SIGKILL", now),
-    "interrupted": jobs.interrupted,
-    "cancel_requested": jobs.cancel_requested,
-    "cancelled": jobs.cancelled,
+    "started": moves.started,
+    "entered": lambda job, now: moves.entered(job, JobPhase.TRAINING),
+    "measured": lambda job, now: moves.measured(job, Metrics(progress=Progress(step=1), values={"train_loss": 1.0})),
+    "checkpointed": lambda job, now: moves.checkpointed(job, Checkpoint(progress=Progress(epoch=1), sha256="00")),
+    "evaluated": lambda job, now: moves.evaluated(job, evaluation()),
+    "trained": lambda job, now: moves.trained(job, model(), now),
+    "registration_begun": lambda job, now: moves.registration_begun(job),
+    "registered": lambda job, now: moves.registered(job, "models/digits/versions/1"),
+    "succeeded": moves.succeeded,
+    "failed": lambda job, now: moves.failed(job, "no", now),
+    "process_died": lambda job, now: moves.process_died(job, "SIGKILL", now),
+    "interrupted": moves.interrupted,
+    "cancel_requested": moves.cancel_requested,
+    "cancelled": moves.cancelled,
 }
 
 
@@ -65,7 +66,7 @@ def test_whatever_happens_only_legal_moves_are_made(moves: list[str], publish: b
 
 
 def running(**changes: Any) -> Job:
-    now, _ = jobs.started(job(**changes), START)
+    now, _ = moves.started(job(**changes), START)
     return now
 
 
@@ -73,8 +74,8 @@ def running(**changes: Any) -> Job:
 def test_the_retry_budget_bounds_the_attempts(asked: int, attempts: int) -> None:
     now = job(spec=spec(retries_max=asked))
     while not now.final:
-        now, _ = jobs.started(now, START)
-        now, _ = jobs.process_died(now, "its process was ended by SIGKILL", START)
+        now, _ = moves.started(now, START)
+        now, _ = moves.process_died(now, "its process was ended by SIGKILL", START)
     assert now.state is JobState.FAILED
     assert now.attempts == attempts
     assert "SIGKILL" in now.error
@@ -84,9 +85,9 @@ def test_the_retry_budget_bounds_the_attempts(asked: int, attempts: int) -> None
 def test_a_restart_of_the_service_costs_the_job_nothing_as_long_as_it_gets_on() -> None:
     now = job(spec=spec(retries_max=-1))
     for _ in range(3 * jobs.INTERRUPTIONS_MAX):
-        now, _ = jobs.started(now, START)
-        now, _ = jobs.checkpointed(now, Checkpoint(progress=Progress(epoch=1), sha256="00"))
-        now, _ = jobs.interrupted(now, START)
+        now, _ = moves.started(now, START)
+        now, _ = moves.checkpointed(now, Checkpoint(progress=Progress(epoch=1), sha256="00"))
+        now, _ = moves.interrupted(now, START)
         assert now.state is JobState.RETRYING
     assert now.failures == 0
 
@@ -94,68 +95,72 @@ def test_a_restart_of_the_service_costs_the_job_nothing_as_long_as_it_gets_on() 
 def test_a_job_that_always_takes_the_service_with_it_is_given_up() -> None:
     now = job()
     for _ in range(jobs.INTERRUPTIONS_MAX + 1):
-        now, _ = jobs.started(now, START)
-        now, _ = jobs.interrupted(now, START)
+        now, _ = moves.started(now, START)
+        now, _ = moves.interrupted(now, START)
     assert now.state is JobState.FAILED
     assert "without a checkpoint" in now.error
 
 
 def test_a_queued_or_retrying_job_is_cancelled_at_once_and_a_running_one_when_its_process_ended() -> None:
-    assert jobs.cancel_requested(job(), START)[0].state is JobState.CANCELLED
-    retrying, _ = jobs.process_died(running(), "x", START)
-    assert jobs.cancel_requested(retrying, START)[0].state is JobState.CANCELLED
-    asked, _ = jobs.cancel_requested(running(), START)
+    assert moves.cancel_requested(job(), START)[0].state is JobState.CANCELLED
+    retrying, _ = moves.process_died(running(), "x", START)
+    assert moves.cancel_requested(retrying, START)[0].state is JobState.CANCELLED
+    asked, _ = moves.cancel_requested(running(), START)
     assert asked.state is JobState.CANCELLING
-    assert jobs.cancel_requested(asked, START) == (asked, ())
+    assert moves.cancel_requested(asked, START) == (asked, ())
     # However the process ends now, the job is cancelled.
-    for ended in (jobs.process_died(asked, "x", START), jobs.failed(asked, "x", START), jobs.interrupted(asked, START)):
+    for ended in (
+        moves.process_died(asked, "x", START),
+        moves.failed(asked, "x", START),
+        moves.interrupted(asked, START),
+    ):
         assert ended[0].state is JobState.CANCELLED
 
 
 def test_what_was_cancelled_stays_cancelled_and_what_ended_otherwise_cannot_be() -> None:
-    cancelled, _ = jobs.cancel_requested(job(), START)
-    assert jobs.cancel_requested(cancelled, START) == (cancelled, ())
-    for ended in (jobs.succeeded(running(), START)[0], jobs.failed(running(), "x", START)[0]):
+    cancelled, _ = moves.cancel_requested(job(), START)
+    assert moves.cancel_requested(cancelled, START) == (cancelled, ())
+    for ended in (moves.succeeded(running(), START)[0], moves.failed(running(), "x", START)[0]):
         with pytest.raises(WrongState) as raised:
-            jobs.cancel_requested(ended, START)
+            moves.cancel_requested(ended, START)
         assert raised.value.reason == "JOB_FINISHED"
 
 
 def test_a_version_that_is_being_registered_is_not_cancelled_any_more() -> None:
-    now, _ = jobs.trained(running(spec=spec(publication=PUBLICATION)), model(), START)
+    now, _ = moves.trained(running(spec=spec(publication=PUBLICATION)), model(), START)
     assert now.phase is JobPhase.PUBLISHING
-    stopped, _ = jobs.cancel_requested(now, START)
+    stopped, _ = moves.cancel_requested(now, START)
     with pytest.raises(WrongState, match="CANCELLING"):
-        jobs.registration_begun(stopped)
-    begun, _ = jobs.registration_begun(now)
-    stopped, _ = jobs.cancel_requested(begun, START)
+        moves.registration_begun(stopped)
+    begun, _ = moves.registration_begun(now)
+    stopped, _ = moves.cancel_requested(begun, START)
     # The service restarts here, and still finishes what may exist already.
-    stopped, _ = jobs.interrupted(stopped, START)
+    stopped, _ = moves.interrupted(stopped, START)
     assert stopped.state is JobState.CANCELLING
-    registered, _ = jobs.registered(stopped, "models/digits/versions/4")
-    assert jobs.succeeded(registered, START)[0].state is JobState.SUCCEEDED
+    registered, _ = moves.registered(stopped, "models/digits/versions/4")
+    assert moves.succeeded(registered, START)[0].state is JobState.SUCCEEDED
 
 
 def test_without_a_publication_a_trained_job_has_succeeded() -> None:
-    now, events = jobs.trained(running(), model(), START)
+    now, events = moves.trained(running(), model(), START)
     assert now.state is JobState.SUCCEEDED
     assert now.evaluation == evaluation()
     assert events == (JobChanged(),)
 
 
 def test_a_restart_leaves_a_job_that_only_publishes_as_it_is() -> None:
-    now, _ = jobs.trained(running(spec=spec(publication=PUBLICATION)), model(), START)
-    assert jobs.interrupted(now, START) == (now, ())
+    now, _ = moves.trained(running(spec=spec(publication=PUBLICATION)), model(), START)
+    assert moves.interrupted(now, START) == (now, ())
 
 
 @pytest.mark.parametrize("text", ["x" * 9000, "é" * 5000, "線" * 3000])
 def test_long_lines_are_cut_on_a_character(text: str) -> None:
-    line = jobs.shortened(LogLine(severity="info", message=text))
+    line = moves.shortened(LogLine(severity="info", message=text))
     assert len(line.message.encode()) <= jobs.LOG_LINE_BYTES_MAX
     assert line.message[:-1] == text[: len(line.message) - 1]
 
 
 def test_a_cancelled_job_hears_nothing_more_from_its_process() -> None:
     now = dataclasses.replace(job(), state=JobState.CANCELLED)
-    assert jobs.measured(now, Metrics(progress=Progress(step=9), values={})) == (now, ())
-    assert jobs.logged(now, LogLine(severity="info", message="late")) == (now, ())
+    assert moves.measured(now, Metrics(progress=Progress(step=9), values={})) == (now, ())
+    assert moves.logged(now, LogLine(severity="info", message="late")) == (now, ())

@@ -13,15 +13,16 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
 from mlmesh_runtime.errors import AlreadyExists, InvalidInput, NotFound, Overloaded, RevisionLost, WrongState
-from mlmesh_training import jobs, tables
-from mlmesh_training.jobs import Decision, Job, JobChanged, JobState, LogLine
+from mlmesh_training import moves, tables
+from mlmesh_training.jobs import Job, JobChanged, JobState, LogLine
 from mlmesh_training.ledger import LedgerLimits, SqlJobLedger, page_key, page_token
+from mlmesh_training.moves import Decision
 from tests.support.training import ManualClock, job, spec
 
 
 def logs(count: int) -> Callable[[Job, datetime], Decision]:
     def decide(job: Job, now: datetime) -> Decision:
-        return jobs.logged(job, *(LogLine(severity="info", message=str(number)) for number in range(count)))
+        return moves.logged(job, *(LogLine(severity="info", message=str(number)) for number in range(count)))
 
     return decide
 
@@ -74,7 +75,7 @@ def test_the_same_request_is_stored_once_and_answered_as_the_first_time(
     ledger: SqlJobLedger, commits: list[tuple[str, int]]
 ) -> None:
     first = ledger.create(job("a"), request_id="r")
-    ledger.change("a", jobs.started)
+    ledger.change("a", moves.started)
     assert ledger.create(job("b"), request_id="r") == first
     assert [found.uid for found in ledger.page(size=10)[0]] == ["a"]
     assert commits == [("a", 1), ("a", 2)]
@@ -102,7 +103,7 @@ def test_too_many_waiting_jobs_are_refused_and_running_ones_do_not_count(ledger:
     assert raised.value.reason == "QUEUE_FULL"
     # Who was accepted before may still ask again.
     assert ledger.create(job("again"), request_id="r0").uid == "j0"
-    ledger.change("j0", jobs.started)
+    ledger.change("j0", moves.started)
     ledger.create(job("more"))
 
 
@@ -110,7 +111,7 @@ def test_pages_are_newest_first_and_stable(ledger: SqlJobLedger) -> None:
     for number in range(5):
         ledger.create(job(f"j{number}"))
     first, key = ledger.page(size=2)
-    ledger.change("j0", jobs.started)
+    ledger.change("j0", moves.started)
     ledger.create(job("new"))
     second, key = ledger.page(size=2, before=page_key(page_token(key)))
     third, key = ledger.page(size=2, before=key)
@@ -127,15 +128,15 @@ def test_foreign_page_tokens_are_refused(token: str) -> None:
 def test_a_decision_that_refuses_changes_nothing(ledger: SqlJobLedger) -> None:
     created = ledger.create(job("a"))
     with pytest.raises(WrongState):
-        ledger.change("a", jobs.succeeded)
+        ledger.change("a", moves.succeeded)
     assert ledger.get("a") == created
     assert len(ledger.events("a", from_sequence=0, limit=10)[0]) == 1
 
 
 def test_events_carry_the_job_as_it_then_was(ledger: SqlJobLedger) -> None:
     ledger.create(job("a", spec=spec(retries_max=-1)))
-    ledger.change("a", jobs.started)
-    ledger.change("a", lambda job, now: jobs.process_died(job, "boom", now))
+    ledger.change("a", moves.started)
+    ledger.change("a", lambda job, now: moves.process_died(job, "boom", now))
     found, ended = ledger.events("a", from_sequence=0, limit=10)
     assert ended
     assert [event.sequence for event in found] == [1, 2, 3, 4]
@@ -176,7 +177,7 @@ def test_jobs_run_in_the_order_they_came(ledger: SqlJobLedger) -> None:
     found = ledger.next_runnable(excluding=["a"])
     assert found is not None
     assert found.uid == "b"
-    ledger.change("b", jobs.cancel_requested)
+    ledger.change("b", moves.cancel_requested)
     assert [unfinished.uid for unfinished in ledger.unfinished()] == ["a", "c"]
     assert ledger.next_runnable(excluding=["a", "c"]) is None
 
@@ -184,7 +185,7 @@ def test_jobs_run_in_the_order_they_came(ledger: SqlJobLedger) -> None:
 def test_unknown_jobs_are_not_found(ledger: SqlJobLedger) -> None:
     for call in (
         lambda: ledger.get("x"),
-        lambda: ledger.change("x", jobs.started),
+        lambda: ledger.change("x", moves.started),
         lambda: ledger.events("x", from_sequence=0, limit=1),
     ):
         with pytest.raises(NotFound) as raised:

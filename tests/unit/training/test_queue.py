@@ -12,7 +12,7 @@ import pytest
 
 from mlmesh_runtime.errors import InvalidInput, NotFound, Overloaded, RevisionLost, WrongState
 from mlmesh_runtime.executors import Executors
-from mlmesh_training import jobs
+from mlmesh_training import moves
 from mlmesh_training.jobs import JobState, LogLine
 from mlmesh_training.ledger import LedgerLimits, SqlJobLedger
 from mlmesh_training.queue import WATCH_PAGE_ITEMS, JobQueue, Wakeups
@@ -43,7 +43,7 @@ async def queue(tmp_path: Path) -> AsyncIterator[JobQueue]:
 
 async def say(queue: JobQueue, uid: str, count: int) -> None:
     lines = [LogLine(severity="info", message=str(number)) for number in range(count)]
-    await queue.change(uid, lambda job, now: jobs.logged(job, *lines))
+    await queue.change(uid, lambda job, now: moves.logged(job, *lines))
 
 
 async def sequences(queue: JobQueue, uid: str, start: int = 0) -> list[int]:
@@ -54,10 +54,10 @@ async def test_a_watcher_follows_to_the_end(queue: JobQueue) -> None:
     job = await queue.create(spec())
     async with asyncio.TaskGroup() as group:
         watchers = [group.create_task(sequences(queue, job.uid, start)) for start in (0, 1, 2)]
-        await queue.change(job.uid, jobs.started)
+        await queue.change(job.uid, moves.started)
         for _ in range(10):
             await say(queue, job.uid, 7)
-        await queue.change(job.uid, jobs.succeeded)
+        await queue.change(job.uid, moves.succeeded)
     everything = list(range(1, 74))
     assert [watcher.result() for watcher in watchers] == [everything, everything, everything[1:]]
 
@@ -134,18 +134,18 @@ async def test_a_bad_spec_is_not_stored(queue: JobQueue) -> None:
 async def test_cancelling_reaches_who_runs_the_job(queue: JobQueue) -> None:
     job = await queue.create(spec())
     with queue.stop_signal(job.uid) as stop:
-        await queue.change(job.uid, jobs.started)
+        await queue.change(job.uid, moves.started)
         assert (await queue.cancel(job.uid)).state is JobState.CANCELLING
         assert stop.is_set()
         await queue.cancel(job.uid)
-    await queue.change(job.uid, jobs.cancelled)
+    await queue.change(job.uid, moves.cancelled)
     assert (await queue.cancel(job.uid)).state is JobState.CANCELLED
 
 
 async def test_cancelling_what_ended_says_so(queue: JobQueue) -> None:
     job = await queue.create(spec())
-    await queue.change(job.uid, jobs.started)
-    await queue.change(job.uid, jobs.succeeded)
+    await queue.change(job.uid, moves.started)
+    await queue.change(job.uid, moves.succeeded)
     with pytest.raises(WrongState) as raised:
         await queue.cancel(job.uid)
     assert raised.value.reason == "JOB_FINISHED"

@@ -12,7 +12,7 @@ import pytest
 
 from mlmesh_runtime.errors import Denied, MeshError, NotReady, WrongState
 from mlmesh_runtime.executors import Executors
-from mlmesh_training import jobs
+from mlmesh_training import moves
 from mlmesh_training.backends.base import Died, Finished, Outcome, Report, Stopped, TrainingTask
 from mlmesh_training.jobs import Checkpoint, Event, Job, JobChanged, JobPhase, JobState, LogLine, Metrics, Progress
 from mlmesh_training.ledger import SqlJobLedger
@@ -364,7 +364,7 @@ async def test_a_service_that_ends_while_it_trains_goes_on_after_its_restart(ben
 
 async def test_a_service_that_ends_while_it_cancels_has_cancelled_after_its_restart(bench: Bench) -> None:
     job = await bench.queue.create(spec())
-    await bench.queue.change(job.uid, jobs.started)
+    await bench.queue.change(job.uid, moves.started)
     await bench.queue.cancel(job.uid)
     backend = ScriptedBackend(finish)
     async with bench.run(backend):
@@ -382,7 +382,7 @@ async def test_trouble_with_the_ledger_does_not_stop_the_runner(
         await report(JobPhase.TRAINING)
         return Finished(model=model())
 
-    async def troubled(uid: str, decide: Callable[..., jobs.Decision]) -> Job:
+    async def troubled(uid: str, decide: Callable[..., moves.Decision]) -> Job:
         if (await bench.queue.get(uid)).state is JobState.RUNNING and (trouble := next(troubles, None)):
             raise trouble
         return await change(uid, decide)
