@@ -8,7 +8,7 @@ import contextlib
 import functools
 import logging
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -19,6 +19,7 @@ from alembic import command
 from alembic.config import Config
 
 from mlmesh_registry import tables
+from mlmesh_registry.audit import chained, root
 from mlmesh_registry.events import Change, Subject, encode, to_micros
 from mlmesh_registry.versions import canonical
 from mlmesh_runtime.chunks import disk_full
@@ -62,6 +63,38 @@ class Write:
             )
         )
         self.changes.append(change)
+
+    def audit(self, method: str, resource: str, detail: Mapping[str, object]) -> None:
+        """Write what was changed to the audit log: plain JSON values, never bytes or secrets.
+
+        The head's row is the one that revisions are taken from, so entries are chained in commit order.
+        """
+        head = tables.log_head
+        taken = head.update().values(audit_sequence=head.c.audit_sequence + 1)
+        before = self.connection.execute(taken.returning(head.c.audit_sequence, head.c.audit_digest)).one()
+        entry = chained(
+            sequence=before.audit_sequence,
+            time=self.now,
+            actor=self.actor,
+            method=method,
+            resource=resource,
+            detail=detail,
+            previous_digest=before.audit_digest,
+        )
+        self.connection.execute(
+            tables.audit_entries.insert().values(
+                sequence=entry.sequence,
+                time=to_micros(entry.time),
+                actor=entry.actor,
+                method=entry.method,
+                resource=entry.resource,
+                root=root(entry.resource),
+                detail=entry.detail,
+                previous_digest=entry.previous_digest,
+                digest=entry.digest,
+            )
+        )
+        self.connection.execute(head.update().values(audit_digest=entry.digest))
 
 
 class Database:

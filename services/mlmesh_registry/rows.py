@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 import sqlalchemy as sa
 
-from mlmesh_registry import tables
+from mlmesh_registry import conditions, tables
 from mlmesh_registry.database import Write
 from mlmesh_registry.events import Change, from_micros, to_micros
 from mlmesh_registry.names import AliasName
@@ -42,6 +43,8 @@ def insert_model(write: Write, new: Model) -> None:
             updater=write.actor,
             revision=new.revision,
             latest_version=new.latest_version,
+            kind=new.kind,
+            gates=gates_json(new),
         )
     )
 
@@ -57,6 +60,9 @@ def update_model(write: Write, after: Model) -> None:
             update_time=to_micros(after.update_time),
             updater=write.actor,
             revision=after.revision,
+            gates=gates_json(after),
+            delete_time=_micros(after.delete_time),
+            purge_time=_micros(after.purge_time),
         )
     )
 
@@ -93,6 +99,10 @@ def insert_version(write: Write, new: Version) -> None:
             create_time=to_micros(new.create_time),
             creator=new.creator,
             revision=new.revision,
+            meta_revision=new.meta_revision,
+            meta_time=to_micros(new.create_time),
+            meta_actor=new.creator,
+            size_bytes=new.size_bytes,
         )
     )
     used = sorted({artifact.sha256 for artifact in new.content.artifacts})
@@ -182,6 +192,10 @@ def _model(row: Row) -> Model:
         update_time=from_micros(row.update_time),
         revision=row.revision,
         latest_version=row.latest_version,
+        kind=row.kind,
+        gates=tuple(conditions.gate_from(gate) for gate in json.loads(row.gates)),
+        delete_time=_time(row.delete_time),
+        purge_time=_time(row.purge_time),
     )
 
 
@@ -213,10 +227,30 @@ def _versions(connection: sa.Connection, result: Iterable[Row]) -> Sequence[Vers
             create_time=from_micros(row.create_time),
             creator=row.creator,
             revision=row.revision,
+            stage=row.stage,
+            stage_reason=row.stage_reason,
+            meta_revision=row.meta_revision,
+            verify_time=_time(row.verify_time),
+            corrupt_time=_time(row.corrupt_time),
+            delete_time=_time(row.delete_time),
+            purge_time=_time(row.purge_time),
             aliases=tuple(names.get((row.model, row.number), ())),
         )
         for row in found
     ]
+
+
+def _time(micros: int | None) -> datetime | None:
+    return None if micros is None else from_micros(micros)
+
+
+def _micros(time: datetime | None) -> int | None:
+    return None if time is None else to_micros(time)
+
+
+def gates_json(model: Model) -> str:
+    """Gates as they are stored."""
+    return canonical([conditions.plain(gate) for gate in model.gates]).decode()
 
 
 def _json(value: Mapping[str, Any]) -> str:

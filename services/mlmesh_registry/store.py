@@ -115,6 +115,7 @@ class SqlModelStore:
                 return replace(first, aliases=())
             number = _model(write.connection, model_id).latest_version + 1
             complete = _with_sizes(write.connection, content)
+            revision = write.next_revision()
             version = Version(
                 model=model_id,
                 number=number,
@@ -122,7 +123,8 @@ class SqlModelStore:
                 digest=digest(complete),
                 create_time=write.now,
                 creator=write.actor,
-                revision=write.next_revision(),
+                revision=revision,
+                meta_revision=revision,
             )
             rows.insert_version(write, version)
             write.record(version.revision, version)
@@ -213,6 +215,10 @@ class SqlModelStore:
             write.record(write.next_revision(), gone)
 
         await self._database.write(transact, actor=actor)
+
+    async def quarantine_blob(self, sha256: str, reason: str) -> Sequence[Version]:
+        """Quarantine every version that uses a blob whose bytes are not those published; those that were not yet."""
+        raise NotImplementedError
 
     async def head(self) -> int:
         """Revision of the last change, 0 before the first."""

@@ -15,6 +15,7 @@ from sqlalchemy import (
     MetaData,
     Table,
     Text,
+    false,
 )
 
 metadata = MetaData(
@@ -32,6 +33,9 @@ log_head = Table(
     metadata,
     Column("id", Integer, primary_key=True, autoincrement=False),
     Column("revision", BigInteger, nullable=False),
+    # Of the last audit entry: it tells when entries were cut off the log's end.
+    Column("audit_sequence", BigInteger, nullable=False, server_default="0"),
+    Column("audit_digest", Text, nullable=False, server_default="0" * 64),
 )
 
 # The log that watchers follow; old entries are dropped, the head is not.
@@ -59,6 +63,11 @@ models = Table(
     Column("updater", Text, nullable=False),
     Column("revision", BigInteger, nullable=False, unique=True),
     Column("latest_version", BigInteger, nullable=False),
+    Column("kind", Text, nullable=False, server_default="MODEL"),
+    Column("gates", Text, nullable=False, server_default="[]"),
+    Column("delete_time", BigInteger),
+    Column("purge_time", BigInteger),
+    Index(None, "purge_time"),
 )
 
 versions = Table(
@@ -71,7 +80,23 @@ versions = Table(
     Column("create_time", BigInteger, nullable=False),
     Column("creator", Text, nullable=False),
     Column("revision", BigInteger, nullable=False, unique=True),
+    Column("stage", Text, nullable=False, server_default="ACTIVE"),
+    Column("stage_reason", Text, nullable=False, server_default=""),
+    # Of the last change that watchers were told: publication, stage, deletion.
+    Column("meta_revision", BigInteger, nullable=False, server_default="0"),
+    Column("meta_time", BigInteger, nullable=False, server_default="0"),
+    Column("meta_actor", Text, nullable=False, server_default=""),
+    Column("verify_time", BigInteger),
+    # Since when its bytes are known to be others than those published; absent while they are not.
+    Column("corrupt_time", BigInteger),
+    Column("delete_time", BigInteger),
+    Column("purge_time", BigInteger),
+    Column("deleted_with_model", Boolean, nullable=False, server_default=false()),
+    Column("size_bytes", BigInteger, nullable=False, server_default="0"),
     Index(None, "model", "revision"),
+    Index(None, "meta_revision", unique=True),
+    Index(None, "model", "meta_revision"),
+    Index(None, "purge_time"),
 )
 
 blobs = Table(
@@ -80,6 +105,19 @@ blobs = Table(
     Column("sha256", Text, primary_key=True),
     Column("size_bytes", BigInteger, nullable=False),
     Column("create_time", BigInteger, nullable=False),
+    # Since when no version uses it: its arrival, or the purge of the last that did; absent while one does.
+    Column("unused_since", BigInteger),
+    Index(None, "unused_since"),
+)
+
+# Blobs that are no more, but whose bytes may still be: removed after the commit that says so, in a transaction of their
+# own. An upload of the same bytes takes its row away first.
+condemned_blobs = Table(
+    "condemned_blobs",
+    metadata,
+    Column("sha256", Text, primary_key=True),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("time", BigInteger, nullable=False),
 )
 
 # Which versions use which blob: what makes a blob worth keeping.
@@ -90,7 +128,7 @@ version_blobs = Table(
     Column("number", BigInteger, primary_key=True, autoincrement=False),
     Column("sha256", Text, ForeignKey("blobs.sha256"), primary_key=True),
     ForeignKeyConstraint(["model", "number"], ["versions.model", "versions.number"]),
-    Index(None, "sha256"),
+    Index(None, "sha256", "model"),
 )
 
 aliases = Table(
@@ -106,6 +144,23 @@ aliases = Table(
     Index(None, "model", "version"),
 )
 
+# Every move and removal of an alias; it goes when its model is purged.
+alias_moves = Table(
+    "alias_moves",
+    metadata,
+    Column("revision", BigInteger, primary_key=True, autoincrement=False),
+    Column("model", Text, nullable=False),
+    Column("alias", Text, nullable=False),
+    Column("from_version", BigInteger),
+    Column("to_version", BigInteger),
+    Column("time", BigInteger, nullable=False),
+    Column("actor", Text, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("gate_results", Text, nullable=False),
+    Index(None, "model", "alias", "revision"),
+    Index(None, "model", "revision"),
+)
+
 uploads = Table(
     "uploads",
     metadata,
@@ -118,6 +173,7 @@ uploads = Table(
     Column("expire_time", BigInteger, nullable=False),
     Column("creator", Text, nullable=False),
     Index(None, "expire_time"),
+    Index(None, "sha256"),
 )
 
 # First answers, so that a repeated request gets the same one. Written in the transaction that they answer for.
@@ -200,4 +256,35 @@ version_signatures = Table(
     Column("bundle", Text, nullable=False),
     Column("create_time", BigInteger, nullable=False),
     Column("creator", Text, nullable=False),
+)
+
+# What was changed by whom, each entry chained to the one before. `root` is the first two segments of the resource.
+audit_entries = Table(
+    "audit_entries",
+    metadata,
+    Column("sequence", BigInteger, primary_key=True, autoincrement=False),
+    Column("time", BigInteger, nullable=False),
+    Column("actor", Text, nullable=False),
+    Column("method", Text, nullable=False),
+    Column("resource", Text, nullable=False),
+    Column("root", Text, nullable=False),
+    Column("detail", Text, nullable=False),
+    Column("previous_digest", Text, nullable=False),
+    Column("digest", Text, nullable=False),
+    Index(None, "root", "sequence"),
+    Index(None, "actor", "sequence"),
+)
+
+# Limits and use of each model, and of all ("-"), kept up with every change of what they count. 0 is no limit.
+quotas = Table(
+    "quotas",
+    metadata,
+    Column("scope", Text, primary_key=True),
+    Column("bytes_max", BigInteger, nullable=False),
+    Column("versions_max", BigInteger, nullable=False),
+    Column("models_max", BigInteger, nullable=False),
+    Column("bytes_used", BigInteger, nullable=False),
+    Column("versions_used", BigInteger, nullable=False),
+    Column("models_used", BigInteger, nullable=False),
+    Column("changes", BigInteger, nullable=False),
 )

@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from mlmesh_registry import names
+from mlmesh_registry.conditions import Gate
 from mlmesh_runtime.errors import InvalidInput
 
 _UNSIGNED = {"UINT8", "UINT16", "UINT32", "UINT64"}
@@ -29,6 +30,10 @@ METRICS_MAX = 256
 TENSORS_MAX = 256
 RANK_MAX = 16
 PARENTS_MAX = 64
+SOURCE_URI_CHARS_MAX = 2048
+
+ModelKind = Literal["MODEL", "DATASET"]
+Stage = Literal["ACTIVE", "DEPRECATED", "QUARANTINED"]
 
 _EMPTY: Mapping[str, Any] = MappingProxyType({})
 
@@ -44,6 +49,10 @@ class Model:
     update_time: datetime
     revision: int
     latest_version: int = 0
+    kind: ModelKind = "MODEL"
+    gates: tuple[Gate, ...] = ()
+    delete_time: datetime | None = None
+    purge_time: datetime | None = None
 
     @property
     def name(self) -> str:
@@ -52,7 +61,7 @@ class Model:
 
     @property
     def etag(self) -> str:
-        """Changes with every update of description or labels, not with new versions."""
+        """Changes with every update, deletion and return, not with new versions."""
         return etag(self.revision)
 
 
@@ -93,6 +102,8 @@ class Lineage:
     code_digest: str = ""
     environment_digest: str = ""
     parents: tuple[str, ...] = ()
+    study: str = ""
+    source_uri: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,11 +116,16 @@ class Content:
     labels: Mapping[str, str] = field(default_factory=lambda: _EMPTY)
     lineage: Lineage = field(default_factory=Lineage)
     description: str = ""
+    model_card: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Version:
-    """A published version: the content and what the registry added. `aliases` are those that point here now."""
+    """A published version: the content and what the registry added. `aliases` are those that point here now.
+
+    `revision` is that of its publication, `meta_revision` that of the last change of its stage or deletion.
+    `corrupt_time` is since when its bytes are known to be others than those published.
+    """
 
     model: str
     number: int
@@ -119,11 +135,28 @@ class Version:
     creator: str
     revision: int
     aliases: tuple[str, ...] = ()
+    stage: Stage = "ACTIVE"
+    stage_reason: str = ""
+    meta_revision: int
+    verify_time: datetime | None = None
+    corrupt_time: datetime | None = None
+    delete_time: datetime | None = None
+    purge_time: datetime | None = None
 
     @property
     def name(self) -> str:
         """Resource name."""
         return f"models/{self.model}/versions/{self.number}"
+
+    @property
+    def etag(self) -> str:
+        """Changes with every change of stage and with deletion."""
+        return etag(self.meta_revision)
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of its files together."""
+        return sum(artifact.size_bytes for artifact in self.content.artifacts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,7 +197,12 @@ def canonical(value: object) -> bytes:
 
 
 def manifest(content: Content) -> dict[str, Any]:
-    """Content as plain JSON values; `content_from` is the inverse. Artifacts are sorted by path."""
+    """Content as plain JSON values; `content_from` is the inverse. Artifacts are sorted by path.
+
+    Keys that came later are there only when they say something: the digest of what was published before them stays.
+    """
+    later = {key: value for key in ("study", "source_uri") if (value := getattr(content.lineage, key))}
+    card = {"model_card": content.model_card} if content.model_card else {}
     return {
         "artifacts": [
             {"path": a.path, "sha256": a.sha256, "size_bytes": a.size_bytes, "media_type": a.media_type}
@@ -183,8 +221,10 @@ def manifest(content: Content) -> dict[str, Any]:
             "code_digest": content.lineage.code_digest,
             "environment_digest": content.lineage.environment_digest,
             "parents": list(content.lineage.parents),
+            **later,
         },
         "description": content.description,
+        **card,
     }
 
 
@@ -204,6 +244,7 @@ def content_from(data: Mapping[str, Any]) -> Content:
         labels=data["labels"],
         lineage=Lineage(**{**lineage, "parents": tuple(lineage["parents"])}),
         description=data["description"],
+        model_card=data.get("model_card", ""),
     )
 
 
@@ -249,6 +290,7 @@ def check_content(content: Content, where: str = "model_version") -> Content:
             raise InvalidInput(f"{where}.metrics: a value is {value}; figures are finite", field=f"{where}.metrics")
     check_labels(content.labels, f"{where}.labels")
     check_text(content.description, f"{where}.description")
+    check_text(content.model_card, f"{where}.model_card")
     _check_lineage(content.lineage, f"{where}.lineage")
     return content
 
@@ -289,8 +331,9 @@ def _check_tensors(tensors: Sequence[TensorSpec], where: str) -> None:
 
 
 def _check_lineage(lineage: Lineage, where: str) -> None:
-    for name in ("job", "dataset", "dataset_fingerprint", "code_digest", "environment_digest"):
+    for name in ("job", "dataset", "dataset_fingerprint", "code_digest", "environment_digest", "study"):
         check_text(getattr(lineage, name), f"{where}.{name}", 256)
+    check_text(lineage.source_uri, f"{where}.source_uri", SOURCE_URI_CHARS_MAX)
     _at_most(len(lineage.parents), PARENTS_MAX, f"{where}.parents")
     for position, parent in enumerate(lineage.parents):
         names.parse_version(parent, f"{where}.parents[{position}]")
