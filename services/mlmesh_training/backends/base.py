@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from mlmesh_training.jobs import Checkpoint, Evaluation, JobPhase, LogLine, Metrics, OptimizationResult, TrainedModel
-from mlmesh_training.options import Distribution, FitOptions, Optimization
+from mlmesh_training.options import Distribution, FitOptions, Optimization, Resources
 
 TASK_FILE = "task.json"
 """In a job's folder: what to train."""
@@ -28,6 +28,7 @@ class TrainingTask:
         attempt: counts up from 1.
         threads: of torch in each process; 0 leaves it to the backend.
         gpus: indexes of the GPUs that are this attempt's, among those that the service sees.
+        resources: what the whole job occupies, defaults filled in.
     """
 
     uid: str
@@ -42,6 +43,7 @@ class TrainingTask:
     attempt: int = 1
     threads: int = 0
     gpus: tuple[int, ...] = ()
+    resources: Resources = field(default_factory=Resources)
 
 
 Report = JobPhase | Metrics | LogLine | Checkpoint | Evaluation | OptimizationResult
