@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.postgres import postgres, registry_template
+
+__all__ = ["postgres", "registry_template"]
+
 NO_GPU = "no NVIDIA GPU here (/dev/nvidiactl is missing)"
 
 # A shell without job control starts what runs in the background with SIGINT ignored, and children inherit that: tests

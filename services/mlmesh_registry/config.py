@@ -1,7 +1,7 @@
 """The registry's own environment variables, beside those of mlmesh_runtime.config."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mlmesh_runtime.config import ConfigError, Variable
 
@@ -42,7 +42,24 @@ VARIABLES: tuple[Variable, ...] = (
         default="604800",
         meaning="How long the first answer to a request_id is repeated, in seconds.",
     ),
+    Variable(
+        name="MLMESH_REGISTRY_DATABASE_URL",
+        default="",
+        meaning=(
+            "postgresql://user:password@host:port/database, for registries that share it. "
+            "Empty: SQLite in the data folder, for one process."
+        ),
+    ),
+    Variable(
+        name="MLMESH_REGISTRY_POLL_S",
+        default="2",
+        meaning="How long, in seconds, a change of another registry may go unnoticed when a NOTIFY is lost.",
+    ),
 )
+
+
+# Fields whose variables are text; all others are numbers.
+_TEXTS = frozenset({"database_url"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,20 +74,25 @@ class RegistrySettings:
     blob_bytes_max: int = 1 << 36
     commit_bytes: int = 1 << 24
     request_ttl_s: float = 604_800.0
+    database_url: str = field(default="", repr=False)  # It may hold a password.
+    poll_s: float = 2.0
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> "RegistrySettings":
         """Read and check. Raises ConfigError that names the first wrong variable."""
-        values: dict[str, int | float] = {}
+        values: dict[str, int | float | str] = {}
         for variable in VARIABLES:
-            field = variable.name.removeprefix("MLMESH_REGISTRY_").lower()
-            kind = float if field.endswith("_s") else int
+            name = variable.name.removeprefix("MLMESH_REGISTRY_").lower()
+            kind = float if name.endswith("_s") else int
             text = environ.get(variable.name, "").strip() or variable.default
+            if name in _TEXTS:
+                values[name] = text
+                continue
             try:
                 value = kind(text)
             except ValueError:
                 raise ConfigError(f"{variable.name}: expected a number, got {text!r}") from None
             if not 0 < value < 2**53:
                 raise ConfigError(f"{variable.name}: expected a number above 0, got {text!r}")
-            values[field] = value
+            values[name] = value
         return cls(**values)  # type: ignore[arg-type]  # each field got the kind that its name asks for

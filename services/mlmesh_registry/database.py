@@ -1,36 +1,41 @@
 """The database as the registry uses it: short transactions, one writer, every change numbered.
 
-SQLite in WAL mode: readers never wait for the writer, a commit is on disk before it is answered. Transactions run on
-named executors; callers pass a function of the transaction and get its result.
+Readers never wait for the writer, a commit is on disk before it is answered. Transactions run on named executors;
+callers pass a function of the transaction and get its result. The function may be run again when the database undid
+what it did, so it has no effect but by its transaction.
 """
 
-import contextlib
-import functools
 import logging
-import sqlite3
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import random
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
+from alembic.util import CommandError
 
 from mlmesh_registry import tables
 from mlmesh_registry.audit import chained, root
+from mlmesh_registry.backends import Backend, Outage
 from mlmesh_registry.events import Change, Subject, encode, to_micros
 from mlmesh_registry.versions import canonical
-from mlmesh_runtime.chunks import disk_full
+from mlmesh_runtime.config import ConfigError
+from mlmesh_runtime.errors import NotReady
 from mlmesh_runtime.executors import BoundedExecutor, run_blocking
 
 T = TypeVar("T")
 
-BUSY_TIMEOUT_S = 5.0
+ATTEMPTS_MAX = 5
+_PAUSE_S = 0.02
 _MIGRATIONS = Path(__file__).parent / "migrations"
-# SQLite says "full" for ENOSPC, and an I/O error of these kinds for a quota or a file size limit.
-_SQLITE_FULL = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE})
+# Alembic keeps what it migrates in a global of its module.
+_ALEMBIC = threading.Lock()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -101,106 +106,139 @@ class Database:
     """Opens, migrates and serialises access to one database.
 
     Args:
-        url: SQLAlchemy URL; SQLite, with the file's folder in place.
+        backend: the kind of database, and where it is.
         writer: executor of exactly one thread, which makes writes a queue instead of a fight for the lock.
         readers: executor of as many threads as may read at once.
         clock: the present time, timezone-aware UTC.
         changes_kept: entries of the log that are kept; older ones are dropped with each write.
         on_commit: called on the writer's thread, in commit order, with the changes of each commit.
+        on_doubt: called on the writer's thread when a transaction may have been committed, and nobody will ever say.
 
     Errors: Overloaded (DISK_FULL) when there is no room; the transaction is rolled back and the next one may succeed.
+    NotReady (STORAGE_UNAVAILABLE) while the database does not answer; connections are made again by themselves.
     """
 
     def __init__(
         self,
-        url: str,
+        backend: Backend,
         *,
         writer: BoundedExecutor,
         readers: BoundedExecutor,
         clock: Callable[[], datetime],
         changes_kept: int,
         on_commit: Callable[[Sequence[Change]], None],
+        on_doubt: Callable[[], None] = lambda: None,
     ) -> None:
+        self._backend = backend
         self._writer = writer
         self._readers = readers
         self._clock = clock
         self._changes_kept = changes_kept
         self._on_commit = on_commit
-        self._write_engine = _engine(url, begin="BEGIN IMMEDIATE", connections_max=1)
-        self._read_engine = _engine(url, begin="BEGIN", connections_max=8)
+        self._on_doubt = on_doubt
+        self._away = Outage()
 
     def migrate(self) -> None:
-        """Bring the schema up to date, in one transaction. Blocking; call it before serving."""
+        """Bring the schema up to date, in one transaction. Blocking; call it before serving.
+
+        Processes that start together wait for one another. Errors: ConfigError when a newer release made the schema.
+        """
         # Its two lines at every start say nothing to an operator.
         logging.getLogger("alembic").setLevel(logging.WARNING)
         config = Config()
         config.set_main_option("script_location", str(_MIGRATIONS))
-        with self._write_engine.begin() as connection:
+
+        def transact(connection: sa.Connection) -> None:
+            self._backend.begin_migration(connection)
             config.attributes["connection"] = connection
-            command.upgrade(config, "head")
+            try:
+                with _ALEMBIC:
+                    command.upgrade(config, "head")
+            except CommandError as error:
+                text = f"the registry's database was made by a newer release: {error}"
+                raise ConfigError(text) from error
+            self._backend.finish_migration(connection)
+
+        self._run(self._backend.write_engine, _nothing, transact)
 
     async def write(self, fn: Callable[[Write], T], *, actor: str = "") -> T:
         """Run fn in a write transaction. It is committed and durable when this returns; an error rolls it back.
 
-        A cancelled caller does not stop a transaction that has begun.
+        A cancelled caller does not stop a transaction that has begun. After NotReady (STORAGE_UNAVAILABLE) it may have
+        been committed or not; asked again with the same request_id, it is done once.
         """
         return await run_blocking(self._writer, self._write, fn, actor)
 
     async def read(self, fn: Callable[[sa.Connection], T]) -> T:
         """Run fn in a read transaction: all that it reads is of one moment."""
-        return await run_blocking(self._readers, self._read, fn)
+        return await run_blocking(self._readers, self._run, self._backend.read_engine, _nothing, fn)
 
     def close(self) -> None:
         """Close every connection."""
-        self._read_engine.dispose()
-        self._write_engine.dispose()
+        self._backend.read_engine.dispose()
+        self._backend.write_engine.dispose()
 
     def _write(self, fn: Callable[[Write], T], actor: str) -> T:
-        with _mapped(), self._write_engine.begin() as connection:
-            write = Write(connection=connection, now=self._clock(), actor=actor)
+        changes: list[Change] = []
+
+        def transact(connection: sa.Connection) -> T:
+            write = Write(connection=connection, now=self._clock(), actor=actor, changes=changes)
+            changes.clear()
             result = fn(write)
-            if write.changes:
-                oldest = write.changes[-1].revision - self._changes_kept
+            if changes:
+                oldest = changes[-1].revision - self._changes_kept
                 connection.execute(tables.changes.delete().where(tables.changes.c.revision <= oldest))
-        if write.changes:
-            self._on_commit(write.changes)
+                self._backend.announce(connection, changes[-1].revision)
+            return result
+
+        result = self._run(self._backend.write_engine, self._backend.begin_write, transact)
+        if changes:
+            self._on_commit(changes)
         return result
 
-    def _read(self, fn: Callable[[sa.Connection], T]) -> T:
-        with _mapped(), self._read_engine.begin() as connection:
-            return fn(connection)
+    def _run(self, engine: sa.Engine, begin: Callable[[sa.Connection], object], fn: Callable[[sa.Connection], T]) -> T:
+        """Run fn in a transaction, again when the database undid it or the connection was stale."""
+        for attempt in range(1, ATTEMPTS_MAX + 1):
+            step = _Step()
+            try:
+                result = _transact(engine, begin, fn, step)
+            except sa.exc.DBAPIError as error:
+                if step.committing:
+                    self._on_doubt()
+                # A connection lost while nobody used it tells so at its next use; reading twice changes nothing.
+                stale = error.connection_invalidated and (not step.begun or engine is self._backend.read_engine)
+                if (stale or self._backend.conflicted(error)) and attempt < ATTEMPTS_MAX:
+                    time.sleep(_PAUSE_S * attempt * random.random())  # noqa: S311  to keep two from meeting again
+                    continue
+                if (told := self._backend.translated(error)) is None:
+                    raise
+                if isinstance(told, NotReady):
+                    self._away.begins(error)
+                raise told from error
+            self._away.ends()
+            return result
+        raise AssertionError("unreachable")
 
 
-@contextlib.contextmanager
-def _mapped() -> Iterator[None]:
-    """Translate the database's errors at its edge."""
-    try:
-        yield
-    except sa.exc.DBAPIError as error:
-        if getattr(error.orig, "sqlite_errorcode", None) in _SQLITE_FULL:
-            raise disk_full("a change") from error
-        raise
+@dataclass(slots=True)
+class _Step:
+    """How far a transaction has come."""
+
+    begun: bool = False
+    committing: bool = False
 
 
-def _engine(url: str, *, begin: str, connections_max: int) -> sa.Engine:
-    engine = sa.create_engine(
-        url,
-        poolclass=sa.QueuePool,
-        pool_size=connections_max,
-        max_overflow=0,
-        connect_args={"timeout": BUSY_TIMEOUT_S, "check_same_thread": False},
-    )
-
-    def configure(connection: Any, _record: object) -> None:
-        # The driver's own idea of when to begin is switched off; SQLAlchemy's "begin" event says how.
-        connection.isolation_level = None
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "trusted_schema=OFF"):
-            connection.execute(f"PRAGMA {pragma}").close()
-
-    sa.event.listen(engine, "connect", configure)
-    sa.event.listen(engine, "begin", functools.partial(_begin, begin))
-    return engine
+def _transact(
+    engine: sa.Engine, begin: Callable[[sa.Connection], object], fn: Callable[[sa.Connection], T], step: _Step
+) -> T:
+    with engine.connect() as connection:
+        begin(connection)
+        step.begun = True
+        result = fn(connection)
+        step.committing = True
+        connection.commit()
+        return result
 
 
-def _begin(statement: str, connection: sa.Connection) -> None:
-    connection.exec_driver_sql(statement)
+def _nothing(_connection: sa.Connection) -> None:
+    """Begin a transaction that waits for no turn."""

@@ -6,11 +6,13 @@ import fcntl
 import logging
 import os
 import secrets
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+import sqlalchemy as sa
 
 from mlmesh_registry.artifacts import Artifacts
 from mlmesh_registry.blobs import LocalBlobs
@@ -18,17 +20,22 @@ from mlmesh_registry.config import RegistrySettings
 from mlmesh_registry.database import Database
 from mlmesh_registry.events import Change
 from mlmesh_registry.ledger import SqlBlobLedger
+from mlmesh_registry.postgresql import PostgresBackend, parse_url
+from mlmesh_registry.sqlite import SqliteBackend
 from mlmesh_registry.store import SqlModelStore
 from mlmesh_registry.watch import ChangeFeed
 from mlmesh_runtime.config import ConfigError
-from mlmesh_runtime.errors import MeshError
-from mlmesh_runtime.executors import Executors, run_blocking
+from mlmesh_runtime.errors import MeshError, NotReady
+from mlmesh_runtime.executors import BoundedExecutor, Executors, run_blocking
 
 log = logging.getLogger(__name__)
 
 # SQLite has one writer; more threads would only wait for it.
 _THREADS = {"sql-write": 1, "sql-read": 4, "disk": 8}
 _UPKEEP_S_MAX = 600.0
+# How long a start waits for a database that does not answer yet.
+START_S = 10.0
+_RETRY_S = 0.2
 
 
 def utc_now() -> datetime:
@@ -60,25 +67,36 @@ async def open_registry(
     loop = asyncio.get_running_loop()
     published: list[ChangeFeed] = []
 
-    def on_commit(changes: Sequence[Change]) -> None:
+    def tell(method: Callable[..., None], *arguments: object) -> None:
         # Calls from the one writer thread keep their order. A loop that is gone has no watchers.
         with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(published[0].publish, changes)
+            loop.call_soon_threadsafe(method, *arguments)
 
+    def on_commit(changes: Sequence[Change]) -> None:
+        tell(published[0].publish, changes)
+
+    def on_doubt() -> None:
+        if published:
+            tell(published[0].heard, 0)
+
+    postgres = PostgresBackend(parse_url(settings.database_url)) if settings.database_url else None
     async with contextlib.AsyncExitStack() as stack:
-        folder = stack.enter_context(_only_user(data_dir))
+        held = stack.enter_context(contextlib.closing(_Folder(data_dir)))
+        await held.hold(shared=postgres is not None)
+        folder = held.path
         pools = Executors(_THREADS)
         database = Database(
-            f"sqlite:///{folder / 'registry.sqlite'}",
+            postgres or SqliteBackend(folder / "registry.sqlite"),
             writer=pools["sql-write"],
             readers=pools["sql-read"],
             clock=clock,
             changes_kept=settings.changes_kept,
             on_commit=on_commit,
+            on_doubt=on_doubt,
         )
         stack.callback(database.close)
         await stack.enter_async_context(pools)
-        await run_blocking(pools["sql-write"], database.migrate)
+        await _migrated(database, pools["sql-write"])
         store = SqlModelStore(database)
         artifacts = Artifacts(
             await run_blocking(pools["disk"], LocalBlobs, folder / "blobs"),
@@ -93,7 +111,14 @@ async def open_registry(
         )
         published.append(feed)
         await feed.open()
-        await artifacts.sweep()
+        if held.alone:
+            # Where others write to the folder too, nobody can tell their work from what a crash left.
+            await artifacts.sweep()
+        if postgres:
+            held.share()
+        await stack.enter_async_context(_beside(feed.follow(poll_s=settings.poll_s if postgres else None)))
+        if postgres:
+            await stack.enter_async_context(_beside(postgres.listen(feed.heard)))
         await stack.enter_async_context(_beside(_upkeep(store, artifacts, settings)))
         yield Registry(store=store, artifacts=artifacts, feed=feed)
 
@@ -122,20 +147,65 @@ async def _upkeep(store: SqlModelStore, artifacts: Artifacts, settings: Registry
         await asyncio.sleep(min(_UPKEEP_S_MAX, settings.upload_ttl_s / 4))
 
 
-@contextlib.contextmanager
-def _only_user(data_dir: Path) -> Iterator[Path]:
-    """Hold the folder and give its absolute path: a second process would sweep away what this one is writing."""
-    try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        fd = os.open(data_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise ConfigError(f"MLMESH_DATA_DIR: cannot use {data_dir}: {error.strerror}") from error
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(fd)
-        raise ConfigError(f"MLMESH_DATA_DIR: {data_dir} is used by another registry process") from error
-    try:
-        yield data_dir.absolute()
-    finally:
-        os.close(fd)
+async def _migrated(database: Database, writer: BoundedExecutor) -> None:
+    """Migrate; a database that starts or fails over at this moment is waited for.
+
+    Errors: ConfigError when it cannot be used, with the driver's words.
+    """
+    loop = asyncio.get_running_loop()
+    give_up = loop.time() + START_S
+    while True:
+        try:
+            return await run_blocking(writer, database.migrate)
+        except NotReady as error:
+            cause = error.__cause__
+            text = str(getattr(cause, "orig", cause)).strip()
+            if loop.time() > give_up:
+                raise ConfigError(f"MLMESH_REGISTRY_DATABASE_URL: the database cannot be used: {text}") from error
+        except sa.exc.DBAPIError as error:
+            raise ConfigError(f"MLMESH_REGISTRY_DATABASE_URL: the database cannot be used: {error.orig}") from error
+        await asyncio.sleep(_RETRY_S)
+
+
+class _Folder:
+    """A data folder that this process holds: `alone`, until it shares it.
+
+    Registries that share a database may share its folder. Otherwise a second process would sweep away what the first is
+    writing, and a SQLite database would have two masters.
+    """
+
+    def __init__(self, data_dir: Path) -> None:
+        self.path = data_dir.absolute()
+        self._in_use = f"MLMESH_DATA_DIR: {data_dir} is used by another registry process"
+        try:
+            data_dir.mkdir(parents=True, exist_ok=True)
+            self._fd = os.open(data_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise ConfigError(f"MLMESH_DATA_DIR: cannot use {data_dir}: {error.strerror}") from error
+        self.alone = self._locked(fcntl.LOCK_EX)
+
+    async def hold(self, *, shared: bool) -> None:
+        """Wait for those who hold it only while they start. Errors: ConfigError when it is used by others."""
+        loop = asyncio.get_running_loop()
+        give_up = loop.time() + START_S
+        while not self.alone and not (shared and self._locked(fcntl.LOCK_SH)):
+            if not shared or loop.time() > give_up:
+                raise ConfigError(self._in_use)
+            await asyncio.sleep(_RETRY_S)
+
+    def share(self) -> None:
+        """Let other registries of the same database in."""
+        # Linux gives the one lock up before it takes the other, so somebody may come in between.
+        if self.alone and not self._locked(fcntl.LOCK_SH):
+            raise ConfigError(self._in_use)
+
+    def close(self) -> None:
+        """Let go."""
+        os.close(self._fd)
+
+    def _locked(self, kind: int) -> bool:
+        try:
+            fcntl.flock(self._fd, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True

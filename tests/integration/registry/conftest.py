@@ -11,6 +11,7 @@ import pytest
 
 from mlmesh_registry.config import RegistrySettings
 from mlmesh_registry.registry import Registry, open_registry
+from tests.support.postgres import PostgresServer
 
 
 class ManualClock:
@@ -31,12 +32,23 @@ def clock() -> ManualClock:
     return ManualClock()
 
 
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest) -> str:
+    """URL of a database of this test's own, "" for SQLite in its folder: every test runs on both."""
+    if request.param == "sqlite":
+        return ""
+    server: PostgresServer = request.getfixturevalue("postgres")
+    return server.create(template=request.getfixturevalue("registry_template"))
+
+
 @pytest.fixture
-def open_here(tmp_path: Path, clock: ManualClock) -> Callable[..., AbstractAsyncContextManager[Registry]]:
+def open_here(
+    tmp_path: Path, clock: ManualClock, database_url: str
+) -> Callable[..., AbstractAsyncContextManager[Registry]]:
     """Open the registry of this test's folder, as often as wanted; fields of its settings are arguments."""
 
     def opener(**changes: Any) -> AbstractAsyncContextManager[Registry]:
-        settings = dataclasses.replace(RegistrySettings(), **changes)
+        settings = dataclasses.replace(RegistrySettings(database_url=database_url), **changes)
         return open_registry(tmp_path / "data", settings, clock=clock)
 
     return opener

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
 from mlmesh_registry import tables
+from mlmesh_registry.postgresql import PostgresBackend, parse_url
 from mlmesh_registry.registry import Registry
+from mlmesh_registry.sqlite import SqliteBackend
 from mlmesh_registry.versions import Artifact, Content
 from mlmesh_runtime.config import ConfigError
 from mlmesh_runtime.errors import AlreadyExists, Conflict, InvalidInput, MeshError, NotFound, WrongState
@@ -232,7 +233,9 @@ async def test_a_failed_transaction_leaves_no_hole_in_the_log(registry: Registry
     assert second.revision == 2
 
 
-async def test_a_second_process_is_refused(open_here: Opener) -> None:
+async def test_a_second_process_is_refused(open_here: Opener, database_url: str) -> None:
+    if database_url:
+        pytest.skip("registries that share PostgreSQL may share the folder; test_shared.py shows it")
     async with open_here():
         with pytest.raises(ConfigError, match="another registry"):
             async with open_here():
@@ -241,11 +244,14 @@ async def test_a_second_process_is_refused(open_here: Opener) -> None:
         pass
 
 
-async def test_migrations_make_the_tables_of_the_code(open_here: Opener, tmp_path: Path) -> None:
+async def test_migrations_make_the_tables_of_the_code(open_here: Opener, tmp_path: Path, database_url: str) -> None:
     async with open_here():
         pass
-    engine = sa.create_engine(f"sqlite:///{tmp_path / 'data' / 'registry.sqlite'}")
+    path = tmp_path / "data" / "registry.sqlite"
+    backend = PostgresBackend(parse_url(database_url)) if database_url else SqliteBackend(path)
+    engine = backend.read_engine
     with engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), tables.metadata) == []
-        assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
+        if not database_url:
+            assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
     engine.dispose()

@@ -1,0 +1,198 @@
+"""A throw-away PostgreSQL server of the distribution's package, and databases in it. Tests skip where it is missing."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from mlmesh_registry.database import Database
+from mlmesh_registry.postgresql import PostgresBackend, parse_url
+from mlmesh_registry.registry import utc_now
+from mlmesh_runtime.executors import Executors
+
+MISSING = "PostgreSQL is not installed: `make tools` installs it on Debian and its kin"
+_READY = "database system is ready to accept connections"
+_START_S = 60.0
+# Who the server runs as when the tests run as root, which initdb refuses.
+_USER = "postgres"
+# `locked` needs a password, everybody else is trusted: only this user's processes reach the socket's folder.
+_HBA = "local all locked scram-sha-256\nlocal all all trust\n"
+_UNSAFE = {"fsync": "off", "full_page_writes": "off"}
+_SETTINGS = {
+    "listen_addresses": "",
+    "shared_buffers": "32MB",
+    "max_connections": "100",
+    "wal_level": "minimal",
+    "max_wal_senders": "0",
+    "log_min_messages": "warning",
+    "password_encryption": "scram-sha-256",
+}
+
+
+def programs() -> Path | None:
+    """Folder of the newest server's programs, None where there is none."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: int(path.parts[-3]))
+    return found[-1].parent if found else None
+
+
+class PostgresServer:
+    """A server on a Unix socket in a folder of its own. Use `postgres_running`."""
+
+    def __init__(self, binaries: Path, folder: Path, *, durable: bool) -> None:
+        self._binaries = binaries
+        self._folder = folder
+        self._settings = _SETTINGS | ({} if durable else _UNSAFE)
+        self._names = count(1)
+        self._popen: subprocess.Popen[str] | None = None
+        self._log: deque[str] = deque(maxlen=1000)
+
+    def init(self) -> None:
+        """Make the cluster."""
+        arguments = ["-D", str(self._folder / "data"), "-U", _USER, "-A", "trust", "-E", "UTF8", "--locale=C.UTF-8"]
+        self._run("initdb", *arguments, "--no-sync", "--no-instructions")
+        (self._folder / "data" / "pg_hba.conf").write_text(_HBA)
+
+    def start(self) -> None:
+        """Start it and wait until it takes connections."""
+        options = [part for name, value in self._settings.items() for part in ("-c", f"{name}={value}")]
+        command = [str(self._binaries / "postgres"), "-D", str(self._folder / "data"), "-k", str(self._folder)]
+        if setpriv := shutil.which("setpriv"):
+            # Tests that are killed take their server with them.
+            command = [setpriv, "--pdeathsig", "QUIT", *command]
+        self._popen = subprocess.Popen(
+            [*command, *options],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=self._folder,
+            **_as_user(),
+        )
+        ready = threading.Event()
+        threading.Thread(target=self._read, args=(self._popen, ready), daemon=True).start()
+        if not ready.wait(_START_S) or self._popen.poll() is not None:
+            raise RuntimeError("PostgreSQL did not start:\n" + self.log())
+
+    def stop(self, how: signal.Signals = signal.SIGQUIT) -> None:
+        """Stop it: SIGQUIT at once, as a crash would; SIGINT after telling its clients."""
+        if self._popen is not None:
+            self._popen.send_signal(signal.SIGCONT)
+            self._popen.send_signal(how)
+            self._popen.wait(_START_S)
+            self._popen = None
+
+    def restart(self) -> None:
+        """Crash it and start it again."""
+        self.stop()
+        self.start()
+
+    def log(self) -> str:
+        """What it said."""
+        return "\n".join(self._log)
+
+    def url(self, database: str, user: str = _USER) -> str:
+        """URL of a database, as the registry takes it."""
+        return f"postgresql://{user}@/{database}?host={self._folder}"
+
+    def create(self, *, template: str = "template0") -> str:
+        """Make a database from a template that nobody uses; its URL."""
+        name = f"test_{next(self._names)}"
+        self.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
+        return self.url(name)
+
+    def execute(self, statement: str, database: str = "postgres") -> list[tuple[object, ...]]:
+        """Run one statement, outside of a transaction; its rows."""
+        with psycopg.connect(self.url(database), autocommit=True) as connection:
+            cursor = connection.execute(statement.encode())
+            return cursor.fetchall() if cursor.description else []
+
+    def _read(self, popen: subprocess.Popen[str], ready: threading.Event) -> None:
+        assert popen.stderr is not None
+        with popen.stderr as lines:
+            for line in lines:
+                self._log.append(line.rstrip("\n"))
+                if _READY in line:
+                    ready.set()
+        ready.set()
+
+    def _run(self, program: str, *arguments: str) -> None:
+        done = subprocess.run(
+            [str(self._binaries / program), *arguments],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=self._folder,
+            **_as_user(),
+        )
+        if done.returncode:
+            raise RuntimeError(f"{program} failed:\n{done.stdout}{done.stderr}")
+
+
+def _as_user() -> dict[str, object]:
+    return {"user": _USER, "group": _USER, "extra_groups": []} if os.geteuid() == 0 else {}
+
+
+@contextlib.contextmanager
+def postgres_running(*, durable: bool = False) -> Iterator[PostgresServer]:
+    """A server for the length of a block; `durable`: it syncs to disk. Skips the test where it is not installed."""
+    binaries = programs()
+    if binaries is None:
+        pytest.skip(MISSING)
+    # Not in pytest's folder, which another user may not enter; and a socket's path is at most 107 bytes.
+    with tempfile.TemporaryDirectory(prefix="mlmesh-pg-", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        if os.geteuid() == 0:
+            shutil.chown(folder, _USER, _USER)
+        server = PostgresServer(binaries, folder, durable=durable)
+        server.init()
+        server.start()
+        try:
+            yield server
+        finally:
+            server.stop()
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """One server for all tests that do not stop it."""
+    with postgres_running() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def registry_template(postgres: PostgresServer) -> str:
+    """Name of a database with the registry's schema, to make others from."""
+    name = "registry_template"
+    postgres.execute(f"CREATE DATABASE {name} TEMPLATE template0")
+    migrate_registry(postgres.url(name))
+    return name
+
+
+def migrate_registry(url: str) -> None:
+    """Make the registry's schema in a database."""
+    pools = Executors({"writer": 1, "readers": 1})
+    database = Database(
+        PostgresBackend(parse_url(url)),
+        writer=pools["writer"],
+        readers=pools["readers"],
+        clock=utc_now,
+        changes_kept=1,
+        on_commit=lambda _changes: None,
+    )
+    try:
+        database.migrate()
+    finally:
+        database.close()
