@@ -7,7 +7,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from mlmesh_registry import conditions, tables
+from mlmesh_registry import conditions, indexing, tables
 from mlmesh_registry.database import Write
 from mlmesh_registry.events import Change, from_micros, to_micros
 from mlmesh_registry.names import AliasName
@@ -30,6 +30,11 @@ def models(connection: sa.Connection, after: tuple[Any, ...] | None, limit: int)
     return [_model(row) for row in connection.execute(query)]
 
 
+def models_of(connection: sa.Connection, ids: Iterable[str]) -> Sequence[Model]:
+    """Models by id, in no order."""
+    return [_model(row) for row in connection.execute(tables.models.select().where(tables.models.c.id.in_([*ids])))]
+
+
 def insert_model(write: Write, new: Model) -> None:
     """Add a model."""
     write.connection.execute(
@@ -47,6 +52,7 @@ def insert_model(write: Write, new: Model) -> None:
             gates=gates_json(new),
         )
     )
+    indexing.index_model(write, new)
 
 
 def update_model(write: Write, after: Model) -> None:
@@ -65,6 +71,7 @@ def update_model(write: Write, after: Model) -> None:
             purge_time=_micros(after.purge_time),
         )
     )
+    indexing.index_model(write, after)
 
 
 def version(connection: sa.Connection, model_id: str, number: int) -> Version | None:
@@ -86,6 +93,13 @@ def versions(
     if before is not None:
         query = query.where(column.revision < before[0])
     return _versions(connection, connection.execute(query))
+
+
+def versions_of(connection: sa.Connection, revisions: Iterable[int]) -> Sequence[Version]:
+    """Versions by the revisions at which they appeared, in no order."""
+    return _versions(
+        connection, connection.execute(tables.versions.select().where(tables.versions.c.revision.in_([*revisions])))
+    )
 
 
 def insert_version(write: Write, new: Version) -> None:
@@ -113,6 +127,7 @@ def insert_version(write: Write, new: Version) -> None:
     write.connection.execute(
         tables.models.update().where(tables.models.c.id == new.model).values(latest_version=new.number)
     )
+    indexing.index_version(write, new)
 
 
 def alias(connection: sa.Connection, name: AliasName) -> Alias | None:

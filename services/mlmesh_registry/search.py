@@ -1,69 +1,130 @@
-"""Finding versions and models: what is taken out of them when they are written, and how lists are asked for."""
+"""Lists of versions and of models: filtered, ordered, a page at a time."""
 
-from collections.abc import Iterable, Iterator
+import contextlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
-from mlmesh_registry import tables
-from mlmesh_registry.database import Write
-from mlmesh_registry.versions import Content, Model, Version
+import sqlalchemy as sa
 
-START_CHARS = 100
-"""Characters of a value that its index holds."""
+from mlmesh_registry import rows
+from mlmesh_registry.database import Database
+from mlmesh_registry.listing import Place, Plan, find, kinds_of_place, place_of, plan
+from mlmesh_registry.names import model_name
+from mlmesh_registry.paging import make_token, page_size, read_token
+from mlmesh_registry.schema import model_schema, version_schema
+from mlmesh_registry.versions import Model, Version
+from mlmesh_runtime.errors import InvalidInput, NotFound
 
-_LINEAGE = (
-    "job",
-    "dataset",
-    "dataset_fingerprint",
-    "code_digest",
-    "environment_digest",
-    "study",
-    "source_uri",
-)
+T = TypeVar("T")
 
-
-def index_version(write: Write, version: Version) -> None:
-    """Make a version findable; to be called once, in the transaction that inserted it."""
-    connection, key = write.connection, version.revision
-    if terms := [{"revision": key, **row} for row in _rows(_version_terms(version.content))]:
-        connection.execute(tables.version_terms.insert(), terms)
-    if metrics := [
-        {"revision": key, "name": name, "value": float(value), "model": version.model}
-        for name, value in version.content.metrics.items()
-    ]:
-        connection.execute(tables.version_metrics.insert(), metrics)
-    if version.content.description:
-        row = {"revision": key, "folded": folded(version.content.description)}
-        connection.execute(tables.version_texts.insert(), row)
+_TOKEN_CHARS_MAX = 512
 
 
-def index_model(write: Write, model: Model) -> None:
-    """Make a model findable; to be called in the transaction that inserted or changed it."""
-    connection = write.connection
-    for table in (tables.model_terms, tables.model_texts):
-        connection.execute(table.delete().where(table.c.model == model.id))
-    labels = ((f"labels.{key}", value) for key, value in model.labels.items())
-    if terms := [{"model": model.id, **row} for row in _rows(labels)]:
-        connection.execute(tables.model_terms.insert(), terms)
-    if model.description:
-        connection.execute(tables.model_texts.insert(), {"model": model.id, "folded": folded(model.description)})
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """How a list is asked for: the fields that both list requests have."""
+
+    size: int = 0
+    token: str = ""
+    filter: str = ""
+    order_by: str = ""
+    show_deleted: bool = False
 
 
-def folded(text: str) -> str:
-    """Text as it is compared without case."""
-    return text.casefold()
+class Search:
+    """Lists of versions and of models, filtered and ordered.
+
+    Errors: InvalidInput (INVALID_FILTER; INVALID_FIELD of order_by, page_size, page_token), NotFound (MODEL_NOT_FOUND).
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def list_versions(self, model_id: str | None, asked: Asked) -> tuple[Sequence[Version], str]:
+        """One page of the versions of a model, or (None) of all; newest first where no order is asked for."""
+        schema = version_schema(model_id)
+        wanted = plan(schema, asked.filter, asked.order_by, show_deleted=asked.show_deleted)
+
+        def load(connection: sa.Connection, keys: Sequence[Any]) -> Sequence[Version]:
+            found = {version.revision: version for version in rows.versions_of(connection, keys)}
+            return [found[key] for key in keys]
+
+        def check(connection: sa.Connection) -> None:
+            if model_id is not None and rows.model(connection, model_id) is None:
+                raise NotFound(f"{model_name(model_id)} not found", reason="MODEL_NOT_FOUND")
+
+        return await self._page(f"versions of {model_id or '-'}", wanted, asked, load, check)
+
+    async def list_models(self, asked: Asked) -> tuple[Sequence[Model], str]:
+        """One page of the models; by name where no order is asked for."""
+        wanted = plan(model_schema(), asked.filter, asked.order_by, show_deleted=asked.show_deleted)
+
+        def load(connection: sa.Connection, keys: Sequence[Any]) -> Sequence[Model]:
+            found = {model.id: model for model in rows.models_of(connection, keys)}
+            return [found[key] for key in keys]
+
+        return await self._page("models", wanted, asked, load, lambda _connection: None)
+
+    async def _page(
+        self,
+        name: str,
+        wanted: Plan,
+        asked: Asked,
+        load: Callable[[sa.Connection, Sequence[Any]], Sequence[T]],
+        check: Callable[[sa.Connection], None],
+    ) -> tuple[Sequence[T], str]:
+        size = page_size(asked.size)
+        query = json.dumps([name, asked.filter, asked.order_by, asked.show_deleted])
+        token = read_token(asked.token, query, str)
+
+        def transact(connection: sa.Connection) -> tuple[Sequence[T], str]:
+            check(connection)
+            behind = None if token is None else _place(connection, wanted, str(token[0]))
+            found = find(connection, wanted, behind, size + 1)
+            more = _token(query, found[size - 1]) if len(found) > size else ""
+            return load(connection, [place[-1] for place in found[:size]]), more
+
+        return await self._database.read(transact)
 
 
-def _version_terms(content: Content) -> Iterator[tuple[str, str]]:
-    for key, value in content.labels.items():
-        yield f"labels.{key}", value
-    for name in _LINEAGE:
-        if value := getattr(content.lineage, name, ""):
-            yield f"lineage.{name}", value
-    for parent in content.lineage.parents:
-        yield "lineage.parents", parent
-    for artifact in content.artifacts:
-        yield "artifacts.path", artifact.path
+def _token(query: str, place: Sequence[Place]) -> str:
+    token = make_token(query, json.dumps([*place], ensure_ascii=False))
+    # Long labels do not fit; the place is then looked up by its key.
+    return token if len(token) <= _TOKEN_CHARS_MAX else make_token(query, json.dumps([place[-1]]))
 
 
-def _rows(terms: Iterable[tuple[str, str]]) -> Iterator[dict[str, str | int]]:
-    for position, (field, value) in enumerate(terms):
-        yield {"field": field, "position": position, "start": value[:START_CHARS], "value": value}
+def _place(connection: sa.Connection, wanted: Plan, text: str) -> Sequence[Place]:
+    """Place of a token, which anybody may have written."""
+    kinds = kinds_of_place(wanted)
+    with contextlib.suppress(ValueError, RecursionError):
+        place = json.loads(text)
+        if isinstance(place, list) and len(place) == 1 < len(kinds) and _are(place, kinds[-1:]):
+            place = place_of(connection, wanted, place[0])
+        if place is not None and _are(place, kinds):
+            return tuple(place)
+    raise InvalidInput("page_token: not a token of this list, or its place is gone", field="page_token")
+
+
+def _are(values: object, kinds: Sequence[type[Place]]) -> bool:
+    """Whether these are values of these kinds that every database takes."""
+    if not isinstance(values, Sequence) or [type(value) for value in values] != [*kinds]:
+        return False
+    for value in values:
+        if isinstance(value, str) and ("\0" in value or not _encodable(value)):
+            return False
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            return False
+        if isinstance(value, float) and not math.isfinite(value):
+            return False
+    return True
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -195,6 +195,17 @@ requests = Table(
 # Compared character by character on either database, whatever language PostgreSQL was set up for.
 _COMPARED = Text().with_variant(Text(collation="C"), "postgresql")
 
+for _columns in (
+    (versions.c.create_time, versions.c.revision),
+    (versions.c.model, versions.c.create_time, versions.c.revision),
+    (versions.c.creator, versions.c.revision),
+    (versions.c.digest, versions.c.revision),
+    (versions.c.size_bytes, versions.c.revision),
+    (versions.c.stage, versions.c.revision),
+    (aliases.c.alias, aliases.c.model, aliases.c.version),
+):
+    Index(None, *_columns)
+
 # Figures. The model is repeated, so that the best of one model are found without looking at those of the others.
 version_metrics = Table(
     "version_metrics",

@@ -13,6 +13,15 @@ branch_labels = None
 depends_on = None
 
 _COMPARED = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
+_INDEXES = (
+    ("versions", ["create_time", "revision"]),
+    ("versions", ["model", "create_time", "revision"]),
+    ("versions", ["creator", "revision"]),
+    ("versions", ["digest", "revision"]),
+    ("versions", ["size_bytes", "revision"]),
+    ("versions", ["stage", "revision"]),
+    ("aliases", ["alias", "model", "version"]),
+)
 _BATCH = 1000
 _START_CHARS = 100
 
@@ -59,6 +68,8 @@ def upgrade() -> None:
         _owner("version_signatures", "revision", "versions.revision"),
         sa.PrimaryKeyConstraint("revision", "digest", name=op.f("pk_version_signatures")),
     )
+    for table, columns in _INDEXES:
+        op.create_index(op.f(f"ix_{table}_{'_'.join(columns)}"), table, columns)
     for row in _stored("versions", "revision", "model", "manifest"):
         _index_version(row, version_metrics, version_terms, version_texts)
     for row in _stored("models", "id", "labels", "description"):
@@ -69,6 +80,8 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     """Undo."""
+    for table, columns in _INDEXES:
+        op.drop_index(op.f(f"ix_{table}_{'_'.join(columns)}"), table)
     for table in (
         "version_signatures",
         "model_texts",
