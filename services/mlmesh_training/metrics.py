@@ -11,3 +11,7 @@ JOBS_FINISHED = Counter(
 )
 ATTEMPTS = Counter("mlmesh_training_attempts", "Training processes started.", registry=REGISTRY)
 JOBS_ACTIVE = Gauge("mlmesh_training_jobs_active", "Jobs being trained or published now.", registry=REGISTRY)
+STUDIES_ACTIVE = Gauge("mlmesh_training_studies_active", "Studies that have not ended.", registry=REGISTRY)
+TRIALS_FINISHED = Counter(
+    "mlmesh_training_trials_finished", "Trials of studies that ended, by final state.", ["state"], registry=REGISTRY
+)

@@ -1,0 +1,1 @@
+"""Searches over hyperparameters: each trial is a job, the ledger is the only truth, Optuna proposes and prunes."""
