@@ -23,22 +23,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
-from mlmesh_runtime.chunks import sha256_of
 from mlmesh_runtime.executors import BoundedExecutor, run_blocking
-from mlmesh_training import documents
-from mlmesh_training.backends.base import (
-    RESULT_FILE,
-    TASK_FILE,
-    Died,
-    Finished,
-    Outcome,
-    Report,
-    Stopped,
-    TrainingTask,
-)
-from mlmesh_training.backends.process import TrainerProcess, epitaph, first, lines
+from mlmesh_training.backends.base import Died, Finished, Outcome, Paused, Report, Stopped, TrainingTask
+from mlmesh_training.backends.process import PAUSE_SIGNAL, PAUSED_CODE, TrainerProcess, epitaph, first, lines
 from mlmesh_training.backends.reports import read_report
-from mlmesh_training.jobs import LOG_LINE_BYTES_MAX, JobPhase, LogLine, TrainedModel
+from mlmesh_training.backends.results import prepare, read_result
+from mlmesh_training.jobs import LOG_LINE_BYTES_MAX, JobPhase, LogLine
 
 REPORT_BYTES_MAX = 1 << 20
 
@@ -106,12 +96,12 @@ class LocalBackend:
         *,
         report: Callable[[Report], Awaitable[None]],
         stop: asyncio.Event,
-        pause: asyncio.Event,  # noqa: ARG002
+        pause: asyncio.Event,
     ) -> Outcome:
         """Run one attempt; see `Backend.run`."""
         folder = self.folder(task.uid)
         try:
-            await run_blocking(self._executor, _prepare, folder, task)
+            await run_blocking(self._executor, prepare, folder, task)
         except OSError as error:
             return Died(reason=f"cannot write the task: {error.strerror}")
 
@@ -124,14 +114,21 @@ class LocalBackend:
         await report(JobPhase.LOADING_DATA)
         attempt = _Attempt(report=heard, limits=self._limits)
         async with self._process() as process:
-            process.tell(json.dumps({"folder": str(folder), "threads": self._limits.threads}).encode() + b"\n")
-            await attempt.follow(process, stop)
+            threads = task.threads or self._limits.threads
+            order = {"folder": str(folder), "threads": threads, "gpus": task.gpus}
+            process.tell(json.dumps(order).encode() + b"\n")
+            await attempt.follow(process, stop, pause)
         await self._warm_up()
         if stop.is_set():
             return Stopped()
-        if attempt.died is not None:
-            return attempt.died
-        if code := process.process.returncode:
+        return attempt.died or await self._end(folder, process.process.returncode, attempt, paused=pause.is_set())
+
+    async def _end(self, folder: Path, code: int | None, attempt: _Attempt, *, paused: bool) -> Outcome:
+        """What an attempt that ended by itself led to."""
+        # A process that was asked before it could listen had nothing to lose.
+        if paused and code in {PAUSED_CODE, -PAUSE_SIGNAL}:
+            return Paused()
+        if code:
             return Died(reason=epitaph(code, attempt.tail[-1] if attempt.tail else ""))
         try:
             return Finished(model=await run_blocking(self._executor, read_result, folder))
@@ -176,13 +173,14 @@ class _Attempt:
     tail: deque[str] = field(default_factory=lambda: deque(maxlen=5))
     _heard: float = 0.0
 
-    async def follow(self, process: TrainerProcess, stop: asyncio.Event) -> None:
+    async def follow(self, process: TrainerProcess, stop: asyncio.Event, pause: asyncio.Event) -> None:
         """Until the process has ended and everything it said is reported."""
         self._heard = asyncio.get_running_loop().time()
         ended = asyncio.Event()
         async with asyncio.TaskGroup() as group:
             group.create_task(self._outlive(process, ended))
             group.create_task(self._end(process, stop, ended))
+            group.create_task(self._pause(process, pause, ended))
             group.create_task(self._hear_reports(process))
             group.create_task(self._hear_prints(process))
 
@@ -207,6 +205,12 @@ class _Attempt:
             await first(ended, timeout_s=self.limits.stop_grace_s)
             if not ended.is_set():
                 process.signal(signal.SIGKILL)
+
+    async def _pause(self, process: TrainerProcess, pause: asyncio.Event, ended: asyncio.Event) -> None:
+        """Ask the process to pause; it ends by itself then, or when it hangs."""
+        await first(pause, ended, timeout_s=None)
+        if not ended.is_set():
+            process.ask(PAUSE_SIGNAL)
 
     async def _hear_reports(self, process: TrainerProcess) -> None:
         async for line in lines(process.reports, line_bytes_max=REPORT_BYTES_MAX):
@@ -234,21 +238,3 @@ class _Attempt:
                 await self.report(LogLine(severity="info", message=text))
             elif count == self.limits.log_lines_max:
                 await self.report(LogLine(severity="warning", message="too many log lines; the rest is dropped"))
-
-
-def read_result(folder: Path) -> TrainedModel:
-    """What a finished training left, each file verified against its digest.
-
-    Errors: OSError, ValueError, KeyError, TypeError when it is not whole.
-    """
-    model = documents.read_model(json.loads((folder / RESULT_FILE).read_bytes()))
-    for file in model.files:
-        found = sha256_of(folder / file.path)
-        if found != (file.sha256, file.size_bytes):
-            raise ValueError(f"{file.path} is not what was exported ({found[1]} bytes, expected {file.size_bytes})")
-    return model
-
-
-def _prepare(folder: Path, task: TrainingTask) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / TASK_FILE).write_text(documents.dumps(documents.task_document(task)))

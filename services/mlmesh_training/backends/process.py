@@ -11,6 +11,11 @@ from dataclasses import dataclass
 
 from mlmesh_training.backends.lines import LineSplitter
 
+PAUSE_SIGNAL = signal.SIGUSR1
+"""Asks a training process to write a checkpoint and end."""
+PAUSED_CODE = 75
+"""The exit code of one that did (EX_TEMPFAIL of sysexits.h: not done, go on later)."""
+
 
 @dataclass(slots=True, kw_only=True)
 class TrainerProcess:
@@ -78,6 +83,12 @@ class TrainerProcess:
             os.write(self.task_fd, line)
         self._close_task()
 
+    def ask(self, number: signal.Signals) -> None:
+        """Send a signal to it alone."""
+        if self.alive:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.process.pid, number)
+
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to it and to all that it started."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -126,11 +137,15 @@ async def lines(reader: asyncio.StreamReader, *, line_bytes_max: int) -> AsyncIt
         yield line
 
 
-async def first(*events: asyncio.Event, timeout_s: float) -> None:
-    """Wait until one of the events is set, or for so long."""
+async def first(*events: asyncio.Event, timeout_s: float | None) -> None:
+    """Wait until one of the events is set, or for so long; None: without an end."""
     async with asyncio.TaskGroup() as group:
         waiters = [group.create_task(event.wait()) for event in events]
-        await asyncio.wait(waiters, timeout=max(0.0, timeout_s), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(
+            waiters,
+            timeout=timeout_s if timeout_s is None else max(0.0, timeout_s),
+            return_when=asyncio.FIRST_COMPLETED,
+        )
         for waiter in waiters:
             waiter.cancel()
 

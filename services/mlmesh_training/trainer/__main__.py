@@ -10,17 +10,22 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from mlmesh_training.backends.base import RESULT_FILE, Died
+from mlmesh_training.backends.base import RESULT_FILE, TASK_FILE, Died
+from mlmesh_training.backends.process import PAUSED_CODE
+from mlmesh_training.trainer.fitting import forking, pausing
 from mlmesh_training.trainer.reporter import PermanentError, Reporter
 
 _PR_SET_PDEATHSIG = 1
 
 
 def main(argv: Sequence[str]) -> int:
-    """Train the task that comes as one JSON line on standard input. 0: a result is there. 1: it died, and said why."""
+    """Train the task that comes as one JSON line on standard input.
+
+    The exit code is 0 when a result is there, 75 when it paused, 1 when it died and said why.
+    """
     parser = argparse.ArgumentParser(prog="python -m mlmesh_training.trainer", description=main.__doc__)
     parser.add_argument("--report-fd", type=int, required=True, help="open file descriptor for JSON lines")
     parser.add_argument("--parent", type=int, default=0, help="end when this process ends; 0: do not")
@@ -28,6 +33,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     if arguments.parent and not die_with(arguments.parent):
         return 1
+    pausing.listen()
     os.set_inheritable(arguments.report_fd, False)
     if arguments.preload:
         from mlmesh_training.trainer import run  # noqa: PLC0415 - as below
@@ -37,9 +43,13 @@ def main(argv: Sequence[str]) -> int:
     if not line:
         # The service went away while it kept this process in reserve.
         return 0
-    task = json.loads(line)
-    with os.fdopen(arguments.report_fd, "wb", buffering=0) as pipe, locked(Path(task["folder"])):
-        return work(Path(task["folder"]), Reporter(pipe), threads=int(task["threads"]))
+    order = json.loads(line)
+    folder = Path(order["folder"])
+    if "gpus" in order:
+        # torch reads it when it first looks for a GPU, which nothing has done yet.
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpus(order["gpus"], os.environ)
+    with os.fdopen(arguments.report_fd, "wb", buffering=0) as pipe, locked(folder):
+        return work(folder, Reporter(pipe), threads=int(order["threads"]))
 
 
 def work(folder: Path, reporter: Reporter, *, threads: int) -> int:
@@ -48,16 +58,37 @@ def work(folder: Path, reporter: Reporter, *, threads: int) -> int:
         # It was written whole: the service ended before it could take it.
         return 0
     try:
+        if _processes(folder) > 1:
+            # Loads torch for the workers while this process loads it for itself.
+            forking.reserve()
         from mlmesh_training.trainer.run import train  # noqa: PLC0415 - torch takes seconds to import
 
         train(folder, reporter, threads=threads)
+    except pausing.PauseRequested:
+        return PAUSED_CODE
     except PermanentError as error:
         reporter.send(Died(reason=str(error), permanent=True))
+        return 1
+    except forking.GroupLost as error:
+        reporter.send(Died(reason=str(error)))
         return 1
     except OSError as error:
         reporter.send(Died(reason=f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"))
         return 1
     return 0
+
+
+def visible_gpus(gpus: Sequence[int], environ: Mapping[str, str]) -> str:
+    """CUDA_VISIBLE_DEVICES for these GPUs, indexes among those that the environment lets through. None: no GPU."""
+    let_through = environ.get("CUDA_VISIBLE_DEVICES")
+    names = let_through.split(",") if let_through else []
+    return ",".join(names[index].strip() if index < len(names) else str(index) for index in gpus)
+
+
+def _processes(folder: Path) -> int:
+    """Processes that the task in the folder asks for."""
+    task = json.loads((folder / TASK_FILE).read_bytes())
+    return int(task.get("distribution", {}).get("processes", 1))
 
 
 def die_with(parent: int) -> bool:

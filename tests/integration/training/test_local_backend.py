@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mlmesh_runtime.executors import Executors
-from mlmesh_training.backends.base import Died, Finished, Outcome, Report, Stopped, TrainingTask
+from mlmesh_training.backends.base import Died, Finished, Outcome, Paused, Report, Stopped, TrainingTask
 from mlmesh_training.backends.local import LocalBackend, LocalLimits
 from mlmesh_training.jobs import LOG_LINE_BYTES_MAX, JobPhase, LogLine
 from tests.support.training import alive, becomes, children
@@ -197,6 +197,51 @@ async def test_stopping_asks_first_and_then_insists(make: Make, started: Started
             stop.set()
         assert running.result() == Stopped()
         assert started() == []
+
+
+PAUSABLE = """
+signal.signal(signal.SIGUSR1, lambda *_: sys.exit({code}))
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+here()
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "expected"),
+    [
+        (PAUSABLE.format(code=75), Paused()),
+        # It has been asked before it could listen: what it had done is in a checkpoint or nowhere.
+        ("here(); time.sleep(60)", Paused()),
+        (PAUSABLE.format(code=1), Died(reason="its process ended with exit code 1")),
+    ],
+)
+async def test_pausing_asks_the_process_alone_and_nothing_of_it_is_left(
+    make: Make, started: Started, program: str, expected: Outcome
+) -> None:
+    listener, pause = Listener(), asyncio.Event()
+    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+        running = group.create_task(make(program).run(TASK, report=listener, stop=asyncio.Event(), pause=pause))
+        await listener.begun.wait()
+        pause.set()
+    assert running.result() == expected
+    assert started() == []
+
+
+async def test_a_process_that_pauses_unasked_has_died(make: Make) -> None:
+    assert isinstance(await attempt(make("sys.exit(75)")), Died)
+
+
+async def test_stopping_overrides_pausing(make: Make) -> None:
+    listener, stop, pause = Listener(), asyncio.Event(), asyncio.Event()
+    program = "signal.signal(signal.SIGUSR1, lambda *_: tell('phase', phase='EVALUATING')); here(); time.sleep(60)"
+    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+        running = group.create_task(make(program).run(TASK, report=listener, stop=stop, pause=pause))
+        await listener.begun.wait()
+        pause.set()
+        await becomes(lambda: JobPhase.EVALUATING in listener.reports)
+        stop.set()
+    assert running.result() == Stopped()
 
 
 async def test_a_process_that_says_nothing_hangs_and_is_ended(make: Make) -> None:
