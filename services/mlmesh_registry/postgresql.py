@@ -156,7 +156,7 @@ class PostgresBackend:
                     async for notification in connection.notifies():
                         with contextlib.suppress(ValueError):
                             heard(int(notification.payload))
-            except driver.Error as error:
+            except (driver.Error, OSError) as error:
                 if not told:
                     log.warning("the database cannot be listened to; it is tried again", extra={"error": str(error)})
                 told = True

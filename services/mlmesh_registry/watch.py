@@ -86,9 +86,11 @@ class ChangeFeed:
             self._behind_log.clear()
             try:
                 await self._read_log()
-            except MeshError as error:
+            except Exception as error:
+                # Also what is not understood, such as a change that a newer release writes: following never ends.
                 if not told:
-                    log.warning("the log of changes cannot be read; it is tried again", extra={"error": error.message})
+                    trace = None if isinstance(error, MeshError) else error
+                    log.warning("the log of changes cannot be read; it is tried again", exc_info=trace)
                 told = True
                 self._behind_log.set()
                 await asyncio.sleep(_RETRY_S)

@@ -112,6 +112,12 @@ class PostgresServer:
         self.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
         return self.url(name)
 
+    def disconnect(self, database: str, clients: str = "true") -> int:
+        """End the connections to a database, of those clients for whom a condition on pg_stat_activity holds."""
+        whose = f"{clients} AND datname = '{database}'"
+        ended = self.execute(f"SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE {whose}")  # noqa: S608
+        return sum(done is True for (done,) in ended)
+
     def execute(self, statement: str, database: str = "postgres") -> list[tuple[object, ...]]:
         """Run one statement, outside of a transaction; its rows."""
         with psycopg.connect(self.url(database), autocommit=True) as connection:
@@ -139,6 +145,11 @@ class PostgresServer:
         )
         if done.returncode:
             raise RuntimeError(f"{program} failed:\n{done.stdout}{done.stderr}")
+
+
+def name_of(url: str) -> str:
+    """The database that a server's URL names."""
+    return url.partition("@/")[2].partition("?")[0]
 
 
 def _as_user() -> dict[str, object]:
