@@ -11,16 +11,12 @@ import tempfile
 import threading
 from collections import deque
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
 
 import psycopg
 import pytest
-
-from mlmesh_registry.database import Database
-from mlmesh_registry.postgresql import PostgresBackend, parse_url
-from mlmesh_registry.registry import utc_now
-from mlmesh_runtime.executors import Executors
 
 MISSING = "PostgreSQL is not installed: `make tools` installs it on Debian and its kin"
 _READY = "database system is ready to accept connections"
@@ -112,6 +108,19 @@ class PostgresServer:
         self.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
         return self.url(name)
 
+    def create_in(self, folder: Path) -> str:
+        """Make a database whose files are in a folder that every user may write to; its URL. `drop` it in the end."""
+        name = f"test_{next(self._names)}"
+        self.execute(f"CREATE TABLESPACE {name} LOCATION '{_made(folder / name)}'")
+        self.execute(f"CREATE DATABASE {name} TEMPLATE template0 TABLESPACE {name}")
+        return self.url(name)
+
+    def drop(self, url: str) -> None:
+        """Remove what `create_in` made."""
+        name = name_of(url)
+        self.execute(f"DROP DATABASE {name} WITH (FORCE)")
+        self.execute(f"DROP TABLESPACE {name}")
+
     def disconnect(self, database: str, clients: str = "true") -> int:
         """End the connections to a database, of those clients for whom a condition on pg_stat_activity holds."""
         whose = f"{clients} AND datname = '{database}'"
@@ -150,6 +159,13 @@ class PostgresServer:
 def name_of(url: str) -> str:
     """The database that a server's URL names."""
     return url.partition("@/")[2].partition("?")[0]
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    if os.geteuid() == 0:
+        shutil.chown(folder, _USER, _USER)
+    return folder
 
 
 def _as_user() -> dict[str, object]:
@@ -194,12 +210,17 @@ def registry_template(postgres: PostgresServer) -> str:
 
 def migrate_registry(url: str) -> None:
     """Make the registry's schema in a database."""
+    # Every test imports this module; few need the registry.
+    from mlmesh_registry.database import Database
+    from mlmesh_registry.postgresql import PostgresBackend, parse_url
+    from mlmesh_runtime.executors import Executors
+
     pools = Executors({"writer": 1, "readers": 1})
     database = Database(
         PostgresBackend(parse_url(url)),
         writer=pools["writer"],
         readers=pools["readers"],
-        clock=utc_now,
+        clock=lambda: datetime.now(UTC),
         changes_kept=1,
         on_commit=lambda _changes: None,
     )
