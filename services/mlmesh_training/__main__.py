@@ -27,7 +27,7 @@ async def serve(settings: Settings) -> None:
             deadline_exempt={"WatchJob"},
         )
         async with Server(settings, services=[service]) as server, asyncio.TaskGroup() as group:
-            runner = group.create_task(training.runner.run(), name="runner")
+            runner = group.create_task(training.run(), name="training")
             await server.serve_until_signal()
             runner.cancel()
 

@@ -10,9 +10,49 @@ from mlmesh_runtime.config import ConfigError, Variable
 VARIABLES: tuple[Variable, ...] = (
     Variable(name="MLMESH_TRAINING_JOBS_MAX", default="1", meaning="Jobs trained at once; the others wait their turn."),
     Variable(
+        name="MLMESH_TRAINING_BACKEND",
+        default="local",
+        meaning="Where jobs run: local (processes of this machine) or kubernetes.",
+    ),
+    Variable(
+        name="MLMESH_TRAINING_CPUS",
+        default="0",
+        meaning="Processors that jobs may occupy together; 0 takes those that the service may run on.",
+    ),
+    Variable(
+        name="MLMESH_TRAINING_MEMORY_BYTES",
+        default="0",
+        meaning="Main memory that jobs may occupy together; 0 takes that of the machine or the control group.",
+    ),
+    Variable(
+        name="MLMESH_TRAINING_GPUS",
+        default="0",
+        meaning="GPUs that jobs may occupy together; 0 takes those that are there (CUDA_VISIBLE_DEVICES counts).",
+    ),
+    Variable(
+        name="MLMESH_TRAINING_TIME_LIMIT_S",
+        default="604800",
+        meaning="Seconds that a job's attempts may run, all together, where the job does not say.",
+    ),
+    Variable(
+        name="MLMESH_TRAINING_KEPT_S",
+        default="86400",
+        meaning="Seconds for which checkpoints of a failed or cancelled job are kept for RetryJob.",
+    ),
+    Variable(
+        name="MLMESH_TRAINING_FINISHED_KEPT_S",
+        default="2592000",
+        meaning="Seconds after its end at which a job is forgotten, with its events.",
+    ),
+    Variable(
+        name="MLMESH_TRAINING_FINISHED_MAX",
+        default="100000",
+        meaning="Ended jobs that are kept; beyond that the oldest are forgotten.",
+    ),
+    Variable(
         name="MLMESH_TRAINING_QUEUE_ITEMS_MAX",
         default="1000",
-        meaning="Jobs that may wait; one more is refused (QUEUE_FULL).",
+        meaning="Jobs that may wait or be paused; one more is refused (QUEUE_FULL).",
     ),
     Variable(
         name="MLMESH_TRAINING_EVENTS_PER_JOB_MAX",
@@ -22,7 +62,7 @@ VARIABLES: tuple[Variable, ...] = (
     Variable(
         name="MLMESH_TRAINING_THREADS",
         default="0",
-        meaning="Threads of torch in a training process; 0 takes all processors it may run on.",
+        meaning="Threads of torch in a training process; 0 divides the job's processors by its processes.",
     ),
     Variable(
         name="MLMESH_TRAINING_WARM",
@@ -47,7 +87,7 @@ VARIABLES: tuple[Variable, ...] = (
     Variable(
         name="MLMESH_TRAINING_PUBLISH_S",
         default="900",
-        meaning="Seconds for which a trained model is offered to a registry that does not answer; then the job fails.",
+        meaning="Seconds for which a registry that does not answer is asked, to publish or fetch; then the job fails.",
     ),
     Variable(
         name="MLMESH_TRAINING_WATCH_STALL_S",
@@ -62,6 +102,14 @@ class TrainingSettings:
     """What bounds a training service. Times are seconds; the table above says what each means."""
 
     jobs_max: int = 1
+    backend: str = "local"
+    cpus: float = 0.0
+    memory_bytes: int = 0
+    gpus: int = 0
+    time_limit_s: float = 604_800.0
+    kept_s: float = 86_400.0
+    finished_kept_s: float = 2_592_000.0
+    finished_max: int = 100_000
     queue_items_max: int = 1000
     events_per_job_max: int = 100_000
     threads: int = 0
@@ -75,20 +123,34 @@ class TrainingSettings:
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> TrainingSettings:
         """Read and check. Raises ConfigError that names the first wrong variable."""
-        values: dict[str, int | float] = {}
+        values: dict[str, int | float | str] = {}
         for variable in VARIABLES:
             field = variable.name.removeprefix("MLMESH_TRAINING_").lower()
-            kind = float if field.endswith("_s") else int
             text = environ.get(variable.name, "").strip() or variable.default
-            try:
-                value = kind(text)
-            except ValueError:
-                raise ConfigError(f"{variable.name}: expected a number, got {text!r}") from None
-            least = 0 if field in {"threads", "retry_s", "warm"} else 1e-3
-            if not least <= value < 2**31:
-                raise ConfigError(f"{variable.name}: expected a number above 0, got {text!r}")
-            values[field] = value
+            values[field] = _choice(variable.name, text) if field in _CHOICES else _number(variable.name, field, text)
         return cls(**values)  # type: ignore[arg-type]  # each field got the kind that its name asks for
+
+
+_CHOICES = {"backend": ("local", "kubernetes")}
+_ZERO = frozenset({"threads", "retry_s", "warm", "cpus", "memory_bytes", "gpus", "kept_s"})
+
+
+def _choice(name: str, text: str) -> str:
+    choices = _CHOICES[name.removeprefix("MLMESH_TRAINING_").lower()]
+    if text not in choices:
+        raise ConfigError(f"{name}: expected {' or '.join(choices)}, got {text!r}")
+    return text
+
+
+def _number(name: str, field: str, text: str) -> int | float:
+    kind = float if field.endswith("_s") or field == "cpus" else int
+    try:
+        value = kind(text)
+    except ValueError:
+        raise ConfigError(f"{name}: expected a number, got {text!r}") from None
+    if not (0 if field in _ZERO else 1e-3) <= value < (2**63 if field == "memory_bytes" else 2**31):
+        raise ConfigError(f"{name}: expected a number above 0, got {text!r}")
+    return value
 
 
 def trainer_environment(environ: Mapping[str, str]) -> Mapping[str, str]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import datetime
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from mlmesh.training.v1 import training_pb2 as pb
+from mlmesh_runtime.errors import InvalidInput
 from mlmesh_training import convert_options as options
 from mlmesh_training import jobs
-from mlmesh_training.jobs import Job, JobSpec, Progress, Publication
+from mlmesh_training.jobs import Job, JobSpec, JobState, Progress, Publication
 from mlmesh_training.options import Distribution, FitOptions, Resources
 from mlmesh_training.recipes import Recipe
 
@@ -35,6 +37,14 @@ def spec(message: pb.JobSpec) -> JobSpec:
         optimization=options.optimization(message.optimization) if message.HasField("optimization") else None,
         labels=dict(message.labels),
     )
+
+
+def states(values: Iterable[pb.JobState.ValueType]) -> frozenset[JobState]:
+    """States to look for. Errors: InvalidInput for one that is not set."""
+    names = {pb.JobState.Name(value).removeprefix("JOB_STATE_") for value in values}
+    if "UNSPECIFIED" in names:
+        raise InvalidInput("states: JOB_STATE_UNSPECIFIED is no state; leave states empty for all", field="states")
+    return frozenset(map(JobState, names))
 
 
 def uid(name: str) -> str:

@@ -51,19 +51,25 @@ class JobPhase(enum.StrEnum):
 
 
 FINAL = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED})
+WAITING = frozenset({JobState.QUEUED, JobState.RETRYING})
+"""Of these the scheduler chooses."""
 
 LEGAL: Mapping[JobState, frozenset[JobState]] = MappingProxyType(
     {
-        JobState.QUEUED: frozenset({JobState.RUNNING, JobState.CANCELLED}),
-        JobState.RUNNING: frozenset({JobState.RETRYING, JobState.CANCELLING, JobState.SUCCEEDED, JobState.FAILED}),
-        JobState.RETRYING: frozenset({JobState.RUNNING, JobState.CANCELLED, JobState.FAILED}),
+        JobState.QUEUED: frozenset({JobState.RUNNING, JobState.PAUSED, JobState.CANCELLED}),
+        JobState.RUNNING: frozenset(
+            {JobState.RETRYING, JobState.PAUSING, JobState.CANCELLING, JobState.SUCCEEDED, JobState.FAILED}
+        ),
+        JobState.RETRYING: frozenset({JobState.RUNNING, JobState.PAUSED, JobState.CANCELLED, JobState.FAILED}),
+        # A job may end while it is asked to pause: there was nothing left to do, or it failed for good.
         JobState.PAUSING: frozenset({JobState.PAUSED, JobState.CANCELLING, JobState.SUCCEEDED, JobState.FAILED}),
         JobState.PAUSED: frozenset({JobState.QUEUED, JobState.CANCELLED}),
         # A version that is being registered when the request comes is registered: then the job has succeeded.
         JobState.CANCELLING: frozenset({JobState.CANCELLED, JobState.SUCCEEDED}),
         JobState.SUCCEEDED: frozenset(),
-        JobState.FAILED: frozenset(),
-        JobState.CANCELLED: frozenset(),
+        # Only by RetryJob.
+        JobState.FAILED: frozenset({JobState.QUEUED}),
+        JobState.CANCELLED: frozenset({JobState.QUEUED}),
     }
 )
 
@@ -260,8 +266,8 @@ class Job:
     Attributes:
         uid: the name is "jobs/{uid}".
         hyperparameters: all of the recipe's, resolved when the job was accepted.
-        attempts: processes started.
-        failures: attempts that ended by their own fault; these use up the retries.
+        attempts: started, since the job was accepted.
+        failures: attempts that ended by their own fault; these use up the retries. RetryJob starts anew at 0.
         interruptions: attempts in a row cut off by the service's own end, without a checkpoint in between.
         trained: set once training has left a model; from then on only publishing is left.
         registering: set before the version is created, so that a crash or a cancellation knows it may exist.
@@ -272,6 +278,10 @@ class Job:
         resources: what it occupies while it runs, defaults filled in.
         history: attempts that ended, oldest first, at most ATTEMPTS_KEPT.
         run_s: seconds that its attempts ran, added up; by a clock that does not jump.
+        spared_s: of these, the ones from before the last RetryJob: the time limit does not count them.
+        attempt_time: when the attempt that runs now began.
+        attempt_from_s: `run_s` at that moment.
+        files: whether anything of it is kept in its folder.
         queue_position: jobs ahead of it, while it is queued; filled in when it is read.
     """
 
@@ -300,6 +310,10 @@ class Job:
     resources: Resources = dataclasses.field(default_factory=Resources)
     history: tuple[Attempt, ...] = ()
     run_s: float = 0.0
+    spared_s: float = 0.0
+    attempt_time: datetime | None = None
+    attempt_from_s: float = 0.0
+    files: bool = False
     optimization: OptimizationResult | None = None
     queue_position: int = 0
 

@@ -6,31 +6,24 @@ methods block; run them on an executor of one thread, which makes the writers a 
 
 from __future__ import annotations
 
-import functools
 import hashlib
+import heapq
 import json
-import sqlite3
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from alembic import command
-from alembic.config import Config
 
-from mlmesh_runtime.chunks import disk_full
-from mlmesh_runtime.errors import AlreadyExists, InvalidInput, NotFound, Overloaded, RevisionLost
+from mlmesh_runtime.errors import AlreadyExists, NotFound, Overloaded, RevisionLost
 from mlmesh_training import documents, tables
-from mlmesh_training.jobs import FINAL, Event, Job, JobChanged, JobState
+from mlmesh_training.database import Database
+from mlmesh_training.expiry import SqlExpiry
+from mlmesh_training.jobs import FINAL, WAITING, Event, Job, JobChanged, JobSpec, JobState
 from mlmesh_training.moves import Decision
-
-BUSY_TIMEOUT_S = 5.0
-_MIGRATIONS = Path(__file__).parent / "migrations"
-# SQLite says "full" for ENOSPC, and an I/O error of these kinds for a quota or a file size limit.
-_SQLITE_FULL = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE})
+from mlmesh_training.options import Resources
+from mlmesh_training.schedule import Choice, Waiting
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +31,7 @@ class LedgerLimits:
     """Bounds of the ledger."""
 
     queued_jobs_max: int = 1000
-    """Jobs that may wait; one more is refused with QUEUE_FULL."""
+    """Jobs that may wait or be paused; one more is refused with QUEUE_FULL."""
     events_per_job_max: int = 100_000
     """Events kept of a job; its oldest are dropped beyond that."""
 
@@ -65,19 +58,24 @@ class SqlJobLedger:
         self._clock = clock
         self._on_commit = on_commit
         self._limits = limits
-        self._engine = _engine(url)
+        self._database = Database(url)
+        self.transaction = self._database.transaction
+        self.expiry = SqlExpiry(self.transaction, on_commit=on_commit)
 
     def migrate(self) -> None:
         """Bring the schema up to date, in one transaction. Call it before anything else."""
-        config = Config()
-        config.set_main_option("script_location", str(_MIGRATIONS))
-        with self._transaction() as connection:
-            config.attributes["connection"] = connection
-            command.upgrade(config, "head")
+        self._database.migrate()
 
     def close(self) -> None:
         """Close the database."""
-        self._engine.dispose()
+        self._database.close()
+
+    def earlier(self, spec: JobSpec, *, creator: str = "", study: str = "", request_id: str = "") -> Job | None:
+        """What the same request stored before, as it was answered then. Errors: AlreadyExists (REQUEST_ID_REUSED)."""
+        if not request_id:
+            return None
+        with self.transaction() as connection:
+            return self._earlier(connection, request_id, _digest(spec, creator, study))
 
     def create(self, job: Job, *, request_id: str = "") -> Job:
         """Store a new job as QUEUED with its first event, or return what the same request stored before.
@@ -85,28 +83,27 @@ class SqlJobLedger:
         Errors: AlreadyExists (REQUEST_ID_REUSED) when the request id came with other content or from another caller,
         Overloaded (QUEUE_FULL).
         """
-        digest = hashlib.sha256(
-            documents.dumps({"spec": documents.spec_document(job.spec), "creator": job.creator}).encode()
-        ).hexdigest()
-        first = replace(job, last_sequence=1)
-        with self._transaction() as connection:
+        digest = _digest(job.spec, job.creator, job.study)
+        with self.transaction() as connection:
             if request_id and (earlier := self._earlier(connection, request_id, digest)):
                 return earlier
-            queued = sa.select(sa.func.count()).where(tables.jobs.c.state == JobState.QUEUED)
-            if connection.execute(queued).scalar_one() >= self._limits.queued_jobs_max:
-                raise Overloaded(
-                    f"{self._limits.queued_jobs_max} jobs wait already", reason="QUEUE_FULL", retry_after_s=30.0
-                )
+            self._refuse_more(connection)
+            ahead = connection.execute(_ahead(job.spec.priority, None)).scalar_one()
+            first = replace(job, last_sequence=1, queue_position=ahead)
             number = connection.execute(
                 tables.jobs.insert()
                 .values(
                     uid=job.uid,
-                    state=job.state,
                     request_id=request_id or None,
                     request_digest=digest,
                     first_sequence=1,
-                    last_sequence=1,
-                    document=documents.dumps(documents.job_document(first)),
+                    study=job.study,
+                    priority=job.spec.priority,
+                    cpus=job.spec.resources.cpus,
+                    memory_bytes=job.spec.resources.memory_bytes,
+                    gpus=job.spec.resources.gpus,
+                    processes=job.spec.distribution.processes,
+                    **_kept(first),
                 )
                 .returning(tables.jobs.c.number)
             ).scalar_one()
@@ -116,67 +113,96 @@ class SqlJobLedger:
 
     def get(self, uid: str) -> Job:
         """Read one job. Errors: NotFound (JOB_NOT_FOUND)."""
-        with self._transaction() as connection:
-            return _job(self._row(connection, uid))
+        with self.transaction() as connection:
+            row = self._row(connection, uid)
+            return self._shown(connection, [row])[0]
 
-    def page(self, *, size: int, before: int | None = None) -> tuple[Sequence[Job], int | None]:
-        """Jobs newest first, at most size, older than number `before`; and the next `before`, None at the end."""
-        statement = sa.select(tables.jobs).order_by(tables.jobs.c.number.desc()).limit(size + 1)
-        if before is not None:
-            statement = statement.where(tables.jobs.c.number < before)
-        with self._transaction() as connection:
-            rows = connection.execute(statement).all()
-        return [_job(row) for row in rows[:size]], (rows[size - 1].number if len(rows) > size else None)
+    def page(
+        self, *, size: int, before: int | None = None, states: Collection[JobState] = (), study: str = ""
+    ) -> tuple[Sequence[Job], int | None]:
+        """Jobs newest first, at most size, older than number `before`; and the next `before`, None at the end.
+
+        Args:
+            states: only jobs in these; empty means all.
+            study: only trials of this one; empty means all jobs.
+        """
+        columns = tables.jobs.c
+        with self.transaction() as connection:
+            # One short look into an index for each state is faster than sorting all jobs of several states.
+            found = [
+                connection.execute(statement).scalars().all()
+                for statement in _newest(size + 1, before=before, states=states, study=study)
+            ]
+            numbers = list(heapq.merge(*found, reverse=True))[: size + 1]
+            chosen = sa.select(tables.jobs).where(columns.number.in_(numbers[:size])).order_by(columns.number.desc())
+            jobs = self._shown(connection, connection.execute(chosen).all())
+        return jobs, (numbers[size - 1] if len(numbers) > size else None)
 
     def unfinished(self) -> Sequence[Job]:
         """All jobs that have not ended, oldest first."""
-        statement = sa.select(tables.jobs).where(tables.jobs.c.state.not_in(FINAL)).order_by(tables.jobs.c.number)
-        with self._transaction() as connection:
+        columns = tables.jobs.c
+        present = [state for state in JobState if state not in FINAL]
+        statement = sa.select(tables.jobs).where(columns.state.in_(present)).order_by(columns.number)
+        with self.transaction() as connection:
             return [_job(row) for row in connection.execute(statement)]
 
-    def next_runnable(self, *, excluding: Sequence[str]) -> Job | None:
-        """The oldest job that waits to run, None when there is none."""
-        statement = (
-            sa.select(tables.jobs)
-            .where(tables.jobs.c.state.in_([JobState.QUEUED, JobState.RETRYING]), tables.jobs.c.uid.not_in(excluding))
-            .order_by(tables.jobs.c.number)
-            .limit(1)
-        )
-        with self._transaction() as connection:
-            row = connection.execute(statement).one_or_none()
-        return None if row is None else _job(row)
+    def choose(
+        self, decide: Callable[[Sequence[Waiting]], Choice | None], *, excluding: Collection[str]
+    ) -> Choice | None:
+        """Have one of the jobs that wait chosen, and note who was passed; nothing else changes.
+
+        Args:
+            excluding: uids that are not to be chosen from.
+        """
+        columns = tables.jobs.c
+        wanted = (
+            "uid", "number", "state", "priority", "cpus", "memory_bytes", "gpus", "processes", "light", "passed"
+        )  # fmt: skip
+        statement = sa.select(*(columns[name] for name in wanted)).where(columns.state.in_(WAITING))
+        with self.transaction() as connection:
+            waiting = [_waiting(row) for row in connection.execute(statement) if row.uid not in excluding]
+            choice = decide(waiting)
+            if choice is not None and choice.passed:
+                numbers = [job.number for job in choice.passed]
+                connection.execute(
+                    tables.jobs.update().where(columns.number.in_(numbers)).values(passed=columns.passed + 1)
+                )
+        return choice
 
     def change(self, uid: str, decide: Callable[[Job, datetime], Decision]) -> Job:
         """Read a job, decide, write what was decided: all in one transaction. Returns the job as stored.
 
-        Errors: NotFound (JOB_NOT_FOUND), and what `decide` raises; then nothing is changed.
+        Errors: NotFound (JOB_NOT_FOUND), Overloaded (QUEUE_FULL) when it would wait and too many do, and what `decide`
+        raises; then nothing is changed.
         """
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             row = self._row(connection, uid)
             before = _job(row)
             now = self._clock()
             after, bodies = decide(before, now)
             if after == before and not bodies:
-                return before
-            after = replace(after, last_sequence=before.last_sequence + len(bodies))
+                return self._shown(connection, [row])[0]
+            if before.final and not after.final:
+                self._refuse_more(connection)
+            after = replace(after, last_sequence=before.last_sequence + len(bodies), queue_position=0)
+            shown = after
+            if after.state is JobState.QUEUED:
+                ahead = connection.execute(_ahead(row.priority, row.number)).scalar_one()
+                shown = replace(after, queue_position=ahead)
             entries = []
             for sequence, body in enumerate(bodies, before.last_sequence + 1):
-                entry = JobChanged(job=replace(after, last_sequence=sequence)) if isinstance(body, JobChanged) else body
+                entry = JobChanged(job=replace(shown, last_sequence=sequence)) if isinstance(body, JobChanged) else body
                 entries.append(Event(sequence=sequence, time=now, body=entry))
             self._insert(connection, row.number, entries)
             first = self._trimmed(connection, row, after.last_sequence)
+            passed = row.passed if after.state in WAITING else 0
             connection.execute(
                 tables.jobs.update()
                 .where(tables.jobs.c.number == row.number)
-                .values(
-                    state=after.state,
-                    first_sequence=first,
-                    last_sequence=after.last_sequence,
-                    document=documents.dumps(documents.job_document(after)),
-                )
+                .values(first_sequence=first, passed=passed, **_kept(after))
             )
         self._on_commit(uid, after.last_sequence)
-        return after
+        return shown
 
     def events(self, uid: str, *, from_sequence: int, limit: int) -> tuple[Sequence[Event], bool]:
         """Events from a sequence on, at most limit; and whether the job has ended and these are its last.
@@ -185,7 +211,7 @@ class SqlJobLedger:
         from_sequence is no longer kept or was never reached.
         """
         columns = tables.events.c
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             row = self._row(connection, uid)
             start = from_sequence or row.first_sequence
             if not row.first_sequence <= start <= row.last_sequence + 1:
@@ -209,16 +235,50 @@ class SqlJobLedger:
             return None
         if row.request_digest != digest:
             raise AlreadyExists(f"request_id {request_id!r} was used for another job", reason="REQUEST_ID_REUSED")
+        first = connection.execute(
+            sa.select(tables.events).where(tables.events.c.job == row.number, tables.events.c.sequence == 1)
+        ).one_or_none()
+        if first is not None and isinstance(body := _event(first).body, JobChanged):
+            return body.job
         now = _job(row)
-        # The first answer again: the job as it was when it was accepted.
+        # The first answer again, as far as it is known yet: the job as it was when it was accepted.
         return Job(
             uid=now.uid,
             spec=now.spec,
             hyperparameters=now.hyperparameters,
             create_time=now.create_time,
             creator=now.creator,
+            study=now.study,
+            resolved_dataset=now.resolved_dataset,
+            resolved_source=now.resolved_source,
             last_sequence=1,
         )
+
+    def _refuse_more(self, connection: sa.Connection) -> None:
+        """Errors: Overloaded (QUEUE_FULL)."""
+        states = tables.jobs.c.state
+        held = sa.select(sa.func.count()).where(states.in_([JobState.QUEUED, JobState.PAUSED]))
+        if connection.execute(held).scalar_one() >= self._limits.queued_jobs_max:
+            raise Overloaded(
+                f"{self._limits.queued_jobs_max} jobs wait already", reason="QUEUE_FULL", retry_after_s=30.0
+            )
+
+    def _shown(self, connection: sa.Connection, rows: Sequence[sa.Row[Any]]) -> list[Job]:
+        """Jobs of rows, with the places of those that are queued."""
+        queued = [row.number for row in rows if row.state == JobState.QUEUED]
+        columns = tables.jobs.c
+        places: dict[int, int] = {}
+        if len(queued) == 1:
+            row = next(row for row in rows if row.number == queued[0])
+            places = {row.number: connection.execute(_ahead(row.priority, row.number)).scalar_one()}
+        elif queued:
+            order = (
+                sa.select(columns.number)
+                .where(columns.state == JobState.QUEUED)
+                .order_by(columns.priority.desc(), columns.number)
+            )
+            places = {number: place for place, number in enumerate(connection.execute(order).scalars())}
+        return [replace(_job(row), queue_position=places.get(row.number, 0)) for row in rows]
 
     def _row(self, connection: sa.Connection, uid: str) -> sa.Row[Any]:
         row = connection.execute(sa.select(tables.jobs).where(tables.jobs.c.uid == uid)).one_or_none()
@@ -252,30 +312,60 @@ class SqlJobLedger:
         connection.execute(tables.events.delete().where(columns.job == row.number, columns.sequence < first))
         return first
 
-    @contextmanager
-    def _transaction(self) -> Iterator[sa.Connection]:
-        try:
-            with self._engine.begin() as connection:
-                yield connection
-        except sa.exc.DBAPIError as error:
-            if getattr(error.orig, "sqlite_errorcode", None) in _SQLITE_FULL:
-                raise disk_full("a change of a job") from error
-            raise
+
+def _digest(spec: JobSpec, creator: str, study: str) -> str:
+    """SHA-256 over who asked for what."""
+    asked = {"spec": documents.spec_document(spec), "creator": creator, **({"study": study} if study else {})}
+    return hashlib.sha256(documents.dumps(asked).encode()).hexdigest()
 
 
-def page_key(token: str) -> int | None:
-    """The number in a page token, None for the first page. Errors: InvalidInput."""
-    if not token:
-        return None
-    head, _, number = token.partition("-")
-    if head != "before" or not (number.isascii() and number.isdigit()) or len(number) > 18:
-        raise InvalidInput("page_token: not a token of this list; start without one", field="page_token")
-    return int(number)
+def _kept(job: Job) -> dict[str, Any]:
+    """Columns that follow from the job as it is."""
+    return {
+        "state": job.state,
+        "last_sequence": job.last_sequence,
+        "light": job.trained is not None,
+        "end_time": None if job.end_time is None else job.end_time.isoformat(),
+        "files": job.files,
+        "document": documents.dumps(documents.job_document(job)),
+    }
 
 
-def page_token(key: int | None) -> str:
-    """The token of the page that goes on before a number; empty for none."""
-    return "" if key is None else f"before-{key}"
+def _ahead(priority: int, number: int | None) -> sa.Select[int]:
+    """How many queued jobs come before one; None for the number of one that is yet to come."""
+    columns = tables.jobs.c
+    earlier = (
+        columns.priority == priority if number is None else ((columns.priority == priority) & (columns.number < number))
+    )
+    return sa.select(sa.func.count()).where(columns.state == JobState.QUEUED, (columns.priority > priority) | earlier)
+
+
+def _newest(limit: int, *, before: int | None, states: Collection[JobState], study: str) -> Iterator[sa.Select[int]]:
+    """Statements, each of which an index answers in order, that together find the newest jobs."""
+    columns = tables.jobs.c
+    base = sa.select(columns.number).order_by(columns.number.desc()).limit(limit)
+    if before is not None:
+        base = base.where(columns.number < before)
+    if study:
+        base = base.where(columns.study == study)
+        states = states or tuple(JobState)
+    if not states:
+        yield base
+    for state in sorted(set(states)):
+        yield base.where(columns.state == state)
+
+
+def _waiting(row: sa.Row[Any]) -> Waiting:
+    return Waiting(
+        uid=row.uid,
+        number=row.number,
+        priority=row.priority,
+        asked=Resources(cpus=row.cpus, memory_bytes=row.memory_bytes, gpus=row.gpus),
+        processes=row.processes,
+        retrying=row.state == JobState.RETRYING,
+        light=row.light,
+        passed=row.passed,
+    )
 
 
 def _job(row: sa.Row[Any]) -> Job:
@@ -288,27 +378,3 @@ def _event(row: sa.Row[Any]) -> Event:
         time=documents.read_time(row.time),
         body=documents.read_body(row.kind, json.loads(row.document)),
     )
-
-
-def _engine(url: str) -> sa.Engine:
-    engine = sa.create_engine(
-        url,
-        poolclass=sa.QueuePool,
-        pool_size=1,
-        max_overflow=0,
-        connect_args={"timeout": BUSY_TIMEOUT_S, "check_same_thread": False},
-    )
-
-    def configure(connection: Any, _record: object) -> None:
-        # The driver's own idea of when to begin is switched off; SQLAlchemy's "begin" event says how.
-        connection.isolation_level = None
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "trusted_schema=OFF"):
-            connection.execute(f"PRAGMA {pragma}").close()
-
-    sa.event.listen(engine, "connect", configure)
-    sa.event.listen(engine, "begin", functools.partial(_begin, "BEGIN IMMEDIATE"))
-    return engine
-
-
-def _begin(statement: str, connection: sa.Connection) -> None:
-    connection.exec_driver_sql(statement)

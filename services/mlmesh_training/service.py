@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import fcntl
 import os
 import secrets
 from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,21 +16,33 @@ from pathlib import Path
 import grpc
 
 from mlmesh_runtime.config import ConfigError, Settings
-from mlmesh_runtime.executors import Executors, run_blocking
+from mlmesh_runtime.executors import BoundedExecutor, Executors, run_blocking
 from mlmesh_training.backends.local import LocalBackend, LocalLimits
+from mlmesh_training.capacity import present
 from mlmesh_training.config import TrainingSettings, trainer_environment
 from mlmesh_training.ledger import LedgerLimits, SqlJobLedger
+from mlmesh_training.options import Resources
+from mlmesh_training.ports import NamedOnly
 from mlmesh_training.publish import RegistryPublisher
 from mlmesh_training.queue import JobQueue, Wakeups
+from mlmesh_training.retention import Retention, RetentionLimits, sweep
 from mlmesh_training.runner import Runner, RunnerLimits
+from mlmesh_training.schedule import Capacity
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Training:
-    """An open training service: its queue serves the RPCs, its runner is to be awaited beside them."""
+    """An open training service: its queue serves the RPCs, `run` is to be awaited beside them."""
 
     queue: JobQueue
     runner: Runner
+    retention: Retention
+
+    async def run(self) -> None:
+        """Work on the queue, and remove what expires. Never returns."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self.runner.run(), name="runner")
+            group.create_task(self.retention.run(), name="retention")
 
 
 @contextlib.asynccontextmanager
@@ -45,36 +59,69 @@ async def open_training(
                 on_commit=lambda uid, _sequence: wakeups.announce(uid),
                 limits=LedgerLimits(queued_jobs_max=own.queue_items_max, events_per_job_max=own.events_per_job_max),
             )
+            capacity = capacity_of(settings, own)
             try:
                 await run_blocking(executors["ledger"], ledger.migrate)
-                queue = JobQueue(ledger, executor=executors["ledger"], wakeups=wakeups, clock=_now, new_uid=_new_uid)
-                backend = LocalBackend(
-                    folder / "jobs",
-                    executor=executors["disk"],
-                    environ=trainer_environment(settings.environ),
-                    limits=LocalLimits(
-                        stop_grace_s=own.stop_s,
-                        silence_s_max=own.silence_s,
-                        threads=own.threads,
-                        warm=own.warm > 0,
-                    ),
+                fetcher = NamedOnly()
+                queue = JobQueue(
+                    ledger,
+                    executor=executors["ledger"],
+                    wakeups=wakeups,
+                    clock=_now,
+                    new_uid=_new_uid,
+                    capacity=capacity,
+                    fetcher=fetcher,
                 )
-                await _sweep(queue, backend)
-                publisher = RegistryPublisher(registry, folder=backend.folder, executor=executors["disk"])
-                limits = RunnerLimits(jobs_max=own.jobs_max, retry_s=own.retry_s, publish_s=own.publish_s)
-                async with backend:
-                    runner = Runner(queue, backend=backend, publisher=publisher, limits=limits)
-                    yield Training(queue=queue, runner=runner)
+                async with _backend(settings, own, folder=folder, executor=executors["disk"]) as backend:
+                    await sweep(queue, present=await backend.kept(), discard=backend.discard)
+                    publisher = RegistryPublisher(registry, folder=backend.folder, executor=executors["disk"])
+                    limits = RunnerLimits(retry_s=own.retry_s, publish_s=own.publish_s, time_limit_s=own.time_limit_s)
+                    retention = Retention(queue, discard=backend.discard, clock=_now, limits=_kept(own))
+                    runner = Runner(
+                        queue,
+                        backend=backend,
+                        publisher=publisher,
+                        retention=retention,
+                        fetcher=fetcher,
+                        limits=limits,
+                    )
+                    yield Training(queue=queue, runner=runner, retention=retention)
             finally:
                 await run_blocking(executors["ledger"], ledger.close)
 
 
-async def _sweep(queue: JobQueue, backend: LocalBackend) -> None:
-    """Remove what a crash between a job's end and the removal of its files left behind."""
-    unfinished = {job.uid for job in await queue.unfinished()}
-    for uid in await backend.kept():
-        if uid not in unfinished:
-            await backend.discard(uid)
+def capacity_of(settings: Settings, own: TrainingSettings) -> Capacity:
+    """What jobs may occupy: what was said, else what the machine has."""
+    here = present(settings.environ)
+    total = Resources(
+        cpus=own.cpus or here.cpus, memory_bytes=own.memory_bytes or here.memory_bytes, gpus=own.gpus or here.gpus
+    )
+    return Capacity(total=total, jobs_max=own.jobs_max, threads=own.threads)
+
+
+def _backend(
+    settings: Settings, own: TrainingSettings, *, folder: Path, executor: BoundedExecutor
+) -> AbstractAsyncContextManager[LocalBackend]:
+    """The place where jobs run, closed at the end of the block. Errors: ConfigError."""
+    if own.backend != "local":
+        raise ConfigError(f"MLMESH_TRAINING_BACKEND: {own.backend} is not available in this installation; use local")
+    return LocalBackend(
+        folder / "jobs",
+        executor=executor,
+        environ=trainer_environment(settings.environ),
+        limits=LocalLimits(
+            stop_grace_s=own.stop_s, silence_s_max=own.silence_s, threads=own.threads, warm=own.warm > 0
+        ),
+    )
+
+
+def _kept(own: TrainingSettings) -> RetentionLimits:
+    return RetentionLimits(
+        kept_s=own.kept_s,
+        finished_kept_s=own.finished_kept_s,
+        finished_max=own.finished_max,
+        look_s=min(60.0, own.kept_s + 1),
+    )
 
 
 @contextlib.contextmanager

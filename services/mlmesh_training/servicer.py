@@ -12,7 +12,7 @@ from mlmesh.training.v1.training_pb2_grpc import TrainingServiceServicer as Base
 from mlmesh_runtime.errors import Overloaded
 from mlmesh_runtime.identity import current_identity
 from mlmesh_training import convert
-from mlmesh_training.ledger import page_key, page_token
+from mlmesh_training.paging import page_key, page_token
 from mlmesh_training.queue import JobQueue
 from mlmesh_training.recipes import RECIPES
 
@@ -41,12 +41,28 @@ class TrainingServicer(Base):
 
     async def ListJobs(self, request: pb.ListJobsRequest, context: Any) -> pb.ListJobsResponse:
         found, key = await self._queue.page(
-            size=request.page_size or PAGE_SIZE_DEFAULT, before=page_key(request.page_token)
+            size=request.page_size or PAGE_SIZE_DEFAULT,
+            before=page_key(request.page_token),
+            states=convert.states(request.states),
+            study=request.study,
         )
         return pb.ListJobsResponse(jobs=map(convert.job, found), next_page_token=page_token(key))
 
     async def CancelJob(self, request: pb.CancelJobRequest, context: Any) -> pb.CancelJobResponse:
         return pb.CancelJobResponse(job=convert.job(await self._queue.cancel(convert.uid(request.name))))
+
+    async def PauseJob(self, request: pb.PauseJobRequest, context: Any) -> pb.PauseJobResponse:
+        return pb.PauseJobResponse(job=convert.job(await self._queue.pause(convert.uid(request.name))))
+
+    async def ResumeJob(self, request: pb.ResumeJobRequest, context: Any) -> pb.ResumeJobResponse:
+        return pb.ResumeJobResponse(job=convert.job(await self._queue.resume(convert.uid(request.name))))
+
+    async def RetryJob(self, request: pb.RetryJobRequest, context: Any) -> pb.RetryJobResponse:
+        return pb.RetryJobResponse(job=convert.job(await self._queue.retry(convert.uid(request.name))))
+
+    async def DeleteJob(self, request: pb.DeleteJobRequest, context: Any) -> pb.DeleteJobResponse:
+        await self._queue.delete(convert.uid(request.name))
+        return pb.DeleteJobResponse()
 
     # The stubs' type knows generators only; gRPC and our runtime also take a coroutine that writes.
     async def WatchJob(self, request: pb.WatchJobRequest, context: Any) -> None:  # type: ignore[override]

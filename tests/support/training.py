@@ -86,6 +86,8 @@ class ScriptedBackend:
         self.running = 0
         self.running_max = 0
         self.discarded: list[str] = []
+        self.tasks: list[TrainingTask] = []
+        self.pauses: dict[str, asyncio.Event] = {}
 
     async def run(
         self,
@@ -97,12 +99,17 @@ class ScriptedBackend:
     ) -> Outcome:
         act = self._acts.pop(0) if len(self._acts) > 1 else self._acts[0]
         self.attempts.append(task.uid)
+        self.tasks.append(task)
+        self.pauses[task.uid] = pause
         self.running += 1
         self.running_max = max(self.running_max, self.running)
         try:
             return await act(task, report, stop)
         finally:
             self.running -= 1
+
+    def folder(self, uid: str) -> Path:
+        return Path("/nowhere") / uid
 
     async def discard(self, uid: str) -> None:
         self.discarded.append(uid)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 from mlmesh_training.jobs import Checkpoint, Evaluation, JobPhase, LogLine, Metrics, OptimizationResult, TrainedModel
@@ -96,6 +97,10 @@ class Backend(Protocol):
         Once `stop` is set the attempt is ended, paused or not. Both may be set before this is called. When this
         returns, raises or is cancelled, nothing of the attempt runs any more.
         """
+        ...
+
+    def folder(self, uid: str) -> Path:
+        """The task's folder on this service's disk: what was fetched for it, and what it left to be published."""
         ...
 
     async def discard(self, uid: str) -> None:

@@ -15,8 +15,11 @@ from alembic.migration import MigrationContext
 from mlmesh_runtime.errors import AlreadyExists, InvalidInput, NotFound, Overloaded, RevisionLost, WrongState
 from mlmesh_training import moves, tables
 from mlmesh_training.jobs import Job, JobChanged, JobState, LogLine
-from mlmesh_training.ledger import LedgerLimits, SqlJobLedger, page_key, page_token
+from mlmesh_training.ledger import LedgerLimits, SqlJobLedger
 from mlmesh_training.moves import Decision
+from mlmesh_training.options import Resources
+from mlmesh_training.paging import page_key, page_token
+from mlmesh_training.schedule import Capacity, choose
 from tests.support.training import ManualClock, job, spec
 
 
@@ -174,12 +177,13 @@ def test_old_events_are_dropped_and_asking_for_them_says_so(ledger: SqlJobLedger
 def test_jobs_run_in_the_order_they_came(ledger: SqlJobLedger) -> None:
     for uid in ("a", "b", "c"):
         ledger.create(job(uid))
-    found = ledger.next_runnable(excluding=["a"])
+    capacity = Capacity(total=Resources(cpus=1.0))
+    found = ledger.choose(lambda waiting: choose(waiting, [], capacity), excluding=["a"])
     assert found is not None
-    assert found.uid == "b"
+    assert found.job.uid == "b"
     ledger.change("b", moves.cancel_requested)
     assert [unfinished.uid for unfinished in ledger.unfinished()] == ["a", "c"]
-    assert ledger.next_runnable(excluding=["a", "c"]) is None
+    assert ledger.choose(lambda waiting: choose(waiting, [], capacity), excluding=["a", "c"]) is None
 
 
 def test_unknown_jobs_are_not_found(ledger: SqlJobLedger) -> None:
@@ -196,7 +200,7 @@ def test_unknown_jobs_are_not_found(ledger: SqlJobLedger) -> None:
 def test_a_full_disk_is_said_and_nothing_is_half_written(ledger: SqlJobLedger) -> None:
     ledger.create(job("a"))
     # SQLite itself reports the limit as it reports a full disk.
-    with ledger._engine.connect() as connection:
+    with ledger._database.engine.connect() as connection:
         pages = connection.exec_driver_sql("PRAGMA page_count").scalar_one()
         connection.exec_driver_sql(f"PRAGMA max_page_count={pages}")
     big = dataclasses.replace(spec(), hyperparameters={f"h{n}": 1.0 for n in range(3000)})
@@ -204,6 +208,6 @@ def test_a_full_disk_is_said_and_nothing_is_half_written(ledger: SqlJobLedger) -
         ledger.create(dataclasses.replace(job("b"), spec=big))
     assert raised.value.reason == "DISK_FULL"
     assert [found.uid for found in ledger.page(size=10)[0]] == ["a"]
-    with ledger._engine.connect() as connection:
+    with ledger._database.engine.connect() as connection:
         connection.exec_driver_sql("PRAGMA max_page_count=100000")
     ledger.create(dataclasses.replace(job("b"), spec=big))

@@ -133,10 +133,11 @@ async def test_a_bad_spec_is_not_stored(queue: JobQueue) -> None:
 
 async def test_cancelling_reaches_who_runs_the_job(queue: JobQueue) -> None:
     job = await queue.create(spec())
-    with queue.stop_signal(job.uid) as stop:
+    with queue.signals(job.uid) as signals:
         await queue.change(job.uid, moves.started)
         assert (await queue.cancel(job.uid)).state is JobState.CANCELLING
-        assert stop.is_set()
+        assert signals.stop.is_set()
+        assert not signals.pause.is_set()
         await queue.cancel(job.uid)
     await queue.change(job.uid, moves.cancelled)
     assert (await queue.cancel(job.uid)).state is JobState.CANCELLED

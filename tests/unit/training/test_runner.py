@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -16,9 +17,12 @@ from mlmesh_training import moves
 from mlmesh_training.backends.base import Died, Finished, Outcome, Report, Stopped, TrainingTask
 from mlmesh_training.jobs import Checkpoint, Event, Job, JobChanged, JobPhase, JobState, LogLine, Metrics, Progress
 from mlmesh_training.ledger import SqlJobLedger
+from mlmesh_training.patience import backoff_s
+from mlmesh_training.ports import Fetcher
 from mlmesh_training.queue import JobQueue, Wakeups
-from mlmesh_training.runner import Runner, RunnerLimits, backoff_s
-from tests.support.training import PUBLICATION, ManualClock, ScriptedBackend, evaluation, finish, model, spec
+from mlmesh_training.retention import Retention, RetentionLimits
+from mlmesh_training.runner import Runner, RunnerLimits
+from tests.support.training import PUBLICATION, ManualClock, ScriptedBackend, becomes, evaluation, finish, model, spec
 
 Reporting = Callable[[Report], Awaitable[None]]
 PUBLISHED = spec(publication=PUBLICATION)
@@ -63,10 +67,24 @@ class Bench:
 
     @contextlib.asynccontextmanager
     async def run(
-        self, backend: ScriptedBackend, publisher: RecordingPublisher | None = None, **limits: float
+        self,
+        backend: ScriptedBackend,
+        publisher: RecordingPublisher | None = None,
+        fetcher: Fetcher | None = None,
+        kept: RetentionLimits | None = None,
+        **limits: float,
     ) -> AsyncIterator[None]:
-        chosen = RunnerLimits(**{"retry_s": 0.0, **limits})  # type: ignore[arg-type]
-        runner = Runner(self.queue, backend=backend, publisher=publisher or RecordingPublisher(), limits=chosen)
+        chosen = RunnerLimits(**{"retry_s": 0.0, **limits})
+        runner = Runner(
+            self.queue,
+            backend=backend,
+            publisher=publisher or RecordingPublisher(),
+            fetcher=fetcher,
+            retention=Retention(
+                self.queue, discard=backend.discard, clock=ManualClock(), limits=kept or RetentionLimits()
+            ),
+            limits=chosen,
+        )
         async with asyncio.TaskGroup() as group:
             running = group.create_task(runner.run())
             yield
@@ -139,6 +157,7 @@ async def test_a_job_goes_from_queued_to_published(bench: Bench) -> None:
     job = await bench.queue.create(PUBLISHED)
     async with bench.run(backend, publisher):
         events = await bench.end(job)
+        await becomes(lambda: backend.discarded == [job.uid])
     assert states(events) == [
         "QUEUED",
         "RUNNING",
@@ -154,7 +173,7 @@ async def test_a_job_goes_from_queued_to_published(bench: Bench) -> None:
     assert publisher.calls == ["upload", "register", "point"]
     done = last(events)
     assert (done.model_version, done.progress.step, done.attempts) == ("models/digits/versions/1", 2, 1)
-    assert backend.discarded == [job.uid]
+    assert [(attempt.number, attempt.reason, attempt.charged) for attempt in done.history] == [(1, "", False)]
 
 
 async def test_a_dead_process_is_retried_and_watchers_see_it(bench: Bench) -> None:
@@ -210,7 +229,8 @@ async def test_more_at_a_time_where_it_is_allowed(bench: Bench) -> None:
 
     backend = ScriptedBackend(meet)
     accepted = [await bench.queue.create(spec(seed=seed)) for seed in range(6)]
-    async with bench.run(backend, jobs_max=3):
+    bench.queue.capacity = dataclasses.replace(bench.queue.capacity, jobs_max=3)
+    async with bench.run(backend):
         for job in accepted:
             await bench.end(job)
     assert backend.running_max == 3
@@ -231,7 +251,9 @@ async def test_cancelling_a_running_job_ends_its_process_first(bench: Bench) -> 
         events = await bench.end(job)
         assert backend.running == 0
     assert states(events)[-2:] == ["CANCELLING", "CANCELLED"]
-    assert backend.discarded == [job.uid]
+    # Its checkpoints are kept for a while: it may be retried.
+    assert backend.discarded == []
+    assert [attempt.reason for attempt in last(events).history] == ["cancelled on request"]
 
 
 async def test_a_waiting_job_is_cancelled_without_running(bench: Bench) -> None:
@@ -269,7 +291,8 @@ async def test_a_registry_that_is_away_for_a_while_costs_nothing(bench: Bench) -
     assert publisher.calls == [
         *("upload", "upload", "upload", "register"),
         *("upload", "register", "point"),
-        *("upload", "point"),
+        # The version is there: its bytes are no longer needed.
+        "point",
     ]
 
 
