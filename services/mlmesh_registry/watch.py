@@ -176,9 +176,12 @@ class ChangeFeed:
 
     async def _present(self, model_id: str | None, upto: int) -> AsyncGenerator[Change, None]:
         after = 0
-        while page := await self._present_page(model_id, after, upto):
+        while True:
+            page = await self._present_page(model_id, after, upto)
             for change in page:
                 yield change
+            if len(page) < PAGE_ITEMS:
+                return
             after = page[-1].revision
 
     async def _present_page(self, model_id: str | None, after: int, upto: int) -> Sequence[Change]:

@@ -25,6 +25,11 @@ _START_S = 60.0
 _USER = "postgres"
 # `locked` needs a password, everybody else is trusted: only this user's processes reach the socket's folder.
 _HBA = "local all locked scram-sha-256\nlocal all all trust\n"
+# Of Debian's util-linux, as the server is of Debian's package. Python's own `user` would fork, which gRPC's threads do
+# not like; and the server goes when the tests are killed.
+_AS_USER = ["setpriv", "--pdeathsig", "QUIT"]
+if os.geteuid() == 0:
+    _AS_USER += [f"--reuid={_USER}", f"--regid={_USER}", "--init-groups"]
 _UNSAFE = {"fsync": "off", "full_page_writes": "off"}
 _SETTINGS = {
     "listen_addresses": "",
@@ -64,22 +69,18 @@ class PostgresServer:
         """Start it and wait until it takes connections."""
         options = [part for name, value in self._settings.items() for part in ("-c", f"{name}={value}")]
         command = [str(self._binaries / "postgres"), "-D", str(self._folder / "data"), "-k", str(self._folder)]
-        if setpriv := shutil.which("setpriv"):
-            # Tests that are killed take their server with them.
-            command = [setpriv, "--pdeathsig", "QUIT", *command]
         self._popen = subprocess.Popen(
-            [*command, *options],
+            [*_AS_USER, *command, *options],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
             cwd=self._folder,
-            **_as_user(),
         )
         ready = threading.Event()
         threading.Thread(target=self._read, args=(self._popen, ready), daemon=True).start()
         if not ready.wait(_START_S) or self._popen.poll() is not None:
-            raise RuntimeError("PostgreSQL did not start:\n" + self.log())
+            raise RuntimeError(f"PostgreSQL did not start ({self._popen.poll()}):\n{self.log()}")
 
     def stop(self, how: signal.Signals = signal.SIGQUIT) -> None:
         """Stop it: SIGQUIT at once, as a crash would; SIGINT after telling its clients."""
@@ -144,13 +145,12 @@ class PostgresServer:
 
     def _run(self, program: str, *arguments: str) -> None:
         done = subprocess.run(
-            [str(self._binaries / program), *arguments],
+            [*_AS_USER, str(self._binaries / program), *arguments],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             check=False,
             cwd=self._folder,
-            **_as_user(),
         )
         if done.returncode:
             raise RuntimeError(f"{program} failed:\n{done.stdout}{done.stderr}")
@@ -166,10 +166,6 @@ def _made(folder: Path) -> Path:
     if os.geteuid() == 0:
         shutil.chown(folder, _USER, _USER)
     return folder
-
-
-def _as_user() -> dict[str, object]:
-    return {"user": _USER, "group": _USER, "extra_groups": []} if os.geteuid() == 0 else {}
 
 
 @contextlib.contextmanager
