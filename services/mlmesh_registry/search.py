@@ -3,9 +3,9 @@
 import contextlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -17,8 +17,6 @@ from mlmesh_registry.paging import make_token, page_size, read_token
 from mlmesh_registry.schema import model_schema, version_schema
 from mlmesh_registry.versions import Model, Version
 from mlmesh_runtime.errors import InvalidInput, NotFound
-
-T = TypeVar("T")
 
 _TOKEN_CHARS_MAX = 512
 
@@ -48,46 +46,36 @@ class Search:
         schema = version_schema(model_id)
         wanted = plan(schema, asked.filter, asked.order_by, show_deleted=asked.show_deleted)
 
-        def load(connection: sa.Connection, keys: Sequence[Any]) -> Sequence[Version]:
-            found = {version.revision: version for version in rows.versions_of(connection, keys)}
-            return [found[key] for key in keys]
-
-        def check(connection: sa.Connection) -> None:
+        def transact(connection: sa.Connection) -> tuple[Sequence[Version], str]:
             if model_id is not None and rows.model(connection, model_id) is None:
                 raise NotFound(f"{model_name(model_id)} not found", reason="MODEL_NOT_FOUND")
+            keys, more = page(connection, f"versions of {model_id or '-'}", wanted, asked)
+            found = {version.revision: version for version in rows.versions_of(connection, keys)}
+            return [found[key] for key in keys], more
 
-        return await self._page(f"versions of {model_id or '-'}", wanted, asked, load, check)
+        return await self._database.read(transact)
 
     async def list_models(self, asked: Asked) -> tuple[Sequence[Model], str]:
         """One page of the models; by name where no order is asked for."""
         wanted = plan(model_schema(), asked.filter, asked.order_by, show_deleted=asked.show_deleted)
 
-        def load(connection: sa.Connection, keys: Sequence[Any]) -> Sequence[Model]:
+        def transact(connection: sa.Connection) -> tuple[Sequence[Model], str]:
+            keys, more = page(connection, "models", wanted, asked)
             found = {model.id: model for model in rows.models_of(connection, keys)}
-            return [found[key] for key in keys]
-
-        return await self._page("models", wanted, asked, load, lambda _connection: None)
-
-    async def _page(
-        self,
-        name: str,
-        wanted: Plan,
-        asked: Asked,
-        load: Callable[[sa.Connection, Sequence[Any]], Sequence[T]],
-        check: Callable[[sa.Connection], None],
-    ) -> tuple[Sequence[T], str]:
-        size = page_size(asked.size)
-        query = json.dumps([name, asked.filter, asked.order_by, asked.show_deleted])
-        token = read_token(asked.token, query, str)
-
-        def transact(connection: sa.Connection) -> tuple[Sequence[T], str]:
-            check(connection)
-            behind = None if token is None else _place(connection, wanted, str(token[0]))
-            found = find(connection, wanted, behind, size + 1)
-            more = _token(query, found[size - 1]) if len(found) > size else ""
-            return load(connection, [place[-1] for place in found[:size]]), more
+            return [found[key] for key in keys], more
 
         return await self._database.read(transact)
+
+
+def page(connection: sa.Connection, name: str, wanted: Plan, asked: Asked) -> tuple[Sequence[Any], str]:
+    """Keys of one page of a list, and the token of the next ("" on the last). The name tells lists apart."""
+    size = page_size(asked.size)
+    query = json.dumps([name, asked.filter, asked.order_by, asked.show_deleted])
+    token = read_token(asked.token, query, str)
+    behind = None if token is None else _place(connection, wanted, str(token[0]))
+    found = find(connection, wanted, behind, size + 1)
+    more = _token(query, found[size - 1]) if len(found) > size else ""
+    return [place[-1] for place in found[:size]], more
 
 
 def _token(query: str, place: Sequence[Place]) -> str:
