@@ -6,9 +6,31 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from mlmesh.registry.v1 import registry_pb2 as pb
 from mlmesh_registry import names
-from mlmesh_registry.events import Bookmark, Change, DeletedAlias, from_micros, to_micros
+from mlmesh_registry.convert_gates import gate
+from mlmesh_registry.events import (
+    Bookmark,
+    Change,
+    DeletedAlias,
+    DeletedModel,
+    DeletedVersion,
+    from_micros,
+    to_micros,
+)
 from mlmesh_registry.ledger import Blob, Upload
-from mlmesh_registry.versions import Alias, Artifact, Content, Lineage, Model, Signature, TensorSpec, Version
+from mlmesh_registry.versions import (
+    Alias,
+    Artifact,
+    Content,
+    Lineage,
+    Model,
+    ModelKind,
+    Signature,
+    Stage,
+    TensorSpec,
+    Version,
+    etag,
+)
+from mlmesh_runtime.errors import InvalidInput
 
 
 def model(value: Model) -> pb.Model:
@@ -21,6 +43,10 @@ def model(value: Model) -> pb.Model:
         update_time=timestamp(value.update_time),
         etag=value.etag,
         latest_version=value.latest_version,
+        kind=pb.ModelKind.Value(f"MODEL_KIND_{value.kind}"),
+        gates=map(gate, value.gates),
+        delete_time=_optional(value.delete_time),
+        purge_time=_optional(value.purge_time),
     )
 
 
@@ -51,13 +77,23 @@ def version(value: Version) -> pb.ModelVersion:
             code_digest=content.lineage.code_digest,
             environment_digest=content.lineage.environment_digest,
             parents=content.lineage.parents,
+            study=content.lineage.study,
+            source_uri=content.lineage.source_uri,
         ),
         description=content.description,
+        model_card=content.model_card,
         digest=value.digest,
         create_time=timestamp(value.create_time),
         creator=value.creator,
         revision=value.revision,
         aliases=[f"models/{value.model}/aliases/{alias}" for alias in value.aliases],
+        stage=pb.VersionStage.Value(f"VERSION_STAGE_{value.stage}"),
+        stage_reason=value.stage_reason,
+        etag=value.etag,
+        verify_time=_optional(value.verify_time),
+        delete_time=_optional(value.delete_time),
+        purge_time=_optional(value.purge_time),
+        size_bytes=value.size_bytes,
     )
 
 
@@ -85,8 +121,11 @@ def content(message: pb.ModelVersion) -> Content:
             code_digest=message.lineage.code_digest,
             environment_digest=message.lineage.environment_digest,
             parents=tuple(message.lineage.parents),
+            study=message.lineage.study,
+            source_uri=message.lineage.source_uri,
         ),
         description=message.description,
+        model_card=message.model_card,
     )
 
 
@@ -119,7 +158,35 @@ def event(value: Change | Bookmark) -> pb.WatchModelsResponse:
         case DeletedAlias():
             response.deleted_alias.name = f"models/{value.subject.model}/aliases/{value.subject.alias}"
             response.deleted_alias.version = f"models/{value.subject.model}/versions/{value.subject.version}"
+        case DeletedVersion():
+            response.deleted_model_version.CopyFrom(_deleted_version(value.subject))
+        case DeletedModel():
+            response.deleted_model.CopyFrom(model(value.subject.model))
     return response
+
+
+def kind_of(message: pb.ModelKind.ValueType) -> ModelKind:
+    """Message → kind; not set means MODEL."""
+    return "DATASET" if message == pb.MODEL_KIND_DATASET else "MODEL"
+
+
+def stage_of(message: pb.VersionStage.ValueType) -> Stage:
+    """Message → stage. Errors: InvalidInput for none."""
+    found = _STAGES.get(message)
+    if found is None:
+        raise InvalidInput(f"stage: expected one of {', '.join(_STAGES.values())}", field="stage")
+    return found
+
+
+def _deleted_version(value: DeletedVersion) -> pb.ModelVersion:
+    return pb.ModelVersion(
+        name=f"models/{value.model}/versions/{value.number}",
+        digest=value.digest,
+        revision=value.revision,
+        etag=etag(value.meta_revision),
+        delete_time=timestamp(value.delete_time),
+        purge_time=timestamp(value.purge_time),
+    )
 
 
 def upload(value: Upload) -> pb.Upload:
@@ -137,6 +204,10 @@ def blob(value: Blob) -> pb.Blob:
     return pb.Blob(name=value.name, size_bytes=value.size_bytes)
 
 
+def _optional(time: datetime | None) -> Timestamp | None:
+    return None if time is None else timestamp(time)
+
+
 def timestamp(time: datetime) -> Timestamp:
     """UTC datetime → Timestamp, exact to the microsecond."""
     message = Timestamp()
@@ -147,6 +218,13 @@ def timestamp(time: datetime) -> Timestamp:
 def datetime_of(message: Timestamp) -> datetime:
     """Inverse of timestamp."""
     return from_micros(message.ToMicroseconds())
+
+
+_STAGES: dict[pb.VersionStage.ValueType, Stage] = {
+    pb.VERSION_STAGE_ACTIVE: "ACTIVE",
+    pb.VERSION_STAGE_DEPRECATED: "DEPRECATED",
+    pb.VERSION_STAGE_QUARANTINED: "QUARANTINED",
+}
 
 
 def _tensor(tensor: TensorSpec) -> pb.TensorSpec:

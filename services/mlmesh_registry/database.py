@@ -49,25 +49,38 @@ class Write:
 
     def next_revision(self) -> int:
         """Take the next number of the log."""
+        return self.next_revisions(1)[0]
+
+    def next_revisions(self, count: int) -> range:
+        """Take that many numbers at once."""
         head = tables.log_head
-        statement = head.update().values(revision=head.c.revision + 1).returning(head.c.revision)
-        return int(self.connection.execute(statement).scalar_one())
+        statement = head.update().values(revision=head.c.revision + count).returning(head.c.revision)
+        last = int(self.connection.execute(statement).scalar_one())
+        return range(last - count + 1, last + 1)
 
     def record(self, revision: int, subject: Subject) -> None:
         """Write a change to the log under a revision just taken."""
-        change = Change(revision=revision, time=self.now, actor=self.actor, subject=subject)
-        kind, plain = encode(subject)
-        self.connection.execute(
-            tables.changes.insert().values(
-                revision=revision,
-                time=to_micros(self.now),
-                actor=self.actor,
-                kind=kind,
-                model=change.model,
-                subject=canonical(plain).decode(),
+        self.record_all([(revision, subject)])
+
+    def record_all(self, made: Sequence[tuple[int, Subject]]) -> None:
+        """Write changes to the log, in the order of their revisions."""
+        values = []
+        for revision, subject in made:
+            change = Change(revision=revision, time=self.now, actor=self.actor, subject=subject)
+            kind, plain = encode(subject)
+            values.append(
+                {
+                    "revision": revision,
+                    "time": to_micros(self.now),
+                    "actor": self.actor,
+                    "kind": kind,
+                    "model": change.model,
+                    "subject": canonical(plain).decode(),
+                }
             )
-        )
-        self.changes.append(change)
+            self.changes.append(change)
+        if values:
+            self.connection.execute(tables.changes.insert(), values)
 
     def audit(self, method: str, resource: str, detail: Mapping[str, object]) -> None:
         """Write what was changed to the audit log: plain JSON values, never bytes or secrets.

@@ -79,6 +79,14 @@ def parse_alias(name: str, field: str = "name") -> AliasName:
     return AliasName(model=found[1], alias=found[2])
 
 
+def parse_model_or_alias(name: str, field: str = "parent") -> tuple[str, str | None]:
+    """`models/{model}` or an alias of it → model id, and the alias if one is named."""
+    if _MODEL.fullmatch(name):
+        return parse_model(name, field), None
+    found = _match(_ALIAS, name, field, "models/{model} or models/{model}/aliases/{alias}")
+    return found[1], found[2]
+
+
 def parse_version_or_alias(name: str, field: str = "name") -> VersionName | AliasName:
     """Either form; the error names both."""
     if _ALIAS.fullmatch(name):

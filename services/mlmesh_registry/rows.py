@@ -9,7 +9,7 @@ import sqlalchemy as sa
 
 from mlmesh_registry import conditions, indexing, tables
 from mlmesh_registry.database import Write
-from mlmesh_registry.events import Change, from_micros, to_micros
+from mlmesh_registry.events import Change, DeletedVersion, from_micros, to_micros
 from mlmesh_registry.names import AliasName
 from mlmesh_registry.versions import Alias, Model, Version, canonical, content_from, manifest
 
@@ -130,6 +130,96 @@ def insert_version(write: Write, new: Version) -> None:
     indexing.index_version(write, new)
 
 
+def update_version(write: Write, after: Version, *, standing: bool = True) -> None:
+    """Replace what may change of a version; with `standing` also who changed its stage or deletion, and when."""
+    values: dict[str, Any] = {
+        "stage": after.stage,
+        "stage_reason": after.stage_reason,
+        "verify_time": _micros(after.verify_time),
+        "corrupt_time": _micros(after.corrupt_time),
+        "delete_time": _micros(after.delete_time),
+        "purge_time": _micros(after.purge_time),
+    }
+    if standing:
+        values |= {"meta_revision": after.meta_revision, "meta_time": to_micros(write.now), "meta_actor": write.actor}
+    write.connection.execute(
+        tables.versions.update().where(tables.versions.c.revision == after.revision).values(**values)
+    )
+
+
+def live_versions(connection: sa.Connection, model_id: str, limit: int | None) -> Sequence[Any]:
+    """Model, number, digest and revision of versions that are not deleted, by number."""
+    column = tables.versions.c
+    query = sa.select(column.model, column.number, column.digest, column.revision)
+    query = query.where(column.model == model_id, column.delete_time.is_(None)).order_by(column.number)
+    return connection.execute(query.limit(limit)).all()
+
+
+def delete_with_model(write: Write, taken_along: Sequence[DeletedVersion]) -> None:
+    """Hide versions together with their model."""
+    _set_standing(
+        write,
+        [
+            {
+                "which": each.revision,
+                "meta_revision": each.meta_revision,
+                "delete_time": to_micros(each.delete_time),
+                "purge_time": to_micros(each.purge_time),
+            }
+            for each in taken_along
+        ],
+        with_model=True,
+    )
+
+
+def undelete_with_model(write: Write, back: Sequence[Version]) -> None:
+    """Bring versions back together with their model."""
+    values = [
+        {"which": each.revision, "meta_revision": each.meta_revision, "delete_time": None, "purge_time": None}
+        for each in back
+    ]
+    _set_standing(write, values, with_model=False)
+
+
+def taken_along(connection: sa.Connection, model_id: str, limit: int) -> Sequence[Version]:
+    """Versions that were deleted together with their model, by number."""
+    column = tables.versions.c
+    query = tables.versions.select().where(column.model == model_id, column.deleted_with_model.is_(True))
+    return _versions(connection, connection.execute(query.order_by(column.number).limit(limit)))
+
+
+def versions_with(
+    connection: sa.Connection, sha256: str, after: tuple[str, int] | None, limit: int
+) -> Sequence[Version]:
+    """Versions that use a blob, deleted or not, by model and number, behind one."""
+    used, column = tables.version_blobs.c, tables.versions.c
+    query = tables.versions.select().join(
+        tables.version_blobs, sa.and_(used.model == column.model, used.number == column.number)
+    )
+    query = query.where(used.sha256 == sha256).order_by(used.model, used.number).limit(limit)
+    if after is not None:
+        query = query.where(sa.tuple_(used.model, used.number) > sa.tuple_(*after))
+    return _versions(connection, connection.execute(query))
+
+
+def _set_standing(write: Write, values: Sequence[Mapping[str, Any]], *, with_model: bool) -> None:
+    if not values:
+        return
+    statement = (
+        tables.versions.update()
+        .where(tables.versions.c.revision == sa.bindparam("which"))
+        .values(
+            meta_revision=sa.bindparam("meta_revision"),
+            delete_time=sa.bindparam("delete_time"),
+            purge_time=sa.bindparam("purge_time"),
+            meta_time=to_micros(write.now),
+            meta_actor=write.actor,
+            deleted_with_model=with_model,
+        )
+    )
+    write.connection.execute(statement, list(values))
+
+
 def alias(connection: sa.Connection, name: AliasName) -> Alias | None:
     """One alias."""
     column = tables.aliases.c
@@ -173,28 +263,31 @@ def delete_alias(write: Write, name: AliasName) -> None:
 
 
 def present(connection: sa.Connection, model_id: str | None, after: int, upto: int, limit: int) -> Sequence[Change]:
-    """Rows of all three kinds whose revision is in (after, upto], by revision, at most limit, as changes."""
+    """Rows of all three kinds last changed at a revision in (after, upto], by it, at most limit, as changes.
 
-    def query(table: sa.Table, owner: sa.Column[Any]) -> sa.Select[Any]:
-        chosen = table.select().where(table.c.revision > after, table.c.revision <= upto)
-        chosen = chosen.order_by(table.c.revision).limit(limit)
+    Those that are deleted are not there.
+    """
+
+    def query(table: sa.Table, owner: sa.Column[Any], changed: sa.Column[Any]) -> sa.Select[Any]:
+        chosen = table.select().where(changed > after, changed <= upto).order_by(changed).limit(limit)
+        if "delete_time" in table.c:
+            chosen = chosen.where(table.c.delete_time.is_(None))
         return chosen if model_id is None else chosen.where(owner == model_id)
 
-    models_found = connection.execute(query(tables.models, tables.models.c.id))
-    versions_found = connection.execute(query(tables.versions, tables.versions.c.model))
-    aliases_found = connection.execute(query(tables.aliases, tables.aliases.c.model))
+    model, version, alias = tables.models.c, tables.versions.c, tables.aliases.c
+    models_found = connection.execute(query(tables.models, model.id, model.revision))
+    versions_found = connection.execute(query(tables.versions, version.model, version.meta_revision)).all()
+    made = {row.revision: (row.meta_time, row.meta_actor) for row in versions_found}
+    aliases_found = connection.execute(query(tables.aliases, alias.model, alias.revision))
     found = [
         *(_change(row.revision, row.update_time, row.updater, _model(row)) for row in models_found),
-        *(
-            Change(revision=each.revision, time=each.create_time, actor=each.creator, subject=each)
-            for each in _versions(connection, versions_found)
-        ),
+        *(_change(each.meta_revision, *made[each.revision], each) for each in _versions(connection, versions_found)),
         *(_change(row.revision, row.update_time, row.updater, _alias(row)) for row in aliases_found),
     ]
     return sorted(found, key=lambda change: change.revision)[:limit]
 
 
-def _change(revision: int, micros: int, actor: str, subject: Model | Alias) -> Change:
+def _change(revision: int, micros: int, actor: str, subject: Model | Version | Alias) -> Change:
     return Change(revision=revision, time=from_micros(micros), actor=actor, subject=subject)
 
 

@@ -1,27 +1,35 @@
-"""Models, versions and aliases in SQL: every method is one transaction.
+"""Models and versions in SQL, and the log of their changes: every method is one transaction.
 
-Errors are those of the contract, with its reasons: NotFound (MODEL_NOT_FOUND, MODEL_VERSION_NOT_FOUND,
-MODEL_ALIAS_NOT_FOUND), AlreadyExists (MODEL_EXISTS, REQUEST_ID_REUSED), Conflict (ETAG_MISMATCH), WrongState
-(BLOB_NOT_FOUND), InvalidInput, Overloaded (DISK_FULL).
+Aliases, stages and deletion, quotas and the audit log are in modules of their own. Errors are those of the contract,
+with its reasons: NotFound (MODEL_NOT_FOUND, MODEL_VERSION_NOT_FOUND, MODEL_ALIAS_NOT_FOUND), AlreadyExists
+(MODEL_EXISTS, REQUEST_ID_REUSED), Conflict (ETAG_MISMATCH), WrongState (BLOB_NOT_FOUND, FORMAT_NOT_ALLOWED,
+MODEL_DELETED), Overloaded (QUOTA_EXCEEDED, DISK_FULL), InvalidInput.
 """
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import cast
+from datetime import timedelta
+from typing import Any, cast
 
 import sqlalchemy as sa
 
-from mlmesh_registry import names, rows, tables
+from mlmesh_registry import conditions, names, quotas, references, rows, tables
+from mlmesh_registry.accounts import Accounts
+from mlmesh_registry.aliasing import Aliases, KeyIds, no_key_ids
+from mlmesh_registry.conditions import Gate, check_gates
 from mlmesh_registry.database import Database, Write
-from mlmesh_registry.events import Change, DeletedAlias, decode, encode, from_micros, to_micros
+from mlmesh_registry.events import Change, decode, encode, from_micros, to_micros
+from mlmesh_registry.ledger import FORMAT_NONE
+from mlmesh_registry.lifecycle import Lifecycle
+from mlmesh_registry.lookups import check_etag, live_model, model_of, version_of
 from mlmesh_registry.names import AliasName, VersionName
 from mlmesh_registry.paging import make_token, page_size, read_token
 from mlmesh_registry.requests import first_answer, remember
 from mlmesh_registry.versions import (
-    Alias,
     Content,
     Model,
+    ModelKind,
     Version,
     check_content,
     check_labels,
@@ -30,29 +38,53 @@ from mlmesh_registry.versions import (
     fingerprint,
     manifest,
 )
-from mlmesh_runtime.errors import AlreadyExists, Conflict, InvalidInput, NotFound, RevisionLost, WrongState
+from mlmesh_runtime.errors import AlreadyExists, NotFound, RevisionLost, WrongState
+
+DELETED_KEPT = timedelta(days=30)
 
 
-class SqlModelStore:
-    """The truth about models. `actor` is the SPIFFE id of the caller, empty outside a mesh."""
+class SqlModelStore(Aliases, Lifecycle, Accounts):
+    """The truth about models. `actor` is the SPIFFE id of the caller, empty outside a mesh.
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
+    Args:
+        deleted_kept: how long what is deleted can be brought back.
+        valid_key_ids: which trusted keys signed a version, for gates that ask.
+    """
+
+    def __init__(
+        self, database: Database, *, deleted_kept: timedelta = DELETED_KEPT, valid_key_ids: KeyIds = no_key_ids
+    ) -> None:
+        Aliases.__init__(self, database, valid_key_ids)
+        Lifecycle.__init__(self, database, deleted_kept)
+        Accounts.__init__(self, database)
 
     async def create_model(
-        self, model_id: str, *, description: str, labels: Mapping[str, str], request_id: str, actor: str
+        self,
+        model_id: str,
+        *,
+        description: str,
+        labels: Mapping[str, str],
+        request_id: str,
+        actor: str,
+        kind: ModelKind = "MODEL",
+        gates: Sequence[Gate] = (),
     ) -> Model:
         """Register a name. The same request_id with the same content gives the first answer again."""
         names.model_id(model_id)
         check_text(description, "description")
         check_labels(labels)
-        same = fingerprint(model_id, description, dict(labels))
+        check_gates(gates)
+        # Fingerprints of requests that came before there were kinds and gates are still good.
+        later = [kind, [conditions.plain(gate) for gate in gates]] if gates or kind != "MODEL" else []
+        same = fingerprint(model_id, description, dict(labels), *later)
 
         def transact(write: Write) -> Model:
             if answer := first_answer(write, "CreateModel", request_id, same):
                 return cast(Model, decode("model", answer))
-            if rows.model(write.connection, model_id) is not None:
-                raise AlreadyExists(f"{names.model_name(model_id)} exists", reason="MODEL_EXISTS")
+            if (there := rows.model(write.connection, model_id)) is not None:
+                deleted = "; it is deleted, and its name taken until it is purged" if there.delete_time else ""
+                raise AlreadyExists(f"{names.model_name(model_id)} exists{deleted}", reason="MODEL_EXISTS")
+            quotas.add_model(write, model_id)
             model = Model(
                 id=model_id,
                 description=description,
@@ -60,17 +92,20 @@ class SqlModelStore:
                 create_time=write.now,
                 update_time=write.now,
                 revision=write.next_revision(),
+                kind=kind,
+                gates=tuple(gates),
             )
             rows.insert_model(write, model)
             write.record(model.revision, model)
+            write.audit("CreateModel", model.name, _told(model))
             remember(write, "CreateModel", request_id, same, encode(model)[1])
             return model
 
         return await self._database.write(transact, actor=actor)
 
     async def get_model(self, model_id: str) -> Model:
-        """Read one model."""
-        return await self._database.read(lambda connection: _model(connection, model_id))
+        """Read one model, deleted or not."""
+        return await self._database.read(lambda connection: model_of(connection, model_id))
 
     async def list_models(self, *, size: int, token: str) -> tuple[Sequence[Model], str]:
         """One page by name, and the token of the next ("" on the last page)."""
@@ -80,26 +115,37 @@ class SqlModelStore:
         return found[:size], more
 
     async def update_model(
-        self, model_id: str, *, description: str | None, labels: Mapping[str, str], etag: str, actor: str
+        self,
+        model_id: str,
+        *,
+        description: str | None,
+        labels: Mapping[str, str],
+        etag: str,
+        actor: str,
+        gates: Sequence[Gate] | None = None,
     ) -> Model:
-        """Replace description (unless None) and labels (unless empty) by compare-and-set."""
+        """Replace description and gates (unless None) and labels (unless empty) by compare-and-set."""
         if description is not None:
             check_text(description, "description")
         check_labels(labels)
+        check_gates(gates or (), "gates.gates")
 
         def transact(write: Write) -> Model:
-            before = _model(write.connection, model_id)
-            _check_etag(before.name, before.etag, etag)
+            before = live_model(write.connection, model_id)
+            check_etag(before.name, before.etag, etag)
             wanted = replace(
                 before,
                 description=before.description if description is None else description,
                 labels=dict(labels) if labels else before.labels,
+                gates=before.gates if gates is None else tuple(gates),
             )
             if wanted == before:
                 return before
             after = replace(wanted, update_time=write.now, revision=write.next_revision())
             rows.update_model(write, after)
             write.record(after.revision, after)
+            changed = [name for name in ("description", "labels", "gates") if _differ(name, before, after)]
+            write.audit("UpdateModel", after.name, {"changed": changed, **_told(after)})
             return after
 
         return await self._database.write(transact, actor=actor)
@@ -111,10 +157,11 @@ class SqlModelStore:
 
         def transact(write: Write) -> Version:
             if answer := first_answer(write, "CreateModelVersion", request_id, same):
-                first = _version(write.connection, VersionName(model=model_id, number=answer["number"]))
-                return replace(first, aliases=())
-            number = _model(write.connection, model_id).latest_version + 1
+                return _as_first(version_of(write.connection, VersionName(model=model_id, number=answer["number"])))
+            number = live_model(write.connection, model_id).latest_version + 1
             complete = _with_sizes(write.connection, content)
+            sizes = {artifact.sha256: artifact.size_bytes for artifact in complete.artifacts}
+            quotas.add_version(write, model_id, sizes)
             revision = write.next_revision()
             version = Version(
                 model=model_id,
@@ -127,23 +174,26 @@ class SqlModelStore:
                 meta_revision=revision,
             )
             rows.insert_version(write, version)
+            references.used(write, sizes)
             write.record(version.revision, version)
+            detail = {"digest": version.digest, "size_bytes": version.size_bytes, "revision": revision}
+            write.audit("CreateModelVersion", version.name, detail)
             remember(write, "CreateModelVersion", request_id, same, {"number": number})
             return version
 
         return await self._database.write(transact, actor=actor)
 
     async def get_version(self, name: VersionName | AliasName) -> Version:
-        """Read one version by number or by alias."""
+        """Read one version by number or by alias, deleted or not."""
 
         def transact(connection: sa.Connection) -> Version:
-            _model(connection, name.model)
+            model_of(connection, name.model)
             if isinstance(name, VersionName):
-                return _version(connection, name)
+                return version_of(connection, name)
             alias = rows.alias(connection, name)
             if alias is None:
                 raise NotFound(f"{name} not found", reason="MODEL_ALIAS_NOT_FOUND")
-            return _version(connection, VersionName(model=name.model, number=alias.version))
+            return version_of(connection, VersionName(model=name.model, number=alias.version))
 
         return await self._database.read(transact)
 
@@ -154,71 +204,12 @@ class SqlModelStore:
 
         def transact(connection: sa.Connection) -> Sequence[Version]:
             if model_id is not None:
-                _model(connection, model_id)
+                model_of(connection, model_id)
             return rows.versions(connection, model_id, after, size + 1)
 
         found = await self._database.read(transact)
         more = make_token(query, found[size - 1].revision) if len(found) > size else ""
         return found[:size], more
-
-    async def set_alias(self, name: AliasName, version: VersionName, *, etag: str, actor: str) -> Alias:
-        """Create (empty etag) or move an alias by compare-and-set; to where it points already is a no-op."""
-        if version.model != name.model:
-            raise InvalidInput("version: of another model than the alias", field="version")
-
-        def transact(write: Write) -> Alias:
-            _model(write.connection, name.model)
-            before = rows.alias(write.connection, name)
-            _check_etag(str(name), before.etag if before else "", etag)
-            _version(write.connection, version)
-            if before is not None and before.version == version.number:
-                return before
-            after = Alias(
-                model=name.model,
-                alias=name.alias,
-                version=version.number,
-                update_time=write.now,
-                updater=write.actor,
-                revision=write.next_revision(),
-            )
-            rows.put_alias(write, after)
-            write.record(after.revision, after)
-            return after
-
-        return await self._database.write(transact, actor=actor)
-
-    async def list_aliases(self, model_id: str | None, *, size: int, token: str) -> tuple[Sequence[Alias], str]:
-        """One page by name, of a model or (None) of all."""
-        query = f"aliases of {model_id or '-'}"
-        size, after = page_size(size), read_token(token, query, str, str)
-
-        def transact(connection: sa.Connection) -> Sequence[Alias]:
-            if model_id is not None:
-                _model(connection, model_id)
-            return rows.aliases(connection, model_id, after, size + 1)
-
-        found = await self._database.read(transact)
-        more = make_token(query, found[size - 1].model, found[size - 1].alias) if len(found) > size else ""
-        return found[:size], more
-
-    async def delete_alias(self, name: AliasName, *, etag: str, actor: str) -> None:
-        """Remove an alias by compare-and-set."""
-
-        def transact(write: Write) -> None:
-            _model(write.connection, name.model)
-            before = rows.alias(write.connection, name)
-            if before is None:
-                raise NotFound(f"{name} not found", reason="MODEL_ALIAS_NOT_FOUND")
-            _check_etag(str(name), before.etag, etag)
-            rows.delete_alias(write, name)
-            gone = DeletedAlias(model=name.model, alias=name.alias, version=before.version)
-            write.record(write.next_revision(), gone)
-
-        await self._database.write(transact, actor=actor)
-
-    async def quarantine_blob(self, sha256: str, reason: str) -> Sequence[Version]:
-        """Quarantine every version that uses a blob whose bytes are not those published; those that were not yet."""
-        raise NotImplementedError
 
     async def head(self) -> int:
         """Revision of the last change, 0 before the first."""
@@ -277,39 +268,49 @@ def _head(connection: sa.Connection) -> int:
     return int(connection.execute(sa.select(tables.log_head.c.revision)).scalar_one())
 
 
-def _model(connection: sa.Connection, model_id: str) -> Model:
-    model = rows.model(connection, model_id)
-    if model is None:
-        raise NotFound(f"{names.model_name(model_id)} not found", reason="MODEL_NOT_FOUND")
-    return model
+def _told(model: Model) -> dict[str, Any]:
+    """What the audit log keeps of a model."""
+    return {
+        "kind": model.kind,
+        "labels": dict(model.labels),
+        "gates": [conditions.plain(gate) for gate in model.gates],
+        "revision": model.revision,
+    }
 
 
-def _version(connection: sa.Connection, name: VersionName) -> Version:
-    version = rows.version(connection, name.model, name.number)
-    if version is None:
-        raise NotFound(f"{name} not found", reason="MODEL_VERSION_NOT_FOUND")
-    return version
+def _differ(name: str, before: Model, after: Model) -> bool:
+    return bool(getattr(before, name) != getattr(after, name))
 
 
-def _check_etag(name: str, present: str, given: str) -> None:
-    if given == present:
-        return
-    if not present:
-        text = f"{name} is not there any more; to create it, send no etag"
-    elif not given:
-        text = f"{name} is there already; to move it, send its etag"
-    else:
-        text = f"{name} has moved on since the etag was read; read it again"
-    raise Conflict(text, reason="ETAG_MISMATCH", metadata={"etag": present})
+def _as_first(version: Version) -> Version:
+    """As it was answered first: just published."""
+    return replace(
+        version,
+        aliases=(),
+        stage="ACTIVE",
+        stage_reason="",
+        meta_revision=version.revision,
+        verify_time=None,
+        corrupt_time=None,
+        delete_time=None,
+        purge_time=None,
+    )
 
 
 def _with_sizes(connection: sa.Connection, content: Content) -> Content:
+    """Fill in the sizes of the artifacts, whose blobs must be here, whole, and of a format that may be stored."""
     wanted = {artifact.sha256 for artifact in content.artifacts}
-    query = sa.select(tables.blobs.c.sha256, tables.blobs.c.size_bytes).where(tables.blobs.c.sha256.in_(wanted))
-    sizes = {row.sha256: row.size_bytes for row in connection.execute(query)}
+    here = {
+        row.sha256: row for row in connection.execute(tables.blobs.select().where(tables.blobs.c.sha256.in_(wanted)))
+    }
     for artifact in content.artifacts:
-        if artifact.sha256 not in sizes:
-            blob = names.blob_name(artifact.sha256)
-            text = f"{artifact.path}: {blob} is not here; upload it first"
+        blob, row = names.blob_name(artifact.sha256), here.get(artifact.sha256)
+        if row is None or row.damaged:
+            text = f"{artifact.path}: {blob} is not here{' whole' if row else ''}; upload it first"
             raise WrongState(text, reason="BLOB_NOT_FOUND", metadata={"blob": blob})
-    return replace(content, artifacts=tuple(replace(a, size_bytes=sizes[a.sha256]) for a in content.artifacts))
+        if row.format == FORMAT_NONE:
+            text = f"{artifact.path}: {blob} is none of the formats that may be stored"
+            raise WrongState(text, reason="FORMAT_NOT_ALLOWED", metadata={"blob": blob})
+    return replace(
+        content, artifacts=tuple(replace(each, size_bytes=here[each.sha256].size_bytes) for each in content.artifacts)
+    )

@@ -31,6 +31,7 @@ TENSORS_MAX = 256
 RANK_MAX = 16
 PARENTS_MAX = 64
 SOURCE_URI_CHARS_MAX = 2048
+REASON_CHARS_MAX = 4096
 
 ModelKind = Literal["MODEL", "DATASET"]
 Stage = Literal["ACTIVE", "DEPRECATED", "QUARANTINED"]
@@ -182,8 +183,8 @@ class Alias:
 
     @property
     def etag(self) -> str:
-        """Changes with every move, and is not repeated when the alias is deleted and made again."""
-        return etag(self.revision)
+        """Changes with every move, also when the alias is deleted and made again; "" before the first."""
+        return etag(self.revision) if self.revision else ""
 
 
 def etag(revision: int) -> str:

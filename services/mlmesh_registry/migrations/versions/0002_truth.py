@@ -78,15 +78,17 @@ def _blobs() -> None:
     )
     op.create_index(op.f("ix_blobs_unused_since"), "blobs", ["unused_since"])
     op.drop_index(op.f("ix_version_blobs_sha256"), "version_blobs")
-    op.create_index(op.f("ix_version_blobs_sha256_model"), "version_blobs", ["sha256", "model"])
+    op.create_index(op.f("ix_version_blobs_sha256_model_number"), "version_blobs", ["sha256", "model", "number"])
     op.create_table(
         "condemned_blobs",
         sa.Column("sha256", sa.Text(), nullable=False),
+        sa.Column("location", sa.Text(), nullable=False),
         sa.Column("size_bytes", sa.BigInteger(), nullable=False),
         sa.Column("time", sa.BigInteger(), nullable=False),
-        sa.PrimaryKeyConstraint("sha256", name=op.f("pk_condemned_blobs")),
+        sa.PrimaryKeyConstraint("sha256", "location", name=op.f("pk_condemned_blobs")),
     )
     op.create_index(op.f("ix_uploads_sha256"), "uploads", ["sha256"])
+    op.create_index(op.f("ix_uploads_finished_size_bytes"), "uploads", ["finished", "size_bytes"])
 
 
 def _alias_moves() -> None:
