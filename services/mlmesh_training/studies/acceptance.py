@@ -8,8 +8,9 @@ from datetime import datetime
 from types import MappingProxyType
 
 from mlmesh_runtime.errors import FieldViolation, InvalidInput
-from mlmesh_training import recipes
+from mlmesh_training import recipes, schedule
 from mlmesh_training.options import direction_of
+from mlmesh_training.schedule import Capacity
 from mlmesh_training.studies import space
 from mlmesh_training.studies.study import Sampler, Study, StudySpec, trials_in_all
 
@@ -18,12 +19,20 @@ METRIC_DEFAULT_REGRESSION = "validation_loss"
 _EPOCHS = "epochs"
 
 
-def accepted(spec: StudySpec, *, uid: str, creator: str, now: datetime) -> Study:
+def accepted(spec: StudySpec, *, uid: str, creator: str, now: datetime, capacity: Capacity) -> Study:
     """A new study, resolved. Its data set is as asked: whoever knows the registry replaces an alias by its version.
 
-    Errors: InvalidInput with reason UNKNOWN_RECIPE, UNKNOWN_DATASET or INVALID_FIELD; it names every field at fault.
+    Args:
+        capacity: what jobs may occupy; trials that never fit are refused.
+
+    Errors: InvalidInput with reason UNKNOWN_RECIPE, UNKNOWN_DATASET, RESOURCES_TOO_LARGE or INVALID_FIELD; it names
+    every field at fault.
     """
     resolved = _resolve(spec, {})
+    try:
+        schedule.check(spec.job, capacity)
+    except InvalidInput as error:
+        raise about_study(error, spec) from error
     recipe = recipes.known()[spec.job.recipe]
     known = {parameter.name: parameter for parameter in recipe.hyperparameters}
     axes = space.resolve(spec.dimensions, known, grid=spec.sampler is Sampler.GRID)

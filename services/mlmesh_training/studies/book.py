@@ -12,6 +12,7 @@ from mlmesh_runtime.errors import InvalidInput, Overloaded, RevisionLost
 from mlmesh_runtime.executors import BoundedExecutor, run_blocking
 from mlmesh_training.ports import Fetcher
 from mlmesh_training.queue import WATCH_PAGE_ITEMS, Wakeups
+from mlmesh_training.schedule import Capacity
 from mlmesh_training.studies import acceptance, study
 from mlmesh_training.studies.ledger import SqlStudyLedger
 from mlmesh_training.studies.study import Decision, Event, Recorded, Study, StudySpec, Trial
@@ -24,6 +25,7 @@ class StudyBook:
         ledger: of studies, migrated.
         executor: the one thread of the ledgers.
         wakeups: told of every commit by the ledger, the study's name being the topic.
+        capacity: what jobs may occupy; a study whose trials never fit is refused.
         fetcher: says what references to the registry mean.
         clock: the present time, timezone-aware UTC.
         new_uid: a fresh unique suffix of a study's name, [0-9a-z]{8,}.
@@ -35,6 +37,7 @@ class StudyBook:
         *,
         executor: BoundedExecutor,
         wakeups: Wakeups,
+        capacity: Capacity,
         fetcher: Fetcher,
         clock: Callable[[], datetime],
         new_uid: Callable[[], str],
@@ -42,6 +45,7 @@ class StudyBook:
         self._ledger = ledger
         self._executor = executor
         self._wakeups = wakeups
+        self._capacity = capacity
         self._fetcher = fetcher
         self._clock = clock
         self._new_uid = new_uid
@@ -53,7 +57,11 @@ class StudyBook:
         Errors: as `acceptance.accepted`, `Fetcher.resolve_dataset` and `SqlStudyLedger.create`.
         """
         accepted = acceptance.accepted(
-            spec, uid=f"{spec.job.recipe}-{self._new_uid()}", creator=creator, now=self._clock()
+            spec,
+            uid=f"{spec.job.recipe}-{self._new_uid()}",
+            creator=creator,
+            now=self._clock(),
+            capacity=self._capacity,
         )
         dataset, source = await self._resolved(spec)
         accepted = dataclasses.replace(accepted, dataset=dataset, source=source)

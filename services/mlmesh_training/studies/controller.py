@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from mlmesh_runtime.executors import run_blocking
 from mlmesh_training import metrics
-from mlmesh_training.studies.drive import Drive, Means, backoff_s
+from mlmesh_training.patience import backoff_s
+from mlmesh_training.studies.drive import Drive, Means
 from mlmesh_training.studies.study import Recorded, Study, StudyState
 
 if TYPE_CHECKING:

@@ -18,21 +18,11 @@ from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING
 
-from mlmesh_runtime.errors import (
-    AlreadyExists,
-    Denied,
-    InvalidInput,
-    MeshError,
-    NotFound,
-    Overloaded,
-    RevisionLost,
-    Unauthenticated,
-    Unsupported,
-    WrongState,
-)
+from mlmesh_runtime.errors import MeshError, NotFound, Overloaded, RevisionLost, WrongState
 from mlmesh_runtime.executors import BoundedExecutor, run_blocking
 from mlmesh_training import jobs, metrics, moves
 from mlmesh_training.jobs import Job, JobState, Metrics
+from mlmesh_training.patience import backoff_s, first_of, hopeless
 from mlmesh_training.ports import Publisher
 from mlmesh_training.queue import JobQueue
 from mlmesh_training.studies import study as steps
@@ -45,10 +35,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_RETRY_S_MAX = 30.0
-# What no waiting changes.
-_HOPELESS = (AlreadyExists, Denied, InvalidInput, Unauthenticated, Unsupported, WrongState)
-_HOPELESS_HERE = (*_HOPELESS, FileNotFoundError, ValueError)
+# What says nothing about whether a job was accepted before: there was no looking.
+_BLIND = frozenset({"EXECUTOR_FULL", "DISK_FULL"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,18 +137,18 @@ class Drive:
                     creator=study.creator,
                     study=study.name,
                 )
-            except _HOPELESS as error:
-                reason = f"the job of trial {trial.number} was refused: {error.message}"
-                await self._book.change(study.uid, partial(steps.aborted, reason=reason))
-                await self._end(trial, partial(steps.failed, reason=reason))
-                return None
-            except Overloaded as error:
-                if self._stopping.is_set():
+            except MeshError as error:
+                refused = f"the job of trial {trial.number} was refused: {error.message}"
+                if hopeless(error):
+                    await self._book.change(study.uid, partial(steps.aborted, reason=refused))
+                    await self._end(trial, partial(steps.failed, reason=refused))
+                    return None
+                if self._stopping.is_set() and error.reason not in _BLIND:
                     # Had the job been accepted before, this would have been its first answer again.
-                    await self._end(trial, partial(steps.failed, reason="the study ended before its job was accepted"))
+                    await self._end(trial, partial(steps.failed, reason=refused))
                     return None
                 logger.warning("a trial waits for its job", extra={"study": study.name, "error": error.message})
-                await _set_within(self._stopping, backoff_s(self._means.limits.retry_s, failures))
+                await first_of(self._stopping, timeout_s=backoff_s(self._means.limits.retry_s, failures))
                 failures += 1
             else:
                 decide = partial(steps.begun, job=job.uid)
@@ -270,13 +258,14 @@ class Drive:
         while True:
             try:
                 return await self._publish_once(study)
-            except (MeshError, FileNotFoundError, ValueError) as error:
-                told = error.message if isinstance(error, MeshError) else f"the best trial's files are gone: {error}"
-                hopeless = isinstance(error, _HOPELESS_HERE) and getattr(error, "reason", "") != "BLOB_NOT_FOUND"
-                if hopeless or loop.time() >= until:
-                    reason = f"publishing the best trial: {told}"
+            except (FileNotFoundError, ValueError) as error:
+                reason = f"publishing the best trial, whose files are gone: {error}"
+                return await self._book.change(study.uid, partial(steps.publication_failed, reason=reason))
+            except MeshError as error:
+                if hopeless(error) or loop.time() >= until:
+                    reason = f"publishing the best trial: {error.message}"
                     return await self._book.change(study.uid, partial(steps.publication_failed, reason=reason))
-                logger.warning("publishing is retried", extra={"study": study.name, "error": told})
+                logger.warning("publishing is retried", extra={"study": study.name, "error": error.message})
             await asyncio.sleep(backoff_s(self._means.limits.retry_s, tries))
             tries += 1
 
@@ -305,15 +294,3 @@ def ending(trial: Trial, job: Job | None) -> Callable[[Study, Trial, datetime], 
     if job.state is JobState.CANCELLED:
         return steps.pruned if trial.pruning else partial(steps.failed, reason="its job was cancelled")
     return partial(steps.failed, reason=job.error)
-
-
-def backoff_s(first_s: float, failures: int) -> float:
-    """Seconds to wait after so many failures before this one."""
-    return float(min(_RETRY_S_MAX, first_s * 2 ** min(failures, 16)))
-
-
-async def _set_within(event: asyncio.Event, timeout_s: float) -> None:
-    """Wait for an event, or for so long."""
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(timeout_s):
-            await event.wait()
