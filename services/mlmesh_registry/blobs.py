@@ -1,120 +1,114 @@
-"""Where finished bytes rest: content-addressed, written once, in an object store. Synchronous; for an executor.
+"""The port to wherever bytes rest. Implementations are synchronous, for an executor, and safe to share by processes.
 
-obstore's own coroutines are not used: with 0.12 a process that leaves right after one may abort in its Tokio threads.
-Reading by ranges through an executor is also several times faster than obstore's stream on a local disk.
+Bytes are content-addressed and written once: every arrival gets a place of its own, made of its digest and the id of
+the upload that brought it. So nothing that is removed can be what somebody else is bringing, and no lock is needed.
+Paths are made of digests and of ids that registries drew, never of names that came from outside.
 """
 
-import contextlib
-import os
-import re
-from collections.abc import Collection, Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
-import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError
-from obstore.store import LocalStore
-
-from mlmesh_registry.ledger import Blob
-from mlmesh_runtime.chunks import disk_full, fsync_directory, is_disk_full
-from mlmesh_runtime.errors import Corrupt
-
-_OS_ERROR = re.compile(r"\(os error (\d+)\)")
-_STAGING = "staging"
-_BLOBS = "sha256"
+from mlmesh_registry.inspection import Inspection
+from mlmesh_registry.ledger import Blob, Found, Part, Upload
+from mlmesh_runtime.errors import Corrupt, NotReady
 
 
-class LocalBlobs:
-    """Blobs under a folder: `sha256/ab/abcd…` for those that are whole, `staging/{upload}` for those under way.
+class Staging(Protocol):
+    """Bytes of one upload, written in order by one process from the `committed` end of it on.
 
-    Both are on one file system, so a blob appears by a hard link and is never half there. Paths are made of digests
-    and of ids that this process drew, never of names that came from outside.
-
-    Errors: Overloaded (DISK_FULL); Corrupt (BLOB_CORRUPT) when a blob is gone, cut or cannot be read.
+    Attributes:
+        written: where the next byte goes, in the whole.
+        committed: where the next byte that is not on disk and recorded is.
     """
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
-        for folder in (root / _STAGING, root / _BLOBS):
-            folder.mkdir(parents=True, exist_ok=True)
-        fsync_directory(root)
-        fsync_directory(root.parent)
-        self._store = LocalStore(str(root))
+    written: int
+    committed: int
 
-    def staging_path(self, upload_id: str) -> Path:
-        """Where an upload's bytes gather."""
-        return self._root / _STAGING / upload_id
+    def write(self, data: bytes) -> None:
+        """Add bytes. Errors: Overloaded (DISK_FULL); then nothing was added."""
 
-    def admit(self, upload_id: str, sha256: str) -> None:
-        """Give verified, synced bytes their final name, durably. The staging file stays until `drop`."""
-        folder = (self._root / _key(sha256)).parent
-        with _translated(sha256):
-            if not folder.exists():
-                folder.mkdir()
-                fsync_directory(folder.parent)
-            self._link(upload_id, sha256)
-            fsync_directory(folder)
+    def sync(self) -> Part:
+        """Make everything written durable; the part that it is in. Bytes may be written meanwhile.
 
-    def _link(self, upload_id: str, sha256: str) -> None:
-        source, target = f"{_STAGING}/{upload_id}", _key(sha256)
-        try:
-            obstore.copy(self._store, source, target, overwrite=False)
-        except AlreadyExistsError:
-            # Left by an attempt that did not reach the ledger: nobody reads it, and nobody knows whether it is whole.
-            obstore.delete(self._store, target)
-            obstore.copy(self._store, source, target, overwrite=False)
+        Errors: Overloaded (DISK_FULL), NotReady (STORAGE_UNAVAILABLE); OSError when the disk failed, after which nobody
+        knows which pages reached it. After any of them this staging must not be used again.
+        """
+
+    def close(self) -> None:
+        """Let go of what is not committed. Safe to call twice."""
+
+
+class Reading(Protocol):
+    """A blob that is being read."""
+
+    def read(self, start: int, end: int) -> bytes:
+        """Bytes [start, end). Errors: Corrupt (BLOB_CORRUPT), NotReady (STORAGE_UNAVAILABLE)."""
+
+    def close(self) -> None:
+        """Let go."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stored:
+    """Something that lies in the store: a blob's bytes, or (sha256 "") bytes of an upload under way."""
+
+    key: str
+    sha256: str
+    upload_id: str
+
+
+class Blobs(Protocol):
+    """Where bytes rest.
+
+    Attributes:
+        inspects_as_written: whether bytes can be looked at when they come, and not again when they are admitted.
+        commit_bytes_max: most bytes that are worth holding back before they are made durable.
+        read_bytes: how much to ask for at a time, a multiple of ledger.BLOCK_BYTES.
+
+    Errors of every method: Overloaded (DISK_FULL), NotReady (STORAGE_UNAVAILABLE).
+    """
+
+    inspects_as_written: bool
+    commit_bytes_max: int
+    read_bytes: int
+
+    def stage(self, upload: Upload, parts: Sequence[Part]) -> Staging:
+        """Go on with an upload. Errors: Corrupt (BLOB_CORRUPT) when committed bytes are gone."""
+
+    def admit(self, upload: Upload, parts: Sequence[Part], inspection: Inspection) -> Found:
+        """Put the bytes of an upload where its blob belongs, durably. The staged ones stay.
+
+        What the inspection has not seen of them is shown to it first, and nothing is there before it agreed. Errors:
+        Corrupt (DIGEST_MISMATCH; BLOB_CORRUPT when committed bytes are gone), InvalidInput (FORMAT_NOT_ALLOWED).
+        """
 
     def drop(self, upload_id: str) -> None:
-        """Remove an upload's bytes, if any."""
-        self.staging_path(upload_id).unlink(missing_ok=True)
+        """Remove the staged bytes of an upload, if any."""
 
-    def check_size(self, blob: Blob) -> None:
-        """Compare what is stored with what is known."""
-        with _translated(blob.sha256):
-            here = obstore.head(self._store, _key(blob.sha256))["size"]
-        if here != blob.size_bytes:
-            raise Corrupt(f"{blob.name}: {here} bytes are here of {blob.size_bytes}", reason="BLOB_CORRUPT")
+    def open(self, blob: Blob) -> Reading:
+        """Begin to read. Errors: Corrupt (BLOB_CORRUPT) when its bytes are gone, cut or too many."""
 
-    def read(self, blob: Blob, start: int, end: int) -> bytes:
-        """Bytes [start, end) of a blob."""
-        with _translated(blob.sha256):
-            data = bytes(obstore.get_range(self._store, _key(blob.sha256), start=start, end=end))
-        if len(data) != end - start:
-            raise Corrupt(f"{blob.name}: cut at byte {start + len(data)}", reason="BLOB_CORRUPT")
-        return data
+    def of(self, sha256: str) -> Sequence[Stored]:
+        """Everything that lies at places of a digest."""
 
-    def sweep(self, blobs: Collection[str], upload_ids: Collection[str]) -> int:
-        """Remove every file that is neither a known blob nor an upload under way; how many there were."""
-        wanted = {self._root / _key(sha256) for sha256 in blobs} | {self.staging_path(each) for each in upload_ids}
-        orphans = [
-            Path(folder) / name
-            for folder, _, names in os.walk(self._root)
-            for name in names
-            if Path(folder) / name not in wanted
-        ]
-        for path in orphans:
-            path.unlink()
-        return len(orphans)
+    def stored(self) -> Iterator[Sequence[Stored]]:
+        """Everything that lies here, some at a time."""
+
+    def remove(self, stored: Stored) -> None:
+        """Remove; no error when it is gone."""
 
 
-def _key(sha256: str) -> str:
-    return f"{_BLOBS}/{sha256[:2]}/{sha256}"
+def corrupt(blob: Blob, what: str) -> Corrupt:
+    """Build the error for a blob that is not what was stored."""
+    return Corrupt(f"{blob.name}: {what}", reason="BLOB_CORRUPT")
 
 
-@contextlib.contextmanager
-def _translated(sha256: str) -> Iterator[None]:
-    """Translate errors of the store and of the disk at this edge; obstore keeps the error number in its text only."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise Corrupt(f"blobs/sha256-{sha256}: its bytes are gone", reason="BLOB_CORRUPT") from error
-    except (OSError, BaseError) as error:
-        found = _OS_ERROR.search(str(error))
-        cause = error if isinstance(error, OSError) and error.errno else OSError(int(found[1]) if found else 0, "")
-        if is_disk_full(cause):
-            raise disk_full(f"blobs/sha256-{sha256}") from error
-        if "range" in str(error) or cause.errno == _EIO:
-            raise Corrupt(f"blobs/sha256-{sha256}: its bytes cannot be read", reason="BLOB_CORRUPT") from error
-        raise
+def lost(upload_id: str) -> Corrupt:
+    """Build the error for committed bytes that are not there any more."""
+    return Corrupt(f"uploads/{upload_id}: committed bytes of it are gone", reason="BLOB_CORRUPT")
 
 
-_EIO = 5
+def unavailable(what: str) -> NotReady:
+    """Build the error for a store that does not answer, or is not the one it was."""
+    return NotReady(f"the store of blobs is not available: {what}", reason="STORAGE_UNAVAILABLE")

@@ -1,106 +1,78 @@
-"""The bytes of one upload under way: a file that grows in order. Synchronous; callers run it on an executor.
+"""A file into which the bytes of one upload go, in order, by one process. Synchronous, for an executor."""
 
-`written` counts what the kernel has, `committed` what is on disk and recorded: only the latter was ever promised.
-"""
-
-import hashlib
+import contextlib
+import fcntl
 import os
 from pathlib import Path
+from typing import Self
 
-from mlmesh_runtime.chunks import CHUNK_BYTES, crc32c, disk_full, fsync_directory, is_disk_full, write_at
-from mlmesh_runtime.errors import Conflict, Corrupt, InvalidInput
+from mlmesh_registry.ledger import Part
+from mlmesh_runtime.chunks import disk_full, fsync_directory, is_disk_full, write_at
 
 
 class StagedFile:
-    """One open staging file, cut back to what was committed.
+    """Implements blobs.Staging. Holds the file's lock while it is open, so that only one process writes to it.
 
-    Errors: Corrupt (BLOB_CORRUPT) when fewer bytes are here than were committed, Overloaded (DISK_FULL).
+    A file that is taken up is not touched before the first write: until then whoever took it up can find that more of
+    it was committed than was known when it asked for it.
     """
 
-    def __init__(self, path: Path, *, size_bytes: int, committed_bytes: int) -> None:
-        self.path = path
-        self.size_bytes = size_bytes
-        self.committed = self.written = committed_bytes
-        self._fd = _create(path) if committed_bytes == 0 else _open(path)
-        here = os.fstat(self._fd).st_size
-        if here < committed_bytes:
-            os.close(self._fd)
-            raise Corrupt(f"{here} bytes are here of {committed_bytes} committed", reason="BLOB_CORRUPT")
-        if here > committed_bytes:
-            os.ftruncate(self._fd, committed_bytes)
+    def __init__(self, fd: int, path: Path, *, start: int, committed: int) -> None:
+        self._fd = fd
+        self._path = path
+        self._start = start
+        self._cut = False
+        self.written = self.committed = committed
 
-    def append(self, offset: int, data: bytes, checksum: int) -> None:
-        """Add one chunk. A refused chunk changes nothing.
+    @classmethod
+    def begin(cls, path: Path, start: int) -> Self:
+        """A new file, for bytes from `start` of the whole on."""
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            with contextlib.suppress(OSError):  # A file system that knows no locks: then nobody takes the file up.
+                _lock(fd)
+            fsync_directory(path.parent)
+        except BaseException:
+            os.close(fd)
+            raise
+        return cls(fd, path, start=start, committed=start)
 
-        Errors: InvalidInput (INVALID_FIELD, UPLOAD_TOO_LARGE), Conflict (UPLOAD_OFFSET_MISMATCH), Corrupt
-        (CHUNK_CHECKSUM_MISMATCH), Overloaded (DISK_FULL).
-        """
-        if len(data) > CHUNK_BYTES:
-            raise InvalidInput(f"data: {len(data)} bytes, at most {CHUNK_BYTES}", field="data")
-        if offset != self.written:
-            raise offset_mismatch(f"a chunk starts at {offset}, expected {self.written}", self.written)
-        if offset + len(data) > self.size_bytes:
-            text = f"data: reaches byte {offset + len(data)} where {self.size_bytes} were announced"
-            raise InvalidInput(text, field="data", reason="UPLOAD_TOO_LARGE")
-        if crc32c(data) != checksum:
-            text = f"the chunk of {len(data)} bytes at {offset} fails its CRC-32C"
-            raise Corrupt(text, reason="CHUNK_CHECKSUM_MISMATCH")
-        write_at(self._fd, data, offset)
+    @classmethod
+    def take_up(cls, path: Path, part: Part) -> Self | None:
+        """The file that holds a committed part, to go on behind it; None while somebody else writes to it."""
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            _lock(fd)
+        except OSError:
+            os.close(fd)
+            return None
+        return cls(fd, path, start=part.start, committed=part.end)
+
+    def write(self, data: bytes) -> None:
+        """See Staging."""
+        if not self._cut:
+            os.ftruncate(self._fd, self.committed - self._start)
+            self._cut = True
+        write_at(self._fd, data, self.written - self._start)
         self.written += len(data)
 
-    def sync(self) -> int:
-        """Put what is written on disk and return how much that is. The caller records it, then sets `committed`.
-
-        Errors: Overloaded (DISK_FULL) with the file cut back to what was committed; OSError when the disk failed, after
-        which the file must not be used again: nobody knows which pages reached the disk.
-        """
+    def sync(self) -> Part:
+        """See Staging."""
+        end = self.written
         try:
             os.fsync(self._fd)
         except OSError as error:
-            if not is_disk_full(error):
-                raise
-            os.ftruncate(self._fd, self.committed)
-            self.written = self.committed
-            raise disk_full(f"{self.size_bytes} bytes") from error
-        return self.written
-
-    def sha256(self) -> str:
-        """Hash the whole file as it is stored."""
-        digest, position = hashlib.sha256(), 0
-        while data := os.pread(self._fd, CHUNK_BYTES, position):
-            digest.update(data)
-            position += len(data)
-        return digest.hexdigest()
+            if is_disk_full(error):
+                raise disk_full(f"{end - self.committed} bytes of an upload") from error
+            raise
+        return Part(start=self._start, size_bytes=end - self._start, key=self._path.name)
 
     def close(self) -> None:
-        """Close; safe to call twice."""
+        """See Staging. What nobody answered for is cut off by whoever takes the file up."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
 
 
-def offset_mismatch(text: str, expected: int) -> Conflict:
-    """Build the error for a chunk that does not continue the upload; GetUpload tells where to go on."""
-    return Conflict(text, reason="UPLOAD_OFFSET_MISMATCH", metadata={"expected_offset": str(expected)})
-
-
-def _create(path: Path) -> int:
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        if is_disk_full(error):
-            raise disk_full("an upload") from error
-        raise
-    try:
-        fsync_directory(path.parent)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
-
-
-def _open(path: Path) -> int:
-    try:
-        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError as error:
-        raise Corrupt("the committed bytes of this upload are gone", reason="BLOB_CORRUPT") from error
+def _lock(fd: int) -> None:
+    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
