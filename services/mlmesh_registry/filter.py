@@ -151,8 +151,6 @@ class _Parser:
         while not self._ended and self._peek() != ")":
             if self._keyword("AND"):
                 self._skip()
-            elif self._peek_keyword() == "OR":
-                self._refuse("a value or a field before OR")
             parts.append(self._factor(leaf))
         return parts[0] if len(parts) == 1 else All(parts=tuple(parts))
 
