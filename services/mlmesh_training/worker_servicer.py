@@ -11,12 +11,12 @@ from mlmesh.training.v1 import worker_pb2 as pb
 from mlmesh.training.v1.worker_pb2_grpc import TrainingWorkerServiceServicer
 from mlmesh_runtime.calls import metadata_value
 from mlmesh_runtime.chunks import Chunk
-from mlmesh_runtime.errors import InvalidInput, WrongState
+from mlmesh_runtime.errors import InvalidInput
 from mlmesh_runtime.executors import BoundedExecutor, run_blocking
 from mlmesh_training import convert
 from mlmesh_training.backends.base import TASK_FILE
 from mlmesh_training.backends.kubernetes import files
-from mlmesh_training.backends.kubernetes.hub import Command, Session, WorkerHub
+from mlmesh_training.backends.kubernetes.hub import Command, Session, WorkerHub, not_ready
 
 TOKEN_HEADER = "mlmesh-job-token"  # noqa: S105
 _COMMANDS = {
@@ -122,11 +122,11 @@ class _Connection:
             await self._tell()
 
     async def order(self) -> None:
-        """Tell the command now and whenever it changes. Errors: WrongState (ATTEMPT_OVER) at the end."""
+        """Tell the command now and whenever it changes. Errors: NotReady (ATTEMPT_NOT_READY) at the end."""
         while not self._session.over:
             await self._tell()
             await self._session.changes()
-        raise WrongState("no attempt of the job runs any more", reason="ATTEMPT_OVER")
+        raise not_ready(self._session.uid)
 
     async def _tell(self) -> None:
         async with self._turn:

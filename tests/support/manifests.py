@@ -62,7 +62,7 @@ def render(folder: Path) -> list[Document]:
         for patch in kustomization.get("patches", []):
             if _targets(patch["target"], doc):
                 _patch(doc, patch, folder)
-    return docs
+    return [doc for doc in docs if doc]
 
 
 def _targets(target: Document, doc: Document) -> bool:
@@ -82,7 +82,13 @@ def _patch(doc: Document, patch: Document, folder: Path) -> None:
         merge.pop("metadata")
         _merge(doc, merge)
         return
-    for operation in yaml.safe_load(patch["patch"]):
+    written = yaml.safe_load(patch["patch"])
+    if isinstance(written, dict):
+        if written.get("$patch") != "delete":
+            raise ValueError("render does not know merge patches in place, but for $patch: delete")
+        doc.clear()
+        return
+    for operation in written:
         *parents, last = operation["path"].strip("/").split("/")
         at: Any = doc
         for key in parents:
@@ -101,14 +107,16 @@ def _merge(into: Document, patch: Document) -> None:
     """Strategic merge, for mappings and for lists whose items have names."""
     for key, value in patch.items():
         old = into.get(key)
-        if isinstance(old, dict) and isinstance(value, dict):
+        if value is None:
+            into.pop(key, None)
+        elif isinstance(old, dict) and isinstance(value, dict):
             _merge(old, value)
         elif isinstance(old, list) and all(isinstance(item, dict) and "name" in item for item in [*old, *value]):
             by_name = {item["name"]: item for item in old}
             for item in value:
                 if item["name"] in by_name:
                     _merge(by_name[item["name"]], item)
-                else:
-                    old.append(item)
+            # What is new comes first, in its order.
+            old[:0] = [item for item in value if item["name"] not in by_name]
         else:
             into[key] = value

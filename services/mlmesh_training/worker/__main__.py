@@ -13,7 +13,6 @@ import sys
 from mlmesh.training.v1 import worker_pb2 as pb
 from mlmesh_runtime.channel import open_channel
 from mlmesh_runtime.config import Settings
-from mlmesh_runtime.errors import MeshError
 from mlmesh_runtime.executors import Executors
 from mlmesh_runtime.process import run
 from mlmesh_training.config import trainer_environment
@@ -25,6 +24,10 @@ logger = logging.getLogger(__name__)
 
 SUSPENDED_WITHIN_S = 600.0
 """How long a paused worker waits to be suspended; ending by itself would mean that the TrainJob is complete."""
+
+
+class StoppedError(Exception):
+    """The service says that the job was stopped."""
 
 
 async def work(settings: Settings) -> None:
@@ -64,7 +67,7 @@ async def _run(client: TrainingClient, attempt: Attempt) -> int:
         if command == pb.WORKER_COMMAND_PAUSE:
             attempt.pause()
         elif command == pb.WORKER_COMMAND_STOP:
-            raise MeshError("the job was stopped", reason="ATTEMPT_OVER")
+            raise StoppedError
 
     try:
         async with asyncio.TaskGroup() as group:

@@ -1,7 +1,7 @@
 """The training service as a worker sees it: files both ways, and one stream of reports and commands.
 
-Every step is tried again until it works or the service says that the attempt is over: a worker outlives restarts of the
-service and of the network between them.
+Every step is tried again until it works: a worker outlives restarts of the service and of the network between them. One
+whose job is gone is ended by the cluster.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class TrainingClient:
         worker: this worker's own name for its life.
         executor: threads for the disk.
 
-    Errors of all methods: WrongState (ATTEMPT_OVER) when the worker should end, Denied, InvalidInput.
+    Errors of all methods: Denied, InvalidInput, NotFound: what trying again cannot mend.
     """
 
     def __init__(

@@ -103,7 +103,7 @@ class Cluster:
         while True:
             found = await self.get(name)
             yield found
-            version = found["metadata"].resourceVersion if found else None
+            version = found["metadata"]["resourceVersion"] if found else None
             async with contextlib.aclosing(self._changes(name, version)) as changes:
                 async for changed in changes:
                     yield changed

@@ -10,7 +10,7 @@ import json
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
-from mlmesh_runtime.errors import Denied, InvalidInput, WrongState
+from mlmesh_runtime.errors import Denied, InvalidInput, NotReady
 from mlmesh_training.backends.base import Died, Report
 from mlmesh_training.backends.reports import read_report
 
@@ -37,7 +37,8 @@ class Session:
         heard: counts what came; whoever watches for silence compares it.
     """
 
-    def __init__(self, folder: Path, report: Callable[[Report], Awaitable[None]]) -> None:
+    def __init__(self, uid: str, folder: Path, report: Callable[[Report], Awaitable[None]]) -> None:
+        self.uid = uid
         self.folder = folder
         self.died: Died | None = None
         self.paused = asyncio.Event()
@@ -125,7 +126,7 @@ class WorkerHub:
     @contextlib.contextmanager
     def attempt(self, uid: str, folder: Path, report: Callable[[Report], Awaitable[None]]) -> Iterator[Session]:
         """Let workers in while an attempt runs."""
-        session = self._sessions[uid] = Session(folder, report)
+        session = self._sessions[uid] = Session(uid, folder, report)
         try:
             yield session
         finally:
@@ -133,10 +134,19 @@ class WorkerHub:
             session.end()
 
     def session(self, uid: str, token: str) -> Session:
-        """The attempt of a job. Errors: Denied (TOKEN_INVALID), WrongState (ATTEMPT_OVER)."""
+        """The attempt of a job.
+
+        Errors: Denied (TOKEN_INVALID), NotReady (ATTEMPT_NOT_READY) when none runs: this service was just started, or
+        is about to delete the TrainJob.
+        """
         if not hmac.compare_digest(token.encode(), self.token(uid).encode()):
             raise Denied("the token is not this job's", reason="TOKEN_INVALID")
         found = self._sessions.get(uid)
         if found is None:
-            raise WrongState(f"no attempt of jobs/{uid} runs", reason="ATTEMPT_OVER")
+            raise not_ready(uid)
         return found
+
+
+def not_ready(uid: str) -> NotReady:
+    """No attempt of a job runs here now."""
+    return NotReady(f"no attempt of jobs/{uid} runs here now", reason="ATTEMPT_NOT_READY")

@@ -97,7 +97,14 @@ def _template(placement: Placement) -> dict[str, Any]:
         # The sidecar must come up before the worker dials and must not outlive it: a native sidecar does both.
         "metadata": {
             "labels": {"sidecar.istio.io/inject": "true", "app": "trainer"},
-            "annotations": {"sidecar.istio.io/nativeSidecar": "true"},
+            "annotations": {
+                "sidecar.istio.io/nativeSidecar": "true",
+                # Only calls to the training service go through the sidecar: collectives of torch between the pods use
+                # ports that nobody can name beforehand.
+                "traffic.sidecar.istio.io/includeInboundPorts": "",
+                "traffic.sidecar.istio.io/includeOutboundIPRanges": "",
+                "traffic.sidecar.istio.io/includeOutboundPorts": placement.target.rpartition(":")[2],
+            },
         },
         "spec": {"serviceAccountName": placement.service_account},
     }
