@@ -25,7 +25,15 @@ from types import TracebackType
 
 from mlmesh_runtime.executors import BoundedExecutor, run_blocking
 from mlmesh_training.backends.base import Died, Finished, Outcome, Paused, Report, Stopped, TrainingTask
-from mlmesh_training.backends.process import PAUSE_SIGNAL, PAUSED_CODE, TrainerProcess, epitaph, first, lines
+from mlmesh_training.backends.process import (
+    PAUSE_SIGNAL,
+    PAUSED_CODE,
+    TrainerProcess,
+    epitaph,
+    first,
+    lines,
+    sweep_semaphores,
+)
 from mlmesh_training.backends.reports import read_report
 from mlmesh_training.backends.results import prepare, read_result
 from mlmesh_training.jobs import LOG_LINE_BYTES_MAX, JobPhase, LogLine
@@ -43,6 +51,8 @@ class LocalLimits:
     """A process that reports and prints nothing for this long hangs, and is ended."""
     log_lines_max: int = 10_000
     """Log lines kept of an attempt; the rest is dropped, and a line says so."""
+    collective_s: float = 120.0
+    """Processes of one job wait this long for each other; then one of them hangs, and all start again."""
     threads: int = 0
     """Threads that torch may use; 0 lets the trainer take all processors it may run on."""
     warm: bool = False
@@ -115,9 +125,16 @@ class LocalBackend:
         attempt = _Attempt(report=heard, limits=self._limits)
         async with self._process() as process:
             threads = task.threads or self._limits.threads
-            order = {"folder": str(folder), "threads": threads, "gpus": task.gpus}
+            order = {
+                "folder": str(folder),
+                "threads": threads,
+                "gpus": task.gpus,
+                "collective_s": self._limits.collective_s,
+            }
             process.tell(json.dumps(order).encode() + b"\n")
             await attempt.follow(process, stop, pause)
+        if task.distribution.processes > 1:
+            await run_blocking(self._executor, sweep_semaphores, task.uid)
         await self._warm_up()
         if stop.is_set():
             return Stopped()

@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from mlmesh_training.backends.lines import LineSplitter
 
@@ -15,6 +16,8 @@ PAUSE_SIGNAL = signal.SIGUSR1
 """Asks a training process to write a checkpoint and end."""
 PAUSED_CODE = 75
 """The exit code of one that did (EX_TEMPFAIL of sysexits.h: not done, go on later)."""
+
+_SEMAPHORES = Path("/dev/shm")  # noqa: S108 - where glibc keeps them (man 7 sem_overview)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -157,3 +160,14 @@ def epitaph(returncode: int, last_words: str) -> str:
             return f"its process was ended by {signal.Signals(-returncode).name}"
         return f"its process was ended by signal {-returncode}"
     return f"its process ended with exit code {returncode}{': ' if last_words else ''}{last_words}"
+
+
+def semaphore_prefix(uid: str) -> str:
+    """What the names of a job's semaphores begin with."""
+    return f"/mlmesh-{uid}"
+
+
+def sweep_semaphores(uid: str) -> None:
+    """Remove the semaphores of a job whose processes were killed; the kernel keeps them until somebody does."""
+    for path in _SEMAPHORES.glob(f"sem.{semaphore_prefix(uid)[1:]}-*"):
+        path.unlink(missing_ok=True)

@@ -45,6 +45,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     order = json.loads(line)
     folder = Path(order["folder"])
+    forking.collective_s = float(order.get("collective_s", forking.collective_s))
     if "gpus" in order:
         # torch reads it when it first looks for a GPU, which nothing has done yet.
         os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpus(order["gpus"], os.environ)
@@ -60,22 +61,25 @@ def work(folder: Path, reporter: Reporter, *, threads: int) -> int:
     try:
         if _processes(folder) > 1:
             # Loads torch for the workers while this process loads it for itself.
-            forking.reserve()
+            forking.reserve(folder)
         from mlmesh_training.trainer.run import train  # noqa: PLC0415 - torch takes seconds to import
 
         train(folder, reporter, threads=threads)
     except pausing.PauseRequested:
         return PAUSED_CODE
-    except PermanentError as error:
-        reporter.send(Died(reason=str(error), permanent=True))
-        return 1
-    except forking.GroupLost as error:
-        reporter.send(Died(reason=str(error)))
-        return 1
-    except OSError as error:
-        reporter.send(Died(reason=f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"))
+    except forking.FirstGoesOn:
+        return 0
+    except (PermanentError, forking.GroupLost, OSError) as error:
+        reporter.send(Died(reason=_reason(error), permanent=isinstance(error, PermanentError)))
         return 1
     return 0
+
+
+def _reason(error: Exception) -> str:
+    """An error for a person."""
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+    return str(error)
 
 
 def visible_gpus(gpus: Sequence[int], environ: Mapping[str, str]) -> str:

@@ -23,37 +23,39 @@ from multiprocessing.sharedctypes import RawValue
 from pathlib import Path
 from typing import Any
 
-from torch._C._distributed_c10d import HashStore, PrefixStore
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-from torch.distributed.elastic.rendezvous.api import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
 
 from mlmesh_training.backends.base import TrainingTask
 from mlmesh_training.backends.process import epitaph
 from mlmesh_training.jobs import LogLine
 from mlmesh_training.trainer.fitting import forking, pausing, worker
+from mlmesh_training.trainer.fitting.meeting import Machines
 from mlmesh_training.trainer.fitting.wires import Exchange
 from mlmesh_training.trainer.reporter import PermanentError, Reporter
 
 RESTARTS_MAX = 3
 """Restarts of the workers within one attempt of a job; then the attempt has died, and the job's own budget counts."""
 MONITOR_S = 0.1
-SCRATCH = "workers"
-"""Folder in the job's: where workers meet."""
+_LEAVING_S_MAX = 60
 
 
 def run(folder: Path, task: TrainingTask, reporter: Reporter, *, threads: int) -> None:
     """Fit with workers until all is done and in the last checkpoint. Only the main thread may call this.
 
+    Of several machines each has an agent; only the first one's folder gets checkpoints. There a dead worker ends the
+    attempt: the others must be started again too, with the newest checkpoint, which is the cluster's business.
     Errors: PermanentError, PauseRequested, GroupLost, OSError.
     """
-    forking.reserve()
+    machines = Machines.of(task.distribution.nodes, os.environ)
+    forking.reserve(folder)
     _quiet()
-    scratch = folder / SCRATCH
+    scratch = folder / worker.SCRATCH
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
-    count = task.distribution.processes
+    count = max(1, task.distribution.processes // machines.count)
+    restarts = RESTARTS_MAX if machines.count == 1 else 0
     # Shared memory without a lock: a worker killed while it holds one would stop all others.
     pause = RawValue(ctypes.c_bool, False)
     pausing.forward(pause)
@@ -63,11 +65,11 @@ def run(folder: Path, task: TrainingTask, reporter: Reporter, *, threads: int) -
             spec = WorkerSpec(
                 role="worker",
                 local_world_size=count,
-                rdzv_handler=OneMachine(task.uid),
+                rdzv_handler=machines.meet(task.uid),
                 fn=None,
                 entrypoint=worker.work,
-                args=(folder, share, exchange.wires, pause),
-                max_restarts=RESTARTS_MAX,
+                args=(folder, share, exchange.wires, pause, forking.collective_s),
+                max_restarts=restarts,
                 monitor_interval=MONITOR_S,
             )
             agent = Agent(spec, scratch=scratch, exchange=exchange, reporter=reporter)
@@ -75,47 +77,9 @@ def run(folder: Path, task: TrainingTask, reporter: Reporter, *, threads: int) -
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     if result.is_failed():
-        raise forking.GroupLost(f"{agent.reason}; gave up after {RESTARTS_MAX} restarts")
+        raise forking.GroupLost(agent.reason + (f"; gave up after {restarts} restarts" if restarts else ""))
     if worker.PAUSED in result.return_values.values():
         raise pausing.PauseRequested
-
-
-class OneMachine(RendezvousHandler):
-    """The rendezvous of an agent that is alone: it is complete when asked for."""
-
-    def __init__(self, run_id: str) -> None:
-        self._run_id = run_id
-        self._store = HashStore()
-        self._round = 0
-
-    def get_backend(self) -> str:
-        """Its name."""
-        return "one-machine"
-
-    def next_rendezvous(self) -> RendezvousInfo:
-        """A new round with a store of its own for the agent."""
-        self._round += 1
-        # Workers meet through a file instead: this address is never used.
-        return RendezvousInfo(PrefixStore(str(self._round), self._store), 0, 1, RendezvousStoreInfo("127.0.0.1", 0))
-
-    def is_closed(self) -> bool:
-        """Never."""
-        return False
-
-    def set_closed(self) -> None:
-        """Nothing to close."""
-
-    def num_nodes_waiting(self) -> int:
-        """Nobody comes later."""
-        return 0
-
-    def get_run_id(self) -> str:
-        """The job."""
-        return self._run_id
-
-    def shutdown(self) -> bool:
-        """Nothing to end."""
-        return True
 
 
 class Agent(LocalElasticAgent):
@@ -128,7 +92,7 @@ class Agent(LocalElasticAgent):
             spec,
             logs_specs=DefaultLogsSpecs(log_dir=str(scratch)),
             start_method="forkserver",
-            exit_barrier_timeout=0,
+            exit_barrier_timeout=_LEAVING_S_MAX,
             shutdown_timeout=2,
         )
         self._exchange = exchange

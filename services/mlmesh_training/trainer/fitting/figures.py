@@ -79,13 +79,13 @@ class Meter:
 class Figures:
     """Adds up figures where they arise, so that a GPU is waited for only when they are looked at.
 
-    Classifiers, whose data has labels, have `loss` and `accuracy`; regressors `loss` and `error`, the root of the mean
-    squared error.
+    Classifiers have `loss` and `accuracy`; regressors `loss`, of normalised values, and `error`, the root of the mean
+    squared error in the unit of the target.
     """
 
     def __init__(self, loaded: Loaded, device: torch.device) -> None:
         self.classifying = not loaded.train.targets.is_floating_point()
-        self._device = device
+        self._unit = loaded.target_std
         self._here = torch.zeros(_KEPT + 1, dtype=torch.float64, device=device)
         self._since_look = torch.zeros_like(self._here)
 
@@ -128,4 +128,4 @@ class Figures:
         """Means by their names."""
         if self.classifying:
             return {"loss": meter.loss, "accuracy": meter.second}
-        return {"loss": meter.loss, "error": math.sqrt(meter.second)}
+        return {"loss": meter.loss, "error": self._unit * math.sqrt(meter.second)}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from mlmesh_training.backends.base import TrainingTask
@@ -13,6 +15,7 @@ from mlmesh_training.trainer import checkpoint
 from mlmesh_training.trainer.definition import Definition, Loaded
 from mlmesh_training.trainer.fitting import agent, forking
 from mlmesh_training.trainer.fitting.loop import Fit
+from mlmesh_training.trainer.fitting.meeting import Machines
 from mlmesh_training.trainer.fitting.pausing import ASKED, Flag
 from mlmesh_training.trainer.fitting.ranks import ALONE, Ranks, device, settle
 from mlmesh_training.trainer.reporter import Reporter
@@ -27,12 +30,16 @@ def fitted(
         threads: of torch in each process; 0 shares the processors out.
 
     Returns the module, in this process, on the CPU, whole, ready to evaluate. Errors: PermanentError when trying again
-    would not help, PauseRequested after a checkpoint, `forking.GroupLost` when workers died too often, OSError.
+    would not help, PauseRequested after a checkpoint, `forking.GroupLost` when workers died too often,
+    `forking.FirstGoesOn` on any machine but the first, OSError.
     """
     if task.distribution.processes > 1:
         found = _collected(folder, task, definition, loaded)
         if found is None:
             agent.run(folder, task, reporter, threads=threads)
+        if Machines.of(task.distribution.nodes, os.environ).rank:
+            raise forking.FirstGoesOn
+        if found is None:
             found = _collected(folder, task, definition, loaded)
         if found is None:
             raise forking.GroupLost("the last checkpoint of the fitting is not there or not whole")
@@ -68,20 +75,32 @@ def resumed(
     ranks: Ranks = ALONE,
 ) -> Fit:
     """A fit as the newest usable checkpoint left it, or a new one. What cannot be used is told and passed over."""
-    for candidate in checkpoint.stored(folder):
-        state = checkpoint.load(candidate)
+    for candidate in _candidates(folder, ranks):
+        state = checkpoint.load(candidate) if candidate else None
+        name = candidate.path.name if candidate else "a checkpoint"
         if not ranks.all(state is not None) or state is None:
-            reporter.send(LogLine(severity="warning", message=f"{candidate.path.name} is torn or changed; passed over"))
+            reporter.send(LogLine(severity="warning", message=f"{name} is torn or changed; passed over"))
             continue
         made = Fit(task, definition, loaded, ranks)
         reason = _restored(made, state)
         if not ranks.all(not reason):
-            reporter.send(LogLine(severity="warning", message=f"{candidate.path.name} does not fit: {reason}"))
+            reporter.send(LogLine(severity="warning", message=f"{name} does not fit: {reason}"))
             continue
         where = f", step {made.step}" if made.position else ""
         reporter.send(LogLine(severity="info", message=f"resumed after epoch {made.epoch}{where}"))
         return made
     return Fit(task, definition, loaded, ranks)
+
+
+def _candidates(folder: Path, ranks: Ranks) -> list[checkpoint.Stored | None]:
+    """The checkpoints that the first process has, newest first, as this one has them."""
+    here = list(checkpoint.stored(folder))[: checkpoint.KEPT + 1]
+    digests = torch.zeros(checkpoint.KEPT + 1, 32, dtype=torch.uint8)
+    for row, each in zip(digests, here, strict=False):
+        row.copy_(torch.frombuffer(bytearray.fromhex(each.sha256), dtype=torch.uint8))
+    wanted = [bytes(row.tolist()).hex() for row in ranks.gather(digests)[0] if row.any()]
+    known = {each.sha256: each for each in here}
+    return [known.get(sha256) for sha256 in wanted]
 
 
 def _restored(made: Fit, state: dict[str, object]) -> str:

@@ -21,13 +21,13 @@ from mlmesh_training.trainer.fitting.wires import Silent, Wires
 from mlmesh_training.trainer.reporter import PermanentError, Reporter
 
 DONE, PAUSED = "done", "paused"
-COLLECTIVE_S_MAX = 120.0
-"""How long processes wait for each other; torch's own 30 minutes would hide one that hangs."""
+SCRATCH = "workers"
+"""Folder in the job's: where workers meet."""
 _CAUSE_S = 10.0
 """How long a worker that lost another one leaves the agent to find the cause before it ends too."""
 
 
-def work(folder: Path, threads: int, wires: Wires, pause: Flag) -> str:
+def work(folder: Path, threads: int, wires: Wires, pause: Flag, collective_s: float) -> str:
     """Fit as the rank that torch elastic's environment variables tell; DONE or PAUSED.
 
     It ends the process with code 1, and with a report of why, when that does not work out.
@@ -39,7 +39,7 @@ def work(folder: Path, threads: int, wires: Wires, pause: Flag) -> str:
     if not die_with(os.getppid()):
         os._exit(1)
     try:
-        with joined(folder / "workers") as ranks:
+        with joined(folder / SCRATCH, collective_s=collective_s) as ranks:
             return _fit(folder, threads, ranks, reporter if ranks.first else Silent(), pause)
     except PauseRequested:
         return PAUSED
@@ -57,7 +57,7 @@ def work(folder: Path, threads: int, wires: Wires, pause: Flag) -> str:
 
 
 @contextlib.contextmanager
-def joined(scratch: Path) -> Iterator[Ranks]:
+def joined(scratch: Path, *, collective_s: float) -> Iterator[Ranks]:
     """Join the other processes; NCCL between GPUs, gloo between processors.
 
     On one machine they meet in a file of `scratch`, and talk over the loopback interface alone. On several they meet
@@ -77,7 +77,7 @@ def joined(scratch: Path) -> Iterator[Ranks]:
         store=store,
         rank=rank,
         world_size=world,
-        timeout=datetime.timedelta(seconds=COLLECTIVE_S_MAX),
+        timeout=datetime.timedelta(seconds=collective_s),
         device_id=where if where.type == "cuda" else None,
     )
     try:
@@ -101,4 +101,5 @@ def _fit(folder: Path, threads: int, ranks: Ranks, reporter: Reporter, pause: Fl
 
 def _lost_another(error: Exception) -> bool:
     """Whether another process's end is what is told here, which is not the cause."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error).lower() or "closed by peer" in str(error)
+    text = str(error).lower()
+    return "timed out" not in text and (isinstance(error, dist.DistError) or "gloo" in text or "closed by peer" in text)
