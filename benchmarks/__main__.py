@@ -9,7 +9,7 @@ from pathlib import Path
 
 import typer
 
-from benchmarks import paths
+from benchmarks import paths, registry_search, registry_watch, registry_write
 
 RESULTS = Path("benchmarks/results")
 
@@ -23,7 +23,8 @@ def runtime_overhead(arguments: list[str]) -> None:
     print(done.stdout)
 
 
-BENCHMARKS = {"paths": paths.main, "runtime": runtime_overhead}
+BENCHMARKS = {"paths": paths.main, "runtime": runtime_overhead, "search": registry_search.main}
+BENCHMARKS |= {"registry-watch": registry_watch.main, "registry-write": registry_write.main}
 
 
 def main() -> None:
