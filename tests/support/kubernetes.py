@@ -53,11 +53,11 @@ class ApiServer:
 
     def call(self, method: str, path: str, body: object = None, kind: str = "application/json") -> dict[str, Any]:
         """One request. Errors: urllib.error.HTTPError."""
-        request = urllib.request.Request(f"{self.url}{path}", method=method)
+        request = urllib.request.Request(f"{self.url}{path}", method=method)  # noqa: S310
         if body is not None:
             request.data = json.dumps(body).encode()
             request.add_header("content-type", kind)
-        with urllib.request.urlopen(request, context=self._context, timeout=10) as reply:
+        with urllib.request.urlopen(request, context=self._context, timeout=10) as reply:  # noqa: S310
             answer: dict[str, Any] = json.load(reply)
             return answer
 
@@ -86,7 +86,7 @@ def api_server(folder: Path) -> Iterator[ApiServer]:
         command = [str(server), "-etcd", urls["client"], "-listen", f"127.0.0.1:{port}", "-folder", str(folder)]
         process = stack.enter_context(_running(command, folder / "crdserver.log"))
         certificate = folder / "apiserver.crt"
-        _until(lambda: certificate.exists(), process)
+        _until(certificate.exists, process)
         kubeconfig = folder / "kubeconfig.yaml"
         url = f"https://127.0.0.1:{port}"
         kubeconfig.write_text(yaml.safe_dump(_kubeconfig(url, certificate)))
@@ -234,10 +234,8 @@ class Nodes:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pod.pid, number)
         for pod in pods:
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 pod.wait(20)
-            except subprocess.TimeoutExpired:
-                pass
             # A pod's end is the end of all its processes.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pod.pid, signal.SIGKILL)

@@ -110,7 +110,7 @@ async def attempts(api: ApiServer, tmp_path: Path) -> AsyncIterator[Attempts]:
             finally:
                 await backend.discard(UID)
                 async with asyncio.timeout(30):
-                    while api.train_jobs():
+                    while api.train_jobs():  # noqa: ASYNC110
                         await asyncio.sleep(0.05)
     executor.shutdown()
 
