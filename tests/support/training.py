@@ -10,7 +10,16 @@ from typing import Any
 
 from mlmesh_training import recipes
 from mlmesh_training.backends.base import Finished, Outcome, Report, TrainingTask
-from mlmesh_training.jobs import Evaluation, File, Job, JobSpec, Publication, Tensor, TrainedModel
+from mlmesh_training.jobs import (
+    Evaluation,
+    File,
+    Job,
+    JobSpec,
+    OptimizationResult,
+    Publication,
+    Tensor,
+    TrainedModel,
+)
 
 START = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
@@ -52,6 +61,20 @@ def evaluation(**changes: Any) -> Evaluation:
         "examples": 8,
     }
     return Evaluation(**{**fields, **changes})
+
+
+def optimization() -> OptimizationResult:
+    """What an optimisation measured."""
+    return OptimizationResult(
+        source="models/digits/versions/1",
+        technique="int8",
+        before=evaluation(),
+        after=evaluation(accuracy=0.7),
+        size_bytes_before=100,
+        size_bytes_after=30,
+        quality_drop=0.05,
+        quality_drop_max=0.1,
+    )
 
 
 def model(**changes: Any) -> TrainedModel:

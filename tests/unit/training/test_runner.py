@@ -3,133 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
-import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
 
-from mlmesh_runtime.errors import Denied, MeshError, NotReady, WrongState
-from mlmesh_runtime.executors import Executors
+from mlmesh_runtime.errors import Denied, NotReady, WrongState
 from mlmesh_training import moves
 from mlmesh_training.backends.base import Died, Finished, Outcome, Report, Stopped, TrainingTask
-from mlmesh_training.jobs import Checkpoint, Event, Job, JobChanged, JobPhase, JobState, LogLine, Metrics, Progress
-from mlmesh_training.ledger import SqlJobLedger
+from mlmesh_training.jobs import Checkpoint, Job, JobChanged, JobPhase, JobState, LogLine, Metrics, Progress
 from mlmesh_training.patience import backoff_s
-from mlmesh_training.ports import Fetcher
-from mlmesh_training.queue import JobQueue, Wakeups
-from mlmesh_training.retention import Retention, RetentionLimits
-from mlmesh_training.runner import Runner, RunnerLimits
-from tests.support.training import PUBLICATION, ManualClock, ScriptedBackend, becomes, evaluation, finish, model, spec
+from tests.support.queues import Bench, RecordingPublisher, bench_in, last, states
+from tests.support.training import PUBLICATION, ScriptedBackend, becomes, evaluation, finish, model, spec
 
 Reporting = Callable[[Report], Awaitable[None]]
 PUBLISHED = spec(publication=PUBLICATION)
 
 
-class RecordingPublisher:
-    """A registry that notes what it is asked, and fails first as told."""
-
-    def __init__(self, *failures: tuple[str, MeshError]) -> None:
-        self.calls: list[str] = []
-        self._failures = list(failures)
-        self.gate: dict[str, asyncio.Event] = {}
-        self.reached = asyncio.Event()
-
-    async def _step(self, name: str) -> None:
-        self.calls.append(name)
-        if self._failures and self._failures[0][0] == name:
-            raise self._failures.pop(0)[1]
-        if name in self.gate:
-            self.reached.set()
-            await self.gate[name].wait()
-
-    async def upload(self, job: Job) -> None:
-        assert job.trained is not None
-        await self._step("upload")
-
-    async def register(self, job: Job) -> str:
-        assert job.registering
-        await self._step("register")
-        return "models/digits/versions/1"
-
-    async def point(self, job: Job) -> None:
-        assert job.model_version == "models/digits/versions/1"
-        await self._step("point")
-
-
-class Bench:
-    """A queue on a real ledger; `run` starts a runner on it for a block, as a service process would."""
-
-    def __init__(self, queue: JobQueue) -> None:
-        self.queue = queue
-
-    @contextlib.asynccontextmanager
-    async def run(
-        self,
-        backend: ScriptedBackend,
-        publisher: RecordingPublisher | None = None,
-        fetcher: Fetcher | None = None,
-        kept: RetentionLimits | None = None,
-        **limits: float,
-    ) -> AsyncIterator[None]:
-        chosen = RunnerLimits(**{"retry_s": 0.0, **limits})
-        runner = Runner(
-            self.queue,
-            backend=backend,
-            publisher=publisher or RecordingPublisher(),
-            fetcher=fetcher,
-            retention=Retention(
-                self.queue, discard=backend.discard, clock=ManualClock(), limits=kept or RetentionLimits()
-            ),
-            limits=chosen,
-        )
-        async with asyncio.TaskGroup() as group:
-            running = group.create_task(runner.run())
-            yield
-            running.cancel()
-
-    async def end(self, job: Job) -> list[Event]:
-        async with asyncio.timeout(10):
-            return [event async for event in self.queue.watch(job.uid)]
-
-
 @pytest.fixture
 async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
-    numbers = itertools.count()
-    wakeups = Wakeups()
-    ledger = SqlJobLedger(
-        f"sqlite:///{tmp_path / 'l.sqlite'}", clock=ManualClock(), on_commit=lambda uid, _: wakeups.announce(uid)
-    )
-    ledger.migrate()
-    async with Executors({"ledger": 1}) as executors:
-        yield Bench(
-            JobQueue(
-                ledger,
-                executor=executors["ledger"],
-                wakeups=wakeups,
-                clock=ManualClock(),
-                new_uid=lambda: f"{next(numbers):08d}",
-            )
-        )
-    ledger.close()
-
-
-def states(events: list[Event]) -> list[str]:
-    """State and phase of each change."""
-    return [
-        f"{event.body.job.state}{':' if event.body.job.phase else ''}{event.body.job.phase}"
-        for event in events
-        if isinstance(event.body, JobChanged) and event.body.job
-    ]
-
-
-def last(events: list[Event]) -> Job:
-    body = events[-1].body
-    assert isinstance(body, JobChanged)
-    assert body.job is not None
-    return body.job
+    async with bench_in(tmp_path) as opened:
+        yield opened
 
 
 async def die(task: TrainingTask, report: Reporting, stop: asyncio.Event) -> Outcome:
