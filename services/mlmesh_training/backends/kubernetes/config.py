@@ -13,7 +13,7 @@ VARIABLES: tuple[Variable, ...] = (
     Variable(
         name="MLMESH_TRAINING_KUBERNETES_IMAGE",
         default="",
-        meaning="Image of the pods of jobs, with mlmesh[training] in it. Needed with MLMESH_TRAINING_BACKEND=kubernetes.",
+        meaning="Image of the pods of jobs, with mlmesh[training] in it; MLMESH_TRAINING_BACKEND=kubernetes needs it.",
     ),
     Variable(
         name="MLMESH_TRAINING_KUBERNETES_NAMESPACE",
