@@ -11,6 +11,7 @@ from mlmesh.training.v1 import training_pb2 as pb
 from mlmesh_runtime.errors import InvalidInput
 from mlmesh_training import convert_options as options
 from mlmesh_training import jobs
+from mlmesh_training.datasets import Dataset
 from mlmesh_training.jobs import Job, JobSpec, JobState, Progress, Publication
 from mlmesh_training.options import Distribution, FitOptions, Resources
 from mlmesh_training.recipes import Recipe
@@ -158,9 +159,25 @@ def recipe(value: Recipe) -> pb.Recipe:
                 min_value=known.low,
                 max_value=known.high,
                 integer=known.integer,
+                log_scale=known.log_scale,
             )
             for known in value.hyperparameters
         ],
+        task=pb.Task.Value(f"TASK_{value.task}"),
+        dataset_kind=pb.DatasetKind.Value(f"DATASET_KIND_{value.dataset_kind}"),
+        distribution=value.distribution,
+    )
+
+
+def dataset(value: Dataset) -> pb.Dataset:
+    """A named data set."""
+    return pb.Dataset(
+        name=value.name,
+        description=value.description,
+        kind=pb.DatasetKind.Value(f"DATASET_KIND_{value.kind}"),
+        example_shape=value.example_shape,
+        classes=value.classes,
+        distribution=value.distribution,
     )
 
 

@@ -13,6 +13,9 @@ DATASET_FOLDER = "dataset"
 """In a job's folder: the files of a registered data set."""
 SOURCE_FOLDER = "source"
 """In a job's folder: the files of the version that is optimised."""
+VERSION_FILE = "_version.json"
+"""In each of both, written last: "version", its name; "digest"; "labels"; "files", their paths. The registry allows no
+file of that name."""
 
 
 class Publisher(Protocol):
@@ -34,10 +37,11 @@ class Publisher(Protocol):
 class Fetcher(Protocol):
     """Where registered data sets and sources of optimisations come from."""
 
-    async def resolve_dataset(self, reference: str) -> str:
+    async def resolve_dataset(self, reference: str, *, kind: str = "") -> str:
         """The version that a registered data set means now, "models/{model}/versions/{number}".
 
-        Called when a job is accepted. Args: a version or an alias, "models/{model}/aliases/{alias}".
+        Called when a job is accepted. Args: a version or an alias, "models/{model}/aliases/{alias}"; the kind of data
+        set that the recipe takes, such as "IMAGE", empty for any.
         Errors: InvalidInput (UNKNOWN_DATASET) when it is no usable data set; the registry's while it does not answer.
         """
         ...
@@ -60,7 +64,7 @@ class Fetcher(Protocol):
 class NamedOnly:
     """A fetcher of a service without a registry: named data sets need nothing."""
 
-    async def resolve_dataset(self, reference: str) -> str:
+    async def resolve_dataset(self, reference: str, *, kind: str = "") -> str:  # noqa: ARG002
         """Refuse."""
         raise InvalidInput(
             f"registered data sets such as {reference!r} need a registry",

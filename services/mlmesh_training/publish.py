@@ -17,7 +17,7 @@ from mlmesh_runtime.channel import mesh_error
 from mlmesh_runtime.chunks import read_chunks
 from mlmesh_runtime.errors import AlreadyExists, Conflict, Corrupt, MeshError, NotFound
 from mlmesh_runtime.executors import BoundedExecutor, run_blocking
-from mlmesh_training.jobs import File, Job, Tensor
+from mlmesh_training.jobs import Evaluation, File, Job, Tensor
 
 UPLOAD_S = 600.0
 """Longest time for one file."""
@@ -136,7 +136,7 @@ def version_request(job: Job) -> pb.CreateModelVersionRequest:
     publication, trained = job.spec.publication, job.trained
     if publication is None or trained is None:
         raise ValueError(f"{job.name} has nothing to publish")
-    evaluation = trained.evaluation
+    dataset = job.resolved_dataset or job.spec.dataset
     return pb.CreateModelVersionRequest(
         parent=publication.model,
         request_id=f"{job.uid}/version",
@@ -146,26 +146,52 @@ def version_request(job: Job) -> pb.CreateModelVersionRequest:
                 for file in trained.files
             ],
             signature=pb.ModelSignature(inputs=map(_spec, trained.inputs), outputs=map(_spec, trained.outputs)),
-            metrics={
-                "accuracy": evaluation.accuracy,
-                "precision_macro": evaluation.precision,
-                "recall_macro": evaluation.recall,
-                "f1_macro": evaluation.f1,
-                "loss": evaluation.loss,
-                "examples": evaluation.examples,
-                "export_max_abs_diff": evaluation.export_max_abs_diff,
-            },
+            metrics={**metrics(trained.evaluation), **trained.metrics},
             labels=dict(trained.labels),
             lineage=pb.Lineage(
                 job=job.name,
-                dataset=job.spec.dataset,
+                dataset=dataset,
+                parents=[version for version in (dataset, job.resolved_source) if version.startswith("models/")],
                 dataset_fingerprint=trained.dataset_fingerprint,
                 code_digest=trained.code_digest,
                 environment_digest=trained.environment_digest,
+                study=job.study,
             ),
             description=publication.description,
         ),
     )
+
+
+def metrics(evaluation: Evaluation) -> dict[str, float]:
+    """The figures of a version, by the names that gates and searches use. Times are milliseconds."""
+    found = {
+        "loss": evaluation.loss,
+        "examples": float(evaluation.examples),
+        "export_max_abs_diff": evaluation.export_max_abs_diff,
+    }
+    if (errors := evaluation.regression) is not None:
+        found |= {
+            "mean_absolute_error": errors.mean_absolute_error,
+            "root_mean_squared_error": errors.root_mean_squared_error,
+            "r2": errors.r2,
+        }
+    else:
+        found |= {
+            "accuracy": evaluation.accuracy,
+            "precision_macro": evaluation.precision,
+            "recall_macro": evaluation.recall,
+            "f1_macro": evaluation.f1,
+        }
+    if (calibration := evaluation.calibration) is not None:
+        found |= {
+            "expected_calibration_error": calibration.expected_error,
+            "max_calibration_error": calibration.max_error,
+            "brier": calibration.brier,
+        }
+    for each in evaluation.latency:
+        found[f"latency_ms_batch_{each.batch_size}"] = each.median_s * 1e3
+        found[f"latency_p95_ms_batch_{each.batch_size}"] = each.p95_s * 1e3
+    return found
 
 
 def _spec(tensor: Tensor) -> pb.TensorSpec:

@@ -127,7 +127,7 @@ class JobQueue:
         )
         if earlier is not None:
             return earlier
-        dataset, source = spec.dataset, spec.optimization.source if spec.optimization else ""
+        source = spec.optimization.source if spec.optimization else ""
         job = Job(
             uid=new_uid(spec, self._new_uid()),
             spec=spec,
@@ -135,13 +135,19 @@ class JobQueue:
             create_time=self._clock(),
             creator=creator,
             study=study,
-            resolved_dataset=await self._fetcher.resolve_dataset(dataset) if spec.registered_dataset else dataset,
+            resolved_dataset=await self._dataset(spec),
             resolved_source=await self._fetcher.resolve_source(source) if source else "",
             resources=schedule.occupied(spec.resources, spec.distribution.processes, self.capacity),
         )
         stored = await run_blocking(self._executor, self._ledger.create, job, request_id=request_id)
         self.arrived.set()
         return stored
+
+    async def _dataset(self, spec: JobSpec) -> str:
+        """The version that the data set means now, or the named data set."""
+        if not spec.registered_dataset:
+            return spec.dataset
+        return await self._fetcher.resolve_dataset(spec.dataset, kind=recipes.known()[spec.recipe].dataset_kind)
 
     async def get(self, uid: str) -> Job:
         """Read one job. Errors: NotFound (JOB_NOT_FOUND)."""

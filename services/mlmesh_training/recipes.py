@@ -237,8 +237,8 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
                 dataset_kind=DatasetKind.TABULAR,
                 datasets=("diabetes",),
                 hyperparameters=(
-                    *fitting(epochs=40, learning_rate=0.005, batch_size=32, weight_decay=0.01),
-                    *_layers(width=32, depth=2),
+                    *fitting(epochs=20, learning_rate=0.003, batch_size=32, weight_decay=0.01),
+                    *_layers(width=16, depth=1),
                 ),
                 definition="mlmesh_training.trainer.tables:regressor",
             ),

@@ -105,9 +105,11 @@ def reliability(found: Calibration) -> Figure:
     filled = [(middle, each) for middle, each in zip(middles, found.bins, strict=True) if each.examples]
     figure = _figure(width=5.2, height=5.6)
     upper, lower = figure.subplots(2, 1, height_ratios=[3, 1], sharex=True)
-    upper.plot([0, 1], [0, 1], color=_GREY, ls="--", lw=1.2, label="perfect")
+    upper.plot([0, 1], [0, 1], color=_GREY, ls="--", lw=1.2, label="perfect", zorder=3)
     at = [middle for middle, _ in filled]
-    upper.bar(at, [each.accuracy for _, each in filled], width=width * 0.92, color=_BLUE, alpha=0.75, label="right")
+    upper.bar(
+        at, [each.accuracy for _, each in filled], width=width * 0.92, color=_BLUE, alpha=0.75, label="share right"
+    )
     upper.plot(
         [each.confidence for _, each in filled],
         [each.accuracy for _, each in filled],

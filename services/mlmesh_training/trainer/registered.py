@@ -1,6 +1,6 @@
 """Registered data sets, read from the files that the service fetched into the job's folder.
 
-`dataset.json`, which the service writes there last, says what they are: the version's name and labels. Images are a
+`_version.json`, which the service writes there last, says what they are: the version's name and labels. Images are a
 safetensors file with the tensors "image", [examples, height, width] or [examples, channels, height, width], UINT8 or
 FP32, and "target", INT64 [examples]. Tables are CSV with a header. Texts are JSONL with "text" and "label", or CSV with
 these columns. Nothing here unpickles.
@@ -17,17 +17,17 @@ from typing import Any
 
 import numpy as np
 
+from mlmesh_training.ports import VERSION_FILE
 from mlmesh_training.trainer.data import Images, Table, Texts
 from mlmesh_training.trainer.reporter import PermanentError
 
-DESCRIPTION_FILE = "dataset.json"
 COLUMNS_MAX = 10_000
 _FIELD_BYTES_MAX = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Description:
-    """What `dataset.json` says: version, labels, and the paths of the files."""
+    """What `_version.json` says: version, labels, and the paths of the files."""
 
     version: str
     labels: Mapping[str, str]
@@ -37,7 +37,7 @@ class Description:
 def describe(folder: Path) -> Description:
     """What the folder holds. Errors: PermanentError when nothing was fetched into it."""
     try:
-        document = json.loads((folder / DESCRIPTION_FILE).read_bytes())
+        document = json.loads((folder / VERSION_FILE).read_bytes())
         return Description(
             version=str(document["version"]), labels=dict(document["labels"]), files=tuple(document["files"])
         )
