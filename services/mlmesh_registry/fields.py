@@ -4,7 +4,7 @@ What holds of every field: `!=` is true where `=` is not, also where there is no
 are false there. Text is compared character by character; descriptions without case.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -22,7 +22,7 @@ from mlmesh_registry.comparing import (
     time_clause,
 )
 from mlmesh_registry.filter import Restriction, Word, refuse, shown
-from mlmesh_registry.sql import ByCharacter, Position, Unindexed, folded
+from mlmesh_registry.sql import START_CHARS, ByCharacter, Position, Unindexed, folded
 
 Keys = sa.Select[Any]
 
@@ -157,14 +157,10 @@ class Term:
         if restriction.operator == HAS and self.absent is None:
             restriction = replace(restriction, operator="=")
         term, other, indexed = self.table.alias(), self.table.alias(), self.table.alias()
-        where: Clause = sa.exists().where(*self._owned(term), text_clause(term.c.value, restriction))
+        where: Clause = sa.exists().where(*self._owned(term), *_value_clauses(term, restriction))
         if self.absent is not None and text_holds(self.absent, restriction):
             return Match(where=sa.or_(where, ~sa.exists().where(*self._owned(other))))
-        keys = sa.select(_owner(indexed)).where(
-            indexed.c.field == self.name,
-            *start_clauses(indexed.c.start, restriction),
-            text_clause(indexed.c.value, restriction),
-        )
+        keys = sa.select(_owner(indexed)).where(indexed.c.field == self.name, *_value_clauses(indexed, restriction))
         return Match(where=where, keys=keys)
 
     def sort(self) -> Sort | None:
@@ -325,6 +321,15 @@ class Prose:
     def sort(self) -> Sort | None:
         """See Field."""
         return None
+
+
+def _value_clauses(term: sa.FromClause, restriction: Restriction) -> Sequence[Clause]:
+    """Conditions on the value of a term; the start of a short one is all of it, and needs no row behind the index."""
+    starts, value = start_clauses(term.c.start, restriction), restriction.value
+    exact = restriction.operator == "=" and not (value.open_start or value.open_end)
+    if exact and len(value.text) < START_CHARS:
+        return starts
+    return *starts, text_clause(term.c.value, restriction)
 
 
 def _owner(rows: sa.FromClause) -> sa.ColumnElement[Any]:

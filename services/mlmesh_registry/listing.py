@@ -19,7 +19,7 @@ from mlmesh_registry.ordering import Order, parse_order, wrong_order
 from mlmesh_registry.schema import Schema
 from mlmesh_registry.sql import Unindexed
 
-FEW_KEYS = 5000
+FEW_KEYS = 2000
 """Most rows of an index that are worth looking at one by one and sorting."""
 _VERY_FEW_KEYS = 100
 
