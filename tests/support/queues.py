@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
+import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -95,16 +97,27 @@ class Bench:
         raise AssertionError(f"{job.name} never was {state}")
 
 
+@functools.cache
+def migrated() -> bytes:
+    """A ledger's file, as its migrations leave it. They take longer than most tests."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "l.sqlite"
+        ledger = SqlJobLedger(f"sqlite:///{path}", clock=ManualClock())
+        ledger.migrate()
+        ledger.close()
+        return path.read_bytes()
+
+
 @contextlib.asynccontextmanager
 async def bench_in(folder: Path) -> AsyncIterator[Bench]:
     """A bench whose ledger is in a folder."""
     numbers = itertools.count()
     wakeups = Wakeups()
     clock = ManualClock()
+    (folder / "l.sqlite").write_bytes(migrated())
     ledger = SqlJobLedger(
         f"sqlite:///{folder / 'l.sqlite'}", clock=clock, on_commit=lambda uid, _: wakeups.announce(uid)
     )
-    ledger.migrate()
     async with Executors({"ledger": 1}) as executors:
         yield Bench(
             JobQueue(

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterator
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
 
 from mlmesh_runtime.errors import AlreadyExists, InvalidInput, NotFound, Overloaded, RevisionLost, WrongState
-from mlmesh_training import moves, tables
+from mlmesh_training import documents, moves, tables
+from mlmesh_training.database import Database
 from mlmesh_training.jobs import Job, JobChanged, JobState, LogLine
 from mlmesh_training.ledger import LedgerLimits, SqlJobLedger
 from mlmesh_training.moves import Decision
 from mlmesh_training.options import Resources
 from mlmesh_training.paging import page_key, page_token
 from mlmesh_training.schedule import Capacity, choose
-from tests.support.training import ManualClock, job, spec
+from tests.support.queues import migrated
+from tests.support.training import START, ManualClock, job, spec
 
 
 def logs(count: int) -> Callable[[Job, datetime], Decision]:
@@ -211,3 +216,208 @@ def test_a_full_disk_is_said_and_nothing_is_half_written(ledger: SqlJobLedger) -
     with ledger._database.engine.connect() as connection:
         connection.exec_driver_sql("PRAGMA max_page_count=100000")
     ledger.create(dataclasses.replace(job("b"), spec=big))
+
+
+def test_pages_by_state_and_study_are_newest_first_and_whole(ledger: SqlJobLedger) -> None:
+    for number in range(9):
+        ledger.create(job(f"j{number}", study="studies/a" if number % 2 else ""))
+        if number % 3 == 0:
+            ledger.change(f"j{number}", moves.cancel_requested)
+        elif number % 3 == 1:
+            ledger.change(f"j{number}", moves.started)
+
+    def found(size: int, *states: JobState, study: str = "") -> list[str]:
+        uids: list[str] = []
+        before = None
+        while True:
+            page, before = ledger.page(size=size, before=before, states=states, study=study)
+            uids += [each.uid for each in page]
+            if before is None:
+                return uids
+
+    for size in (1, 2, 100):
+        assert found(size, JobState.CANCELLED) == ["j6", "j3", "j0"]
+        assert found(size, JobState.CANCELLED, JobState.RUNNING) == ["j7", "j6", "j4", "j3", "j1", "j0"]
+        assert found(size, study="studies/a") == ["j7", "j5", "j3", "j1"]
+        assert found(size, JobState.QUEUED, study="studies/a") == ["j5"]
+        assert found(size, JobState.PAUSED) == found(size, study="studies/b") == []
+
+
+@pytest.fixture(scope="module")
+def crowded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SqlJobLedger]:
+    """A ledger with 100,000 jobs, nearly all of them ended."""
+    path = tmp_path_factory.mktemp("crowded") / "training.sqlite"
+    path.write_bytes(migrated())
+    ledger = SqlJobLedger(f"sqlite:///{path}", clock=ManualClock())
+    ended = dataclasses.replace(job(), state=JobState.SUCCEEDED, end_time=START)
+    document = documents.dumps(documents.job_document(ended))
+    with ledger.transaction() as connection:
+        connection.exec_driver_sql(
+            """
+            WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 100000)
+            INSERT INTO jobs (uid, state, request_digest, first_sequence, last_sequence, document, study, end_time)
+            SELECT 'j' || i, CASE WHEN i % 10000 = 0 THEN 'FAILED' ELSE 'SUCCEEDED' END, '', 1, 1, ?,
+                   CASE WHEN i % 100 = 0 THEN 'studies/a' ELSE '' END, printf('2026-01-02T%08d', i)
+            FROM n
+            """,
+            (document,),
+        )
+    yield ledger
+    ledger.close()
+
+
+LOOKS: dict[str, Callable[[SqlJobLedger], object]] = {
+    "first page": lambda ledger: ledger.page(size=50),
+    "deep page": lambda ledger: ledger.page(size=50, before=50_000),
+    "of one state": lambda ledger: ledger.page(size=50, states=[JobState.SUCCEEDED]),
+    "of a rare state": lambda ledger: ledger.page(size=50, states=[JobState.FAILED, JobState.QUEUED]),
+    "of a study": lambda ledger: ledger.page(size=50, study="studies/a"),
+    "of a study and a state": lambda ledger: ledger.page(size=50, study="studies/a", states=[JobState.FAILED]),
+    "the next to run": lambda ledger: ledger.choose(lambda waiting: None, excluding=()),
+    "unfinished": lambda ledger: ledger.unfinished(),
+    "files that may go": lambda ledger: ledger.expiry.idle(ended_before=START, limit=100),
+    "files that are needed": lambda ledger: ledger.expiry.kept(),
+}
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_at_a_hundred_thousand_jobs_an_index_answers_each_look(crowded: SqlJobLedger, look: str) -> None:
+    statements: list[tuple[str, object]] = []
+
+    def heard(_connection: object, _cursor: object, statement: str, parameters: object, *_rest: object) -> None:
+        statements.append((statement, parameters))
+
+    engine = crowded._database.engine
+    sa.event.listen(engine, "before_cursor_execute", heard)
+    try:
+        LOOKS[look](crowded)
+    finally:
+        sa.event.remove(engine, "before_cursor_execute", heard)
+    with engine.connect() as connection:
+        for statement, parameters in statements:
+            if not statement.startswith("SELECT"):
+                continue
+            plan = [row.detail for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters)]
+            # Walking the primary key from one end, up to a limit, is no search but reads no more than it gives.
+            scans = [step for step in plan if step.startswith("SCAN") and not step.startswith("SCAN jobs")]
+            assert scans == [], (statement, plan)
+            if "LIMIT" in statement or "WHERE" in statement:
+                assert not any("TEMP B-TREE FOR ORDER BY" in step for step in plan if "number DESC" in statement), plan
+            assert "SCAN jobs" not in plan or "LIMIT" in statement, (statement, plan)
+
+
+def test_the_oldest_go_first_and_a_deletion_is_seen_at_once(
+    ledger: SqlJobLedger, commits: list[tuple[str, int]]
+) -> None:
+    for number in range(4):
+        ledger.create(job(f"j{number}"))
+        ledger.change(f"j{number}", logs(7))
+        if number != 1:
+            ledger.change(f"j{number}", moves.cancel_requested)
+    expiry = ledger.expiry
+    never, always = START - timedelta(days=1), START + timedelta(days=1)
+    assert expiry.expired(ended_before=never, finished_max=3, limit=10) == []
+    assert expiry.expired(ended_before=never, finished_max=1, limit=10) == ["j0", "j2"]
+    assert expiry.expired(ended_before=always, finished_max=3, limit=2) == ["j0", "j2"]
+    with pytest.raises(WrongState):
+        expiry.delete("j1")
+    expiry.delete("j0")
+    assert commits[-1] == ("j0", 0)
+    with pytest.raises(NotFound):
+        ledger.events("j0", from_sequence=1, limit=1)
+    found = expiry.doomed()
+    assert found is not None
+    number, uid = found
+    assert uid == "j0"
+    steps = []
+    while dropped := expiry.drop_events(number, limit=4):
+        steps.append(dropped)
+    assert steps == [4, 4, 1]
+    expiry.forget(number)
+    assert expiry.doomed() is None
+    # The others' events are theirs.
+    assert len(ledger.events("j2", from_sequence=1, limit=100)[0]) == 9
+    # A name that was deleted may come again, and has a history of its own.
+    ledger.create(job("j0"))
+    assert [event.sequence for event in ledger.events("j0", from_sequence=0, limit=10)[0]] == [1]
+
+
+def test_paused_jobs_count_as_waiting_and_a_retry_needs_room(ledger: SqlJobLedger) -> None:
+    ledger.create(job("failed"))
+    ledger.change("failed", moves.cancel_requested)
+    for number in range(5):
+        ledger.create(job(f"j{number}"))
+        ledger.change(f"j{number}", moves.pause_requested)
+    for call in (lambda: ledger.create(job("more")), lambda: ledger.change("failed", moves.retry_requested)):
+        with pytest.raises(Overloaded) as raised:
+            call()
+        assert raised.value.reason == "QUEUE_FULL"
+    # What waits already may go on.
+    assert ledger.change("j0", moves.resume_requested).state is JobState.QUEUED
+
+
+def test_who_is_passed_is_remembered_until_it_runs(ledger: SqlJobLedger) -> None:
+    small = Capacity(total=Resources(cpus=2.0, memory_bytes=100), jobs_max=2)
+    ledger.create(job("large", spec=spec(resources=Resources(cpus=2.0))))
+    for number in range(2):
+        ledger.create(job(f"j{number}", spec=spec(resources=Resources(cpus=1.0))))
+        choice = ledger.choose(lambda waiting: choose(waiting, [Resources(cpus=1.0)], small), excluding=())
+        assert choice is not None
+        assert choice.job.uid == f"j{number}"
+        ledger.change(f"j{number}", moves.started)
+    choice = ledger.choose(lambda waiting: choose(waiting, [], small), excluding=())
+    assert choice is not None
+    assert (choice.job.uid, choice.job.passed) == ("large", 2)
+    ledger.change("large", moves.started)
+    ledger.change("large", lambda job, now: moves.process_died(job, "x", now))
+    choice = ledger.choose(lambda waiting: choose(waiting, [], small), excluding=())
+    assert choice is not None
+    assert (choice.job.retrying, choice.job.passed) == (True, 0)
+
+
+def test_a_ledger_of_the_first_version_is_brought_up_to_date(tmp_path: Path) -> None:
+    path = tmp_path / "l.sqlite"
+    database = Database(f"sqlite:///{path}")
+    config = Config()
+    config.set_main_option("script_location", str(Path(documents.__file__).parent / "migrations"))
+    old = {name: value for name, value in documents.job_document(job("a")).items() if name in OLD_FIELDS}
+    ended = {**old, "uid": "b", "state": "FAILED", "end_time": START.isoformat()}
+    with database.transaction() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+        for number, document in enumerate([old, ended], 1):
+            connection.exec_driver_sql(
+                "INSERT INTO jobs VALUES (?, ?, ?, ?, ?, 1, 1, ?)",
+                (number, document["uid"], document["state"], f"r{number}", OLD_DIGEST, documents.dumps(document)),
+            )
+            connection.exec_driver_sql(
+                "INSERT INTO events VALUES (?, 1, ?, 'job', ?)",
+                (number, START.isoformat(), documents.dumps({**document, "last_sequence": 1})),
+            )
+    database.migrate()
+    database.close()
+    ledger = SqlJobLedger(f"sqlite:///{path}", clock=ManualClock())
+    assert ledger.get("a") == job("a")
+    # Who asked before asks again, and is known.
+    assert ledger.create(job("other"), request_id="r1").uid == "a"
+    assert ledger.expiry.expired(ended_before=START + timedelta(days=1), finished_max=9, limit=9) == ["b"]
+    assert len(ledger.events("b", from_sequence=0, limit=9)[0]) == 1
+    ledger.close()
+    database = Database(f"sqlite:///{path}")
+    with database.transaction() as connection:
+        config.attributes["connection"] = connection
+        command.downgrade(config, "0001")
+    database.close()
+
+
+OLD_FIELDS = frozenset(
+    {
+        *("uid", "spec", "hyperparameters", "create_time", "creator", "state", "phase", "progress", "evaluation"),
+        *("trained", "registering", "model_version", "attempts", "failures", "interruptions", "error"),
+        *("start_time", "end_time", "last_sequence"),
+    }
+)
+OLD_DIGEST = hashlib.sha256(
+    b'{"creator":"","spec":{"dataset":"digits","hyperparameters":{"epochs":2.0},"publication":null,"recipe":"cnn",'
+    b'"retries_max":0,"seed":7}}'
+).hexdigest()
