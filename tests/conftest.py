@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.support.postgres import postgres, registry_template
+from tests.support.s3 import s3
 
-__all__ = ["postgres", "registry_template"]
+__all__ = ["postgres", "registry_template", "s3"]
 
 NO_GPU = "no NVIDIA GPU here (/dev/nvidiactl is missing)"
 

@@ -15,6 +15,31 @@ bin=$PWD/.tools/bin
 logs=$PWD/.tools/logs
 mkdir -p "$bin" "$logs"
 
+# A real S3 server: OpenStack Swift in an environment of its own, which its versions would not share with ours.
+swift() {
+  local python stamp
+  stamp=$PWD/.tools/swift/.$(sha256sum tools/swift.txt | cut -c 1-16)
+  if [[ -e $stamp ]]; then
+    echo "tools: swift is there"
+    return 0
+  fi
+  python=$(command -v .venv/bin/python || command -v python3)
+  echo "tools: installing swift into .tools/swift (log in .tools/logs/swift.log)"
+  if ! { rm -rf .tools/swift && "$python" -m venv .tools/swift &&
+    .tools/swift/bin/pip install --disable-pip-version-check --requirement tools/swift.txt; } >"$logs/swift.log" 2>&1; then
+    echo "tools: swift could not be installed; its tests will skip. The log ends:" >&2
+    tail -n 3 "$logs/swift.log" >&2
+    return 1
+  fi
+  touch "$stamp"
+}
+
+failed=0
+if [[ $# -eq 0 || " $* " == *" swift "* ]]; then
+  swift || failed=1
+  [[ $* != swift ]] || exit $failed
+fi
+
 if ! command -v go >/dev/null; then
   echo "tools: Go is not installed, so grpcurl, kustomize, istioctl and crdserver cannot be built; their tests will skip." >&2
   exit 1
@@ -79,7 +104,6 @@ build() { # name, version
   echo "tools: built $1 in $((SECONDS - started)) s"
 }
 
-failed=0
 for name in "${@:-all}"; do
   case $name in
     all)
@@ -98,8 +122,9 @@ for name in "${@:-all}"; do
     trainer_crds) build trainer_crds "$TRAINER_CRDS" || failed=1 ;;
     postgresql) package postgresql '/usr/lib/postgresql/*/bin/initdb' || failed=1 ;;
     etcd) package etcd-server '/usr/bin/etcd' || failed=1 ;;
+    swift) ;;
     *)
-      echo "tools: no such tool: $name (grpcurl, kustomize, istioctl, crdserver, trainer_crds, postgresql, etcd)" >&2
+      echo "tools: no such tool: $name (grpcurl, kustomize, istioctl, crdserver, trainer_crds, postgresql, etcd, swift)" >&2
       exit 2
       ;;
   esac

@@ -14,7 +14,16 @@ async def serve(settings: Settings) -> None:
     async with open_registry(settings.data_dir, own) as registry:
         service = Service(
             add=registry_pb2_grpc.add_ModelRegistryServiceServicer_to_server,
-            servicer=RegistryServicer(registry.store, registry.artifacts, registry.feed, stall_s=own.watch_stall_s),
+            servicer=RegistryServicer(
+                registry.store,
+                registry.artifacts,
+                registry.feed,
+                search=registry.search,
+                signatures=registry.signatures,
+                garbage=registry.garbage,
+                verification=registry.verification,
+                stall_s=own.watch_stall_s,
+            ),
             descriptor=registry_pb2.DESCRIPTOR.services_by_name["ModelRegistryService"],
             deadline_exempt={"WatchModels"},
         )

@@ -160,7 +160,7 @@ class Artifacts:
         first = offset // BLOCK_BYTES
         digests = await self._digests(blob, first, -(-end // BLOCK_BYTES) - first)
         reading = await run_blocking(self._disk, self._blobs.open, blob)
-        ahead: deque[asyncio.Future[list[Chunk]]] = deque()
+        ahead: deque[asyncio.Future[_Verified]] = deque()
         try:
             start, last = first * BLOCK_BYTES, min(-(-end // BLOCK_BYTES) * BLOCK_BYTES, blob.size_bytes)
             while True:
@@ -172,9 +172,12 @@ class Artifacts:
                     start = stop
                 if not ahead:
                     break
-                for chunk in await ahead.popleft():
+                chunks, wrong = await ahead.popleft()
+                for chunk in chunks:
                     if cut := _within(chunk, offset, end):
                         yield cut
+                if wrong is not None:
+                    raise wrong
             if offset == end:
                 yield Chunk(offset, b"", crc32c(b""))
         finally:
@@ -280,16 +283,19 @@ class Artifacts:
                 await self.verify(blob.sha256)
 
 
-def _verified(reading: Reading, blob: Blob, start: int, stop: int, digests: bytes) -> list[Chunk]:
-    """Whole blocks [start, stop) of a blob, compared with their digests."""
+_Verified = tuple[list[Chunk], Corrupt | None]
+
+
+def _verified(reading: Reading, blob: Blob, start: int, stop: int, digests: bytes) -> _Verified:
+    """Whole blocks [start, stop) of a blob, up to the first that has another digest, and the error for that."""
     data = reading.read(start, stop)
     chunks: list[Chunk] = []
     for number, at in enumerate(range(0, len(data), BLOCK_BYTES)):
         block = data[at : at + BLOCK_BYTES]
         if sha256_hash(block).digest() != digests[number * DIGEST_BYTES :][:DIGEST_BYTES]:
-            raise corrupt(blob, f"the block at byte {start + at} is not what was stored")
+            return chunks, corrupt(blob, f"the block at byte {start + at} is not what was stored")
         chunks.append(Chunk(start + at, block, crc32c(block)))
-    return chunks
+    return chunks, None
 
 
 def _within(chunk: Chunk, offset: int, end: int) -> Chunk | None:
@@ -303,7 +309,7 @@ def _within(chunk: Chunk, offset: int, end: int) -> Chunk | None:
     return Chunk(begin, data, crc32c(data))
 
 
-async def _settled(futures: "deque[asyncio.Future[list[Chunk]]]") -> None:
+async def _settled(futures: "deque[asyncio.Future[_Verified]]") -> None:
     if futures:
         await asyncio.wait(futures)
     for future in futures:

@@ -43,6 +43,26 @@ VARIABLES: tuple[Variable, ...] = (
         meaning="How long the first answer to a request_id is repeated, in seconds.",
     ),
     Variable(
+        name="MLMESH_REGISTRY_DELETED_KEPT_S",
+        default="2592000",
+        meaning="How long deleted models and versions can be brought back, in seconds; after that they are purged.",
+    ),
+    Variable(
+        name="MLMESH_REGISTRY_GARBAGE_GRACE_S",
+        default="604800",
+        meaning="Bytes that no version uses stay this long after they came or were last used, in seconds.",
+    ),
+    Variable(
+        name="MLMESH_REGISTRY_BLOBS_URL",
+        default="",
+        meaning=(
+            "Where bytes are kept: s3://bucket/prefix, gs://bucket/prefix, az://container/prefix or file:///path. "
+            "Endpoint and credentials are those of the environment: AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, "
+            "AWS_SECRET_ACCESS_KEY or a web identity; GOOGLE_APPLICATION_CREDENTIALS; AZURE_STORAGE_ACCOUNT_NAME, "
+            "AZURE_STORAGE_ACCOUNT_KEY. Empty: a folder in the data folder."
+        ),
+    ),
+    Variable(
         name="MLMESH_REGISTRY_DATABASE_URL",
         default="",
         meaning=(
@@ -55,11 +75,19 @@ VARIABLES: tuple[Variable, ...] = (
         default="2",
         meaning="How long, in seconds, a change of another registry may go unnoticed when a NOTIFY is lost.",
     ),
+    Variable(
+        name="MLMESH_REGISTRY_TRUSTED_KEYS",
+        default="",
+        meaning=(
+            "Folder of public keys (PEM; P-256, P-384 or P-521) that versions may be signed with; "
+            "read again when it changes. Empty: signatures are refused."
+        ),
+    ),
 )
 
 
 # Fields whose variables are text; all others are numbers.
-_TEXTS = frozenset({"database_url"})
+_TEXTS = frozenset({"blobs_url", "database_url", "trusted_keys"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,8 +102,12 @@ class RegistrySettings:
     blob_bytes_max: int = 1 << 36
     commit_bytes: int = 1 << 24
     request_ttl_s: float = 604_800.0
+    deleted_kept_s: float = 2_592_000.0
+    garbage_grace_s: float = 604_800.0
+    blobs_url: str = ""
     database_url: str = field(default="", repr=False)  # It may hold a password.
     poll_s: float = 2.0
+    trusted_keys: str = ""
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> "RegistrySettings":

@@ -24,7 +24,6 @@ from mlmesh_registry.blobs import Stored, corrupt, lost, unavailable
 from mlmesh_registry.inspection import Inspection
 from mlmesh_registry.ledger import Blob, Found, Part, Upload
 from mlmesh_runtime.config import ConfigError
-from mlmesh_runtime.errors import MeshError
 
 log = logging.getLogger(__name__)
 
@@ -89,25 +88,13 @@ class ObjectBlobs:
             found.append(inspection.check(upload.sha256))
             yield held
 
-        refused: list[MeshError] = []
-
-        def told() -> Iterator[bytes]:
-            try:
-                yield from checked()
-            except MeshError as error:
-                refused.append(error)
-                raise
-
         key = _key(upload.sha256, upload.id)
-        try:
+        if upload.size_bytes <= _PART_BYTES:
+            self._put(key, b"".join(checked()))
+        else:
             with self._translated():
-                if upload.size_bytes <= _PART_BYTES:
-                    self._put(key, b"".join(told()))
-                else:
-                    # Another attempt may have been as far: it looked at the same bytes, and the store swaps whole ones.
-                    obstore.put(self._store, key, told(), chunk_size=_PART_BYTES, max_concurrency=_PARTS_AT_ONCE)
-        except MeshError as error:
-            raise (refused or [error])[0] from error
+                # Another attempt may have been as far: it looked at the same bytes, and the store swaps whole ones.
+                obstore.put(self._store, key, checked(), chunk_size=_PART_BYTES, max_concurrency=_PARTS_AT_ONCE)
         return found[0]
 
     def _part(self, upload: Upload, part: Part) -> bytes:
@@ -158,17 +145,18 @@ class ObjectBlobs:
     def stage_part(self, upload_id: str, start: int, data: bytes) -> Part:
         """Store a part of an upload."""
         name = f"{upload_id}/{start}.{self._new_token()}"
-        with self._translated():
-            self._put(_staged_key(name), data)
+        self._put(_staged_key(name), data)
         return Part(start=start, size_bytes=len(data), key=name)
 
     def _put(self, key: str, data: bytes) -> None:
-        """Put a small object at a place that nobody else puts anything at."""
-        with contextlib.suppress(AlreadyExistsError):
+        """Put a small object at a place that nobody else puts anything at; it may have been put by a try before."""
+        with self._translated(), contextlib.suppress(AlreadyExistsError):
             try:
                 obstore.put(self._store, key, data, mode="create", use_multipart=False)
             except NotSupportedError:
                 obstore.put(self._store, key, data, use_multipart=False)
+            except FileNotFoundError as error:
+                raise unavailable("the bucket is not there") from error
 
     def _delete(self, keys: Sequence[str]) -> None:
         with self._translated(), contextlib.suppress(FileNotFoundError):
@@ -205,8 +193,7 @@ class ObjectBlobs:
         """Leave the sign that _check_marker looks for, once a process and before anything else is stored."""
         with self._marking:
             if not self._marked:
-                with self._translated():
-                    self._put(_MARKER, b"Blobs of an mlmesh registry.\n")
+                self._put(_MARKER, b"Blobs of an mlmesh registry.\n")
                 self._marked = True
 
     @contextlib.contextmanager

@@ -8,21 +8,26 @@ import os
 import secrets
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 
 from mlmesh_registry.artifacts import Artifacts
-from mlmesh_registry.blobs import LocalBlobs
 from mlmesh_registry.config import RegistrySettings
 from mlmesh_registry.database import Database
 from mlmesh_registry.events import Change
+from mlmesh_registry.garbage import Garbage
 from mlmesh_registry.ledger import SqlBlobLedger
+from mlmesh_registry.places import open_blobs
 from mlmesh_registry.postgresql import PostgresBackend, parse_url
+from mlmesh_registry.search import Search
+from mlmesh_registry.signatures import KeyFolder, Signatures
+from mlmesh_registry.signing import BadKeyError, TrustedKeys
 from mlmesh_registry.sqlite import SqliteBackend
 from mlmesh_registry.store import SqlModelStore
+from mlmesh_registry.verification import Verification
 from mlmesh_registry.watch import ChangeFeed
 from mlmesh_runtime.config import ConfigError
 from mlmesh_runtime.errors import MeshError, NotReady
@@ -50,6 +55,10 @@ class Registry:
     store: SqlModelStore
     artifacts: Artifacts
     feed: ChangeFeed
+    search: Search
+    signatures: Signatures
+    garbage: Garbage
+    verification: Verification
 
 
 @contextlib.asynccontextmanager
@@ -97,14 +106,20 @@ async def open_registry(
         stack.callback(database.close)
         await stack.enter_async_context(pools)
         await _migrated(database, pools["sql-write"])
-        store = SqlModelStore(database)
+        signatures = Signatures(database, _trusted_keys(settings.trusted_keys))
+        store = SqlModelStore(
+            database,
+            deleted_kept=timedelta(seconds=settings.deleted_kept_s),
+            valid_key_ids=signatures.valid_key_ids,
+        )
         artifacts = Artifacts(
-            await run_blocking(pools["disk"], LocalBlobs, folder / "blobs"),
+            await run_blocking(pools["disk"], open_blobs, settings.blobs_url, folder / "blobs"),
             SqlBlobLedger(database, upload_ttl_s=settings.upload_ttl_s, new_id=new_id),
             disk=pools["disk"],
             clock=clock,
             blob_bytes_max=settings.blob_bytes_max,
             commit_bytes=settings.commit_bytes,
+            quarantine=store.quarantine_blob,
         )
         feed = ChangeFeed(
             store, queue_items_max=settings.watch_queue_items_max, bookmark_s=settings.bookmark_s, clock=clock
@@ -119,8 +134,26 @@ async def open_registry(
         await stack.enter_async_context(_beside(feed.follow(poll_s=settings.poll_s if postgres else None)))
         if postgres:
             await stack.enter_async_context(_beside(postgres.listen(feed.heard)))
-        await stack.enter_async_context(_beside(_upkeep(store, artifacts, settings)))
-        yield Registry(store=store, artifacts=artifacts, feed=feed)
+        garbage = Garbage(
+            database, remove=artifacts.remove, clock=clock, grace=timedelta(seconds=settings.garbage_grace_s)
+        )
+        await stack.enter_async_context(_beside(_upkeep(store, artifacts, garbage, settings)))
+        yield Registry(
+            store=store,
+            artifacts=artifacts,
+            feed=feed,
+            search=Search(database),
+            signatures=signatures,
+            garbage=garbage,
+            verification=Verification(store, verify=artifacts.verify, clock=clock),
+        )
+
+
+def _trusted_keys(folder: str) -> Callable[[], TrustedKeys]:
+    try:
+        return KeyFolder(Path(folder)) if folder else TrustedKeys
+    except BadKeyError as error:
+        raise ConfigError(f"MLMESH_REGISTRY_TRUSTED_KEYS: {error}") from None
 
 
 @contextlib.asynccontextmanager
@@ -136,12 +169,13 @@ async def _beside(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
             log.error("work beside the registry ended early", exc_info=error)
 
 
-async def _upkeep(store: SqlModelStore, artifacts: Artifacts, settings: RegistrySettings) -> None:
+async def _upkeep(store: SqlModelStore, artifacts: Artifacts, garbage: Garbage, settings: RegistrySettings) -> None:
     """Discard what is past its time, now and then; a full disk or a busy moment does not end it."""
     while True:
         try:
             await artifacts.expire()
             await store.forget_requests(keep_s=settings.request_ttl_s)
+            await garbage.collect(grace=None, dry_run=False)
         except (MeshError, OSError):
             log.warning("upkeep failed; it is tried again", exc_info=True)
         await asyncio.sleep(min(_UPKEEP_S_MAX, settings.upload_ttl_s / 4))

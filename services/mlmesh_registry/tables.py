@@ -12,6 +12,7 @@ from sqlalchemy import (
     ForeignKeyConstraint,
     Index,
     Integer,
+    LargeBinary,
     MetaData,
     Table,
     Text,
@@ -107,15 +108,32 @@ blobs = Table(
     Column("create_time", BigInteger, nullable=False),
     # Since when no version uses it: its arrival, or the purge of the last that did; absent while one does.
     Column("unused_since", BigInteger),
+    # What its bytes are (formats.Format), "none" where they are none of the allowed; empty: not looked at yet.
+    Column("format", Text, nullable=False, server_default=""),
+    # The upload that brought the bytes and part of their place, so that no two arrivals share one; empty: an old place.
+    Column("location", Text, nullable=False, server_default=""),
+    # Whether they were found to be other bytes, or gone; a new upload of the right ones is then let in.
+    Column("damaged", Boolean, nullable=False, server_default=false()),
     Index(None, "unused_since"),
+    Index(None, "format"),
 )
 
-# Blobs that are no more, but whose bytes may still be: removed after the commit that says so, in a transaction of their
-# own. An upload of the same bytes takes its row away first.
+# SHA-256 of every MiB of a blob, 32 bytes each, 1024 a row: what a range is verified by.
+blob_blocks = Table(
+    "blob_blocks",
+    metadata,
+    Column("sha256", Text, ForeignKey("blobs.sha256", ondelete="CASCADE"), primary_key=True),
+    Column("first_block", BigInteger, primary_key=True, autoincrement=False),
+    Column("digests", LargeBinary, nullable=False),
+)
+
+# Blobs that are no more, but whose bytes may still be: removed after the commit that says so. The same bytes that come
+# again have another place, so nothing that is wanted is removed with them.
 condemned_blobs = Table(
     "condemned_blobs",
     metadata,
     Column("sha256", Text, primary_key=True),
+    Column("location", Text, primary_key=True),
     Column("size_bytes", BigInteger, nullable=False),
     Column("time", BigInteger, nullable=False),
 )
@@ -128,7 +146,7 @@ version_blobs = Table(
     Column("number", BigInteger, primary_key=True, autoincrement=False),
     Column("sha256", Text, ForeignKey("blobs.sha256"), primary_key=True),
     ForeignKeyConstraint(["model", "number"], ["versions.model", "versions.number"]),
-    Index(None, "sha256", "model"),
+    Index(None, "sha256", "model", "number"),
 )
 
 aliases = Table(
@@ -174,6 +192,17 @@ uploads = Table(
     Column("creator", Text, nullable=False),
     Index(None, "expire_time"),
     Index(None, "sha256"),
+    Index(None, "finished", "size_bytes"),
+)
+
+# Where the committed bytes of an upload under way are, by where each run of them starts.
+upload_parts = Table(
+    "upload_parts",
+    metadata,
+    Column("upload", Text, ForeignKey("uploads.id", ondelete="CASCADE"), primary_key=True),
+    Column("start", BigInteger, primary_key=True, autoincrement=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("key", Text, nullable=False),
 )
 
 # First answers, so that a repeated request gets the same one. Written in the transaction that they answer for.

@@ -1,6 +1,7 @@
 """Publishing to a registry in this process, in as few words as a test wants."""
 
 import hashlib
+import json
 
 from mlmesh_registry.ledger import Upload
 from mlmesh_registry.names import AliasName, VersionName
@@ -15,8 +16,17 @@ def chunk(data: bytes, offset: int = 0) -> Chunk:
 
 
 def some_bytes(seed: object, size: int) -> bytes:
-    """Bytes that do not compress, the same for the same seed."""
-    return hashlib.shake_256(repr(seed).encode()).digest(size)
+    """A file of a format that may be stored, of exactly this size: what is in it does not compress.
+
+    The same for the same seed. Below 128 bytes it is text, else safetensors with one tensor.
+    """
+    noise = hashlib.shake_256(repr(seed).encode())
+    if size < 128:
+        return noise.hexdigest(size).encode()[:size]
+    # The header's length is fixed, so that the size comes out right.
+    count = size - 8 - 96
+    entry = json.dumps({"noise": {"dtype": "U8", "shape": [count], "data_offsets": [0, count]}})
+    return (96).to_bytes(8, "little") + entry.ljust(96).encode() + noise.digest(count)
 
 
 def sha256(data: bytes) -> str:

@@ -1,45 +1,87 @@
-"""Uploads and blobs on a real disk."""
+"""Uploads and blobs, in a folder and on a real S3 server."""
 
 import asyncio
 import contextlib
+import dataclasses
 import os
+import pickle
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mlmesh_registry import tables, uploading
+from mlmesh_registry.artifacts import Artifacts
+from mlmesh_registry.config import RegistrySettings
+from mlmesh_registry.database import Write
 from mlmesh_registry.ledger import Blob
-from mlmesh_registry.registry import Registry
-from mlmesh_registry.staging import StagedFile
+from mlmesh_registry.names import VersionName
+from mlmesh_registry.registry import Registry, open_registry
 from mlmesh_runtime.chunks import CHUNK_BYTES, Chunk
 from mlmesh_runtime.errors import AlreadyExists, Conflict, Corrupt, InvalidInput, NotFound, WrongState
-from tests.support.registry import append, chunk, create_model, publish, put, read, sha256, start
+from tests.integration.registry.conftest import ManualClock
+from tests.support.blob_places import FolderPlace, Place, lying, new_place, only, remove
+from tests.support.postgres import PostgresServer
+from tests.support.registry import append, chunk, create_model, publish, put, read, sha256, some_bytes, start
 
 Opener = Callable[..., AbstractAsyncContextManager[Registry]]
 
-DATA = os.urandom(2 * CHUNK_BYTES + 12345)
+DATA = some_bytes("artifacts", 2 * CHUNK_BYTES + 12345)
 PIECES = [chunk(DATA[at : at + CHUNK_BYTES], at) for at in range(0, len(DATA), CHUNK_BYTES)]
 
 
-def _files(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+# S3 once: what it has to do with the database is the same on both.
+STORES = [("sqlite", "folder"), ("postgresql", "folder"), ("sqlite", "s3")]
 
 
-def _blob_path(tmp_path: Path, data: bytes) -> Path:
-    return tmp_path / "data" / "blobs" / "sha256" / sha256(data)[:2] / sha256(data)
+@pytest.fixture(params=STORES, ids="-".join)
+def stores(request: pytest.FixtureRequest) -> tuple[str, str]:
+    found: tuple[str, str] = request.param
+    return found
 
 
-async def test_bytes_come_back_as_they_went_in(registry: Registry, tmp_path: Path) -> None:
+@pytest.fixture
+def database_url(request: pytest.FixtureRequest, stores: tuple[str, str]) -> str:
+    if stores[0] == "sqlite":
+        return ""
+    server: PostgresServer = request.getfixturevalue("postgres")
+    return server.create(template=request.getfixturevalue("registry_template"))
+
+
+@pytest.fixture
+def place(
+    request: pytest.FixtureRequest, stores: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Place:
+    s3 = request.getfixturevalue("s3") if stores[1] == "s3" else None
+    return new_place(stores[1], tmp_path, s3, monkeypatch)
+
+
+@pytest.fixture
+def open_here(tmp_path: Path, clock: ManualClock, database_url: str, place: Place) -> Opener:
+    def opener(**changes: Any) -> AbstractAsyncContextManager[Registry]:
+        settings = dataclasses.replace(RegistrySettings(database_url=database_url, blobs_url=place.url), **changes)
+        return open_registry(tmp_path / "data", settings, clock=clock)
+
+    return opener
+
+
+def _keys(place: Place) -> list[str]:
+    return [each.key for each in lying(place)]
+
+
+async def test_bytes_come_back_as_they_went_in(registry: Registry, place: Place) -> None:
     upload = await start(registry, DATA)
     await append(registry, upload, *PIECES)
     assert (await registry.artifacts.upload(upload.id)).committed_bytes == len(DATA)
     blob = await registry.artifacts.finish(upload.id)
     assert blob == await registry.artifacts.finish(upload.id) == await registry.artifacts.blob(sha256(DATA))
     assert await read(registry, blob.sha256) == DATA
-    assert _files(tmp_path / "data" / "blobs") == {f"sha256/{blob.sha256[:2]}/{blob.sha256}"}
+    (stored,) = lying(place)
+    assert (stored.sha256, stored.upload_id) == (blob.sha256, upload.id)
+    assert blob.format == "safetensors"
 
 
 @pytest.mark.parametrize(("offset", "limit"), [(0, 1), (1, 0), (CHUNK_BYTES - 1, 2), (len(DATA), 0), (5, 10**9)])
@@ -58,7 +100,8 @@ async def test_any_range_can_be_read(registry: Registry, offset: int, limit: int
 
 async def test_the_empty_blob(registry: Registry) -> None:
     upload = await start(registry, b"")
-    assert await registry.artifacts.finish(upload.id) == Blob(sha256=sha256(b""), size_bytes=0)
+    blob = await registry.artifacts.finish(upload.id)
+    assert (blob.sha256, blob.size_bytes, blob.format) == (sha256(b""), 0, "text")
     assert await read(registry, sha256(b"")) == b""
 
 
@@ -94,8 +137,8 @@ async def test_a_cancelled_stream_commits_what_it_had(registry: Registry) -> Non
 
 
 async def test_cancelling_at_any_moment_of_an_append_leaves_a_usable_upload(registry: Registry) -> None:
-    pieces = [chunk(DATA[at : at + 1000], at) for at in range(0, 20_000, 1000)]
-    data = DATA[:20_000]
+    data = some_bytes("cancelled", 20_000)
+    pieces = [chunk(data[at : at + 1000], at) for at in range(0, 20_000, 1000)]
     upload = await start(registry, data)
     for turns in range(30):
         committed = (await registry.artifacts.upload(upload.id)).committed_bytes
@@ -117,14 +160,14 @@ async def test_a_cancelled_append_leaves_only_after_its_write(
 ) -> None:
     upload = await start(registry, DATA)
     entered, proceed = threading.Event(), threading.Event()
-    append_for_real = StagedFile.append
+    write_for_real = uploading._write
 
     def held_back(*arguments: Any) -> None:
         entered.set()
         proceed.wait(10)
-        append_for_real(*arguments)
+        write_for_real(*arguments)
 
-    monkeypatch.setattr(StagedFile, "append", held_back)
+    monkeypatch.setattr(uploading, "_write", held_back)
     task = asyncio.ensure_future(append(registry, upload, PIECES[0]))
     await asyncio.to_thread(entered.wait)
     for _ in range(3):
@@ -160,7 +203,7 @@ async def test_what_was_already_sent_is_refused_and_changes_nothing(registry: Re
     assert (await registry.artifacts.upload(upload.id)).committed_bytes == CHUNK_BYTES
 
 
-async def test_wrong_bytes_are_discarded(registry: Registry, tmp_path: Path) -> None:
+async def test_wrong_bytes_are_discarded(registry: Registry, place: Place) -> None:
     upload = await start(registry, b"right")
     await append(registry, upload, chunk(b"wrong"))
     with pytest.raises(Corrupt) as refused:
@@ -175,7 +218,7 @@ async def test_wrong_bytes_are_discarded(registry: Registry, tmp_path: Path) -> 
         with pytest.raises(NotFound) as gone:
             await missing
         assert gone.value.reason == reason
-    assert _files(tmp_path / "data" / "blobs") == set()
+    assert _keys(place) == []
 
 
 async def test_finish_before_the_end_keeps_the_upload(registry: Registry) -> None:
@@ -191,19 +234,20 @@ async def test_finish_before_the_end_keeps_the_upload(registry: Registry) -> Non
 async def test_bytes_that_are_here_need_not_be_sent(registry: Registry) -> None:
     await put(registry, b"here")
     known = await registry.artifacts.start(sha256(b"here"), 4, request_id="", actor="")
-    assert known == Blob(sha256=sha256(b"here"), size_bytes=4)
+    assert isinstance(known, Blob)
+    assert (known.sha256, known.size_bytes) == (sha256(b"here"), 4)
     with pytest.raises(InvalidInput):
         await registry.artifacts.start(sha256(b"here"), 5, request_id="", actor="")
 
 
-async def test_two_uploads_of_the_same_bytes_end_as_one_blob(registry: Registry, tmp_path: Path) -> None:
+async def test_two_uploads_of_the_same_bytes_end_as_one_blob(registry: Registry, place: Place) -> None:
     uploads = [await start(registry, b"same") for _ in range(4)]
     for upload in uploads:
         await append(registry, upload, chunk(b"same"))
     blobs = await asyncio.gather(*(registry.artifacts.finish(upload.id) for upload in uploads))
     assert len(set(blobs)) == 1
     assert await read(registry, sha256(b"same")) == b"same"
-    assert len(_files(tmp_path / "data" / "blobs")) == 1
+    assert len(_keys(place)) == 1
 
 
 async def test_a_request_id_with_other_content_is_refused(registry: Registry) -> None:
@@ -224,7 +268,7 @@ async def test_too_large_is_refused_before_a_byte_is_stored(open_here: Opener) -
         assert refused.value.reason == "UPLOAD_TOO_LARGE"
 
 
-async def test_an_abandoned_upload_expires(registry: Registry, clock: Any, tmp_path: Path) -> None:
+async def test_an_abandoned_upload_expires(registry: Registry, clock: Any, place: Place) -> None:
     upload = await start(registry, DATA, "r")
     await append(registry, upload, PIECES[0])
     clock.advance(86_000)
@@ -236,81 +280,239 @@ async def test_an_abandoned_upload_expires(registry: Registry, clock: Any, tmp_p
     with pytest.raises(NotFound):
         await registry.artifacts.upload(upload.id)
     await registry.artifacts.expire()
-    assert _files(tmp_path / "data" / "blobs") == set()
+    assert _keys(place) == []
     # The same request opens a new one.
     assert (await start(registry, DATA, "r")).id != upload.id
 
 
-async def test_files_that_no_row_knows_are_swept_at_start(open_here: Opener, tmp_path: Path) -> None:
+async def test_what_no_row_knows_is_swept(open_here: Opener, place: Place) -> None:
     async with open_here() as registry:
         digest = await put(registry, b"kept")
         upload = await start(registry, DATA)
         await append(registry, upload, PIECES[0])
-    blobs = tmp_path / "data" / "blobs"
-    kept = _files(blobs)
-    for orphan in ("staging/unknown", f"sha256/{digest[:2]}/{'ab' * 32}", f"sha256/{digest[:2]}/{digest}#1"):
-        (blobs / orphan).write_bytes(b"left")
+        kept = _keys(place)
+        other = "ab" * 32
+        for orphan in (
+            ("staging/unknown.1", f"sha256/{digest[:2]}/{digest}.unknown", f"sha256/ab/{other}", f"sha256/ab/{other}#1")
+            if place.url == ""
+            else ("staging/unknown/0.1", f"sha256/{digest[:2]}/{digest}/unknown", f"sha256/ab/{other}/{upload.id}0")
+        ):
+            (place.folder / "sha256" / "ab").mkdir(exist_ok=True) if isinstance(place, FolderPlace) else None
+            place.write(orphan, b"left")
+        assert len(_keys(place)) > len(kept)
+        await registry.artifacts.sweep()
+        assert _keys(place) == kept
+        await append(registry, upload, PIECES[1])
     async with open_here() as registry:
-        assert _files(blobs) == kept
+        await registry.artifacts.sweep()
         assert await read(registry, digest) == b"kept"
-        assert (await registry.artifacts.upload(upload.id)).committed_bytes == CHUNK_BYTES
+        assert (await registry.artifacts.upload(upload.id)).committed_bytes == 2 * CHUNK_BYTES
 
 
-async def test_a_blob_left_by_a_failed_finish_is_replaced(registry: Registry, tmp_path: Path) -> None:
-    path = _blob_path(tmp_path, b"right")
-    path.parent.mkdir()
-    path.write_bytes(b"torn")
-    await put(registry, b"right")
-    assert await read(registry, sha256(b"right")) == b"right"
-
-
-@pytest.mark.parametrize("bit", [0, 8 * CHUNK_BYTES, 8 * len(DATA) - 1])
-async def test_a_flipped_bit_is_noticed_before_the_last_chunk(registry: Registry, tmp_path: Path, bit: int) -> None:
-    upload = await start(registry, DATA)
-    await append(registry, upload, *PIECES)
-    await registry.artifacts.finish(upload.id)
+@pytest.mark.parametrize(
+    ("bit", "offset", "limit"),
+    [
+        (0, 0, 0),
+        (8 * CHUNK_BYTES, 0, 0),
+        (8 * len(DATA) - 1, 0, 0),
+        # Of a range, too, and when the bit is beside what was asked for in the same block.
+        (8 * CHUNK_BYTES + 77, CHUNK_BYTES + 5, 10),
+        (8 * len(DATA) - 1, len(DATA) - 100, 5),
+    ],
+)
+async def test_a_flipped_bit_is_never_given(
+    registry: Registry, place: Place, bit: int, offset: int, limit: int
+) -> None:
+    digest = await _stored(registry)
+    await create_model(registry)
+    version = await publish(registry, digest)
     damaged = bytearray(DATA)
     damaged[bit // 8] ^= 1 << bit % 8
-    _blob_path(tmp_path, DATA).write_bytes(damaged)
-    parts: list[bytes] = []
+    place.write(only(place, digest), bytes(damaged))
+    parts: list[Chunk] = []
 
     async def download() -> None:
-        async for part, _ in registry.artifacts.read(sha256(DATA), offset=0, limit_bytes=0):
-            parts.append(part.data)
+        async for part, _ in registry.artifacts.read(digest, offset=offset, limit_bytes=limit):
+            parts.append(part)
 
     with pytest.raises(Corrupt) as noticed:
         await download()
+    # What comes before it is right.
+    assert all(part.data == DATA[part.offset :][: len(part.data)] for part in parts)
     assert noticed.value.reason == "BLOB_CORRUPT"
-    assert len(b"".join(parts)) < len(DATA)
+    found = await registry.store.get_version(VersionName(model="m", number=version.number))
+    assert found.stage == "QUARANTINED"
+    assert not await registry.artifacts.verify(digest)
 
 
-@pytest.mark.parametrize("size", [0, 1, len(DATA) - 1, None])
-async def test_a_cut_or_lost_blob_is_noticed(registry: Registry, tmp_path: Path, size: int | None) -> None:
-    upload = await start(registry, DATA)
-    await append(registry, upload, *PIECES)
-    await registry.artifacts.finish(upload.id)
-    path = _blob_path(tmp_path, DATA)
+async def test_blocks_beside_a_flipped_bit_can_be_read(registry: Registry, place: Place) -> None:
+    digest = await _stored(registry)
+    damaged = bytearray(DATA)
+    damaged[-1] ^= 1
+    place.write(only(place, digest), bytes(damaged))
+    assert await read(registry, digest, 5, 2 * CHUNK_BYTES - 5) == DATA[5 : 2 * CHUNK_BYTES]
+
+
+@pytest.mark.parametrize("size", [0, 1, len(DATA) - 1, len(DATA) + 1, None])
+async def test_a_cut_grown_or_lost_blob_is_noticed(registry: Registry, place: Place, size: int | None) -> None:
+    digest = await _stored(registry)
+    key = only(place, digest)
     if size is None:
-        path.unlink()
+        remove(place, key)
     else:
-        os.truncate(path, size)
-    for offset in (0, 5):
+        place.write(key, (DATA + b"x")[:size])
+    for offset in (0, 5, len(DATA)):
         with pytest.raises(Corrupt) as noticed:
-            await read(registry, sha256(DATA), offset)
+            await read(registry, digest, offset)
         assert noticed.value.reason == "BLOB_CORRUPT"
 
 
-async def test_lost_staging_bytes_end_the_upload_so_that_it_can_start_again(open_here: Opener, tmp_path: Path) -> None:
+async def test_bytes_that_were_lost_can_be_brought_again(registry: Registry, place: Place) -> None:
+    digest = await _stored(registry)
+    place.write(only(place, digest), DATA[:-1] + b"?")
+    reading = registry.artifacts.read(digest, offset=0, limit_bytes=0)
+    assert (await anext(reading))[0].data == DATA[:CHUNK_BYTES]
+    with pytest.raises(Corrupt):
+        await read(registry, digest)
+    # Not "here already": here are other bytes.
+    upload = await start(registry, DATA)
+    await append(registry, upload, *PIECES)
+    await registry.artifacts.finish(upload.id)
+    assert await read(registry, digest) == DATA
+    assert only(place, digest).endswith(upload.id)
+    assert await registry.artifacts.verify(digest)
+    # A download that began before goes on with the right bytes.
+    assert b"".join([part.data async for part, _ in reading]) == DATA[CHUNK_BYTES:]
+
+
+async def test_lost_staging_bytes_end_the_upload_so_that_it_can_start_again(open_here: Opener, place: Place) -> None:
     async with open_here() as registry:
         upload = await start(registry, DATA, "r")
-        await append(registry, upload, PIECES[0])
-    os.truncate(tmp_path / "data" / "blobs" / "staging" / upload.id, 1)
-    async with open_here() as registry:
-        with pytest.raises(Corrupt) as lost:
-            await append(registry, upload, PIECES[1])
-        assert lost.value.reason == "BLOB_CORRUPT"
+        await append(registry, upload, *PIECES)
+        place.write(_keys(place)[0], DATA[:1])
+        with pytest.raises(Corrupt):
+            await registry.artifacts.finish(upload.id)
         fresh = await start(registry, DATA, "r")
         assert (fresh.id != upload.id, fresh.committed_bytes) == (True, 0)
+
+
+async def test_a_cancelled_upload_is_gone_and_cancelling_it_again_is_fine(registry: Registry, place: Place) -> None:
+    upload = await start(registry, DATA, "r")
+    async with registry.artifacts.appending(upload.id) as live:
+        await live.append(PIECES[0])
+        await registry.artifacts.cancel(upload.id)
+        with pytest.raises(NotFound) as gone:
+            await live.append(PIECES[1])
+    assert gone.value.reason == "UPLOAD_NOT_FOUND"
+    await registry.artifacts.cancel(upload.id)
+    assert _keys(place) == []
+    # A finished one may be cancelled, too: what it became is not its own any more.
+    digest = await put(registry, b"became a blob")
+    (stored,) = lying(place)
+    await registry.artifacts.cancel(stored.upload_id)
+    assert await read(registry, digest) == b"became a blob"
+    assert (await start(registry, DATA, "r")).id != upload.id
+
+
+async def test_two_registries_go_on_with_one_upload(open_here: Opener, tmp_path: Path, place: Place) -> None:
+    # A client is cut off from one process and lands on the other, while the first still waits for it.
+    async with open_here() as one, _another(one, place) as other:
+        upload = await start(one, DATA)
+        async with one.artifacts.appending(upload.id) as hanging:
+            await hanging.append(PIECES[0])
+            await hanging.commit()
+            await hanging.append(PIECES[1])
+            # What the first has not committed, nobody was promised.
+            assert (await other.upload(upload.id)).committed_bytes == CHUNK_BYTES
+            async with other.appending(upload.id) as live:
+                await live.append(PIECES[1])
+            with pytest.raises(Conflict) as late:
+                await hanging.commit()
+            assert late.value.metadata["expected_offset"] == str(2 * CHUNK_BYTES)
+        await append(one, upload, PIECES[2])
+        blobs = await asyncio.gather(other.finish(upload.id), one.artifacts.finish(upload.id))
+        assert blobs[0] == blobs[1]
+        for reader in (one.artifacts, other):
+            parts = [part.data async for part, _ in reader.read(sha256(DATA), offset=0, limit_bytes=0)]
+            assert b"".join(parts) == DATA
+        assert [each.sha256 for each in lying(place)] == [sha256(DATA)]
+
+
+async def test_an_upload_goes_on_while_everything_unknown_is_swept(open_here: Opener, place: Place) -> None:
+    async with open_here() as one, _another(one, place) as other:
+        upload = await start(one, DATA)
+        async with one.artifacts.appending(upload.id) as live:
+            for piece in PIECES:
+                await live.append(piece)
+                await other.sweep()
+        sweeping = asyncio.ensure_future(other.sweep())
+        await one.artifacts.finish(upload.id)
+        await sweeping
+        await other.sweep()
+        assert await read(one, sha256(DATA)) == DATA
+
+
+@contextlib.asynccontextmanager
+async def _another(registry: Registry, place: Place) -> AsyncIterator[Artifacts]:
+    """What a second process does with the same ledger and the same place."""
+    first = registry.artifacts
+    second = Artifacts(
+        await asyncio.to_thread(place.blobs),
+        first._ledger,
+        disk=first._disk,
+        clock=first._clock,
+        blob_bytes_max=first._blob_bytes_max,
+        commit_bytes=1 << 24,
+    )
+    yield second
+
+
+async def _stored(registry: Registry) -> str:
+    upload = await start(registry, DATA)
+    await append(registry, upload, *PIECES)
+    return (await registry.artifacts.finish(upload.id)).sha256
+
+
+@pytest.mark.parametrize(
+    ("data", "recognised"),
+    [
+        (pickle.dumps(os.system), "a pickle of protocol 4"),
+        (pickle.dumps(os.system, 0), "it reads as a pickle"),
+        (b"PK\x03\x04" + bytes(100), "a zip archive"),
+        (bytes(range(256)) * 5000, "not text"),
+    ],
+    ids=["pickle", "pickle-0", "zip", "noise"],
+)
+async def test_nothing_is_kept_of_what_may_not_be_stored(
+    registry: Registry, place: Place, data: bytes, recognised: str
+) -> None:
+    upload = await start(registry, data)
+    await append(registry, upload, *(chunk(data[at : at + 500_000], at) for at in range(0, len(data), 500_000)))
+    with pytest.raises(InvalidInput, match=recognised) as refused:
+        await registry.artifacts.finish(upload.id)
+    assert refused.value.reason == "FORMAT_NOT_ALLOWED"
+    assert _keys(place) == []
+    with pytest.raises(NotFound):
+        await registry.artifacts.finish(upload.id)
+
+
+async def test_what_has_no_row_any_more_is_removed_and_what_comes_again_stays(registry: Registry, place: Place) -> None:
+    digest = await put(registry, b"to go")
+    await registry.artifacts.remove([digest])
+    assert await read(registry, digest) == b"to go"
+
+    def forget(write: Write) -> None:
+        write.connection.execute(tables.uploads.delete())
+        write.connection.execute(tables.blobs.delete())
+
+    await registry.artifacts._ledger._database.write(forget)
+    again = await start(registry, b"to go")
+    await append(registry, again, chunk(b"to go"))
+    # The bytes come again, and are not known yet, while those of before go.
+    blob, _ = await asyncio.gather(registry.artifacts.finish(again.id), registry.artifacts.remove([digest]))
+    await registry.artifacts.remove([digest])
+    assert await read(registry, digest) == b"to go"
+    assert [each.upload_id for each in lying(place)] == [again.id] == [blob.location]
 
 
 async def test_a_version_keeps_its_bytes_whatever_happens_to_the_upload(registry: Registry, clock: Any) -> None:

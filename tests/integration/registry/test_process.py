@@ -1,12 +1,14 @@
 """The registry as its clients meet it: a process, gRPC, statuses with reasons."""
 
 import asyncio
+import contextlib
 import os
 import signal
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import grpc
+import psycopg
 import pytest
 
 from mlmesh.registry.v1 import registry_pb2 as pb
@@ -22,10 +24,12 @@ from mlmesh_runtime.errors import (
     RevisionLost,
     WrongState,
 )
+from tests.support.registry import some_bytes
+from tests.support.postgres import PostgresServer
 from tests.support.registry_process import Client, connected, pieces, refused, running
 from tests.support.server import spawn
 
-DATA = os.urandom(2 * CHUNK_BYTES + 99)
+DATA = some_bytes("process", 2 * CHUNK_BYTES + 99)
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +160,7 @@ async def test_of_two_concurrent_moves_exactly_one_wins(client: Client) -> None:
 
 
 async def test_a_cut_upload_goes_on(client: Client) -> None:
-    data = os.urandom(3 * CHUNK_BYTES)
+    data = some_bytes("cut", 3 * CHUNK_BYTES)
     started = await client.start(data, "cut")
     name = started.upload.name
     sent = asyncio.Event()
@@ -190,7 +194,7 @@ async def test_a_cut_upload_goes_on(client: Client) -> None:
 
 
 async def test_a_bad_chunk_keeps_what_came_before_it(client: Client) -> None:
-    data = os.urandom(2 * CHUNK_BYTES)
+    data = some_bytes("bad", 2 * CHUNK_BYTES)
     first, second = pieces(data)
     for bad, kind, reason in (
         (second._replace(crc32c=second.crc32c ^ 1), Corrupt, "CHUNK_CHECKSUM_MISMATCH"),
@@ -291,6 +295,34 @@ def test_a_folder_in_use_is_a_clear_line_and_exit_code_2(tmp_path: Path) -> None
             assert second.wait(timeout_s=60) == 2
             assert "is used by another registry process" in second.log()
             assert "Traceback" not in second.log()
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("mysql://someone:hunter-2@db/models", "expected postgresql://"),
+        ("postgresql://locked:hunter-2@/postgres?host={folder}", "password authentication failed"),
+        ("postgresql://locked:hunter-2@/nowhere?host={folder}", "password authentication failed"),
+        ("postgresql://someone:hunter-2@/nowhere?host={folder}", "does not exist"),
+    ],
+)
+def test_a_wrong_database_is_a_clear_line_without_its_password(
+    tmp_path: Path, postgres: PostgresServer, url: str, told: str
+) -> None:
+    with contextlib.suppress(psycopg.errors.DuplicateObject):
+        postgres.execute("CREATE ROLE locked LOGIN PASSWORD 'another'")
+        postgres.execute("CREATE ROLE someone LOGIN")
+    env = {
+        "MLMESH_LISTEN": "127.0.0.1:0",
+        "MLMESH_DATA_DIR": str(tmp_path / "data"),
+        "MLMESH_REGISTRY_DATABASE_URL": url.format(folder=postgres.folder),
+    }
+    with spawn("-m", "mlmesh_registry", env=env) as process:
+        assert process.wait(timeout_s=60) == 2
+        assert told in process.log()
+        assert "MLMESH_REGISTRY_DATABASE_URL" in process.log()
+        assert "Traceback" not in process.log()
+        assert "hunter-2" not in process.log()
 
 
 @pytest.mark.parametrize(
