@@ -281,6 +281,7 @@ class Job:
         spared_s: of these, the ones from before the last RetryJob: the time limit does not count them.
         attempt_time: when the attempt that runs now began.
         attempt_from_s: `run_s` at that moment.
+        generation: how often it had to be trained anew from the start, by RetryJob after its files were gone.
         files: whether anything of it is kept in its folder.
         queue_position: jobs ahead of it, while it is queued; filled in when it is read.
     """
@@ -313,6 +314,7 @@ class Job:
     spared_s: float = 0.0
     attempt_time: datetime | None = None
     attempt_from_s: float = 0.0
+    generation: int = 0
     files: bool = False
     optimization: OptimizationResult | None = None
     queue_position: int = 0

@@ -246,7 +246,7 @@ def retry_requested(job: Job, now: datetime) -> Decision:  # noqa: ARG001
         failures=0,
         interruptions=0,
         spared_s=job.run_s,
-        **({} if keeps else _UNTRAINED),
+        **({} if keeps else {**_UNTRAINED, "generation": job.generation + 1}),
     )
     return moved, (line, *events)
 

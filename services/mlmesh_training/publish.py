@@ -80,7 +80,7 @@ class RegistryPublisher:
         request = pb.StartUploadRequest(
             size_bytes=file.size_bytes,
             sha256=file.sha256,
-            request_id=f"{job.uid}/{file.path}/{self._lost.get(key, 0)}",
+            request_id=f"{job.uid}/{file.sha256[:32]}/{self._lost.get(key, 0)}",
         )
         try:
             started = await self._stub.StartUpload(request)
@@ -139,7 +139,7 @@ def version_request(job: Job) -> pb.CreateModelVersionRequest:
     dataset = job.resolved_dataset or job.spec.dataset
     return pb.CreateModelVersionRequest(
         parent=publication.model,
-        request_id=f"{job.uid}/version",
+        request_id=f"{job.uid}/version" + (f"/{job.generation}" if job.generation else ""),
         model_version=pb.ModelVersion(
             artifacts=[
                 pb.Artifact(path=file.path, blob=f"blobs/sha256-{file.sha256}", media_type=file.media_type)

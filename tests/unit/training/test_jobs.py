@@ -294,7 +294,7 @@ def test_a_retry_keeps_what_was_trained_for_as_long_as_its_files_are_there() -> 
     assert moves.retry_requested(failed, START)[0].trained == model()
     bare, _ = moves.files_dropped(failed)
     again, _ = moves.retry_requested(bare, START)
-    assert (again.trained, again.registering, again.evaluation) == (None, False, None)
+    assert (again.trained, again.registering, again.evaluation, again.generation) == (None, False, None, 1)
     # A version that is registered stays, also without files: only its aliases are left to move.
     known = dataclasses.replace(bare, model_version="models/digits/versions/1")
     assert moves.retry_requested(known, START)[0].trained == model()

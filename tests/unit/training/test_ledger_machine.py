@@ -205,7 +205,7 @@ def _retried(event: Event) -> bool:
 
 
 TestLedger = Ledger.TestCase
-TestLedger.settings = settings(max_examples=15, stateful_step_count=40, deadline=None)
+TestLedger.settings = settings(max_examples=10, stateful_step_count=40, deadline=None)
 
 
 def test_a_history_reads_as_the_job(tmp_path: Path) -> None:
