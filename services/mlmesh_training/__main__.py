@@ -22,9 +22,9 @@ async def serve(settings: Settings) -> None:
     ):
         service = Service(
             add=training_pb2_grpc.add_TrainingServiceServicer_to_server,
-            servicer=TrainingServicer(training.queue, stall_s=own.watch_stall_s),
+            servicer=TrainingServicer(training.queue, training.book, stall_s=own.watch_stall_s),
             descriptor=training_pb2.DESCRIPTOR.services_by_name["TrainingService"],
-            deadline_exempt={"WatchJob"},
+            deadline_exempt={"WatchJob", "WatchStudy"},
         )
         async with Server(settings, services=[service]) as server, asyncio.TaskGroup() as group:
             runner = group.create_task(training.run(), name="training")

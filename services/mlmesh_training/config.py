@@ -90,6 +90,16 @@ VARIABLES: tuple[Variable, ...] = (
         meaning="Seconds for which a registry that does not answer is asked, to publish or fetch; then the job fails.",
     ),
     Variable(
+        name="MLMESH_TRAINING_STUDIES_MAX",
+        default="16",
+        meaning="Studies that may run at once; one more is refused (STUDIES_TOO_MANY).",
+    ),
+    Variable(
+        name="MLMESH_TRAINING_EVENTS_PER_STUDY_MAX",
+        default="100000",
+        meaning="Events kept of a study; its oldest are dropped beyond that (SEQUENCE_LOST).",
+    ),
+    Variable(
         name="MLMESH_TRAINING_WATCH_STALL_S",
         default="30",
         meaning="A watcher that takes no event for this many seconds is ended (WATCHER_TOO_SLOW).",
@@ -118,6 +128,8 @@ class TrainingSettings:
     silence_s: float = 300.0
     retry_s: float = 1.0
     publish_s: float = 900.0
+    studies_max: int = 16
+    events_per_study_max: int = 100_000
     watch_stall_s: float = 30.0
 
     @classmethod

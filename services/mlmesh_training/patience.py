@@ -36,6 +36,13 @@ def backoff_s(first_s: float, failures: int) -> float:
     return float(min(RETRY_S_MAX, first_s * 2 ** min(failures, 16)))
 
 
+def being_cancelled() -> bool:
+    """Whether the present task is to end. A task group in it that fails at that very moment tells of its failure only:
+    who goes on after any failure must ask."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
 async def first_of(*events: asyncio.Event, timeout_s: float | None = None) -> None:
     """Wait until one of the events is set, or for so long."""
     if any(event.is_set() for event in events):

@@ -19,7 +19,7 @@ from mlmesh_training.backends.base import Backend, Died, Finished, Outcome, Paus
 from mlmesh_training.jobs import WAITING, Job, JobState
 from mlmesh_training.moves import Decision
 from mlmesh_training.options import Resources
-from mlmesh_training.patience import backoff_s, first_of, hopeless, unless
+from mlmesh_training.patience import backoff_s, being_cancelled, first_of, hopeless, unless
 from mlmesh_training.ports import Fetcher, NamedOnly, Publisher
 from mlmesh_training.queue import JobQueue, Signals
 from mlmesh_training.retention import Retention
@@ -116,6 +116,8 @@ class Runner:
                         return None  # It had ended, and somebody deleted it.
                     logger.exception("work on a job was cut off", extra={"job": f"jobs/{uid}"})
                 except Exception as error:
+                    if being_cancelled():
+                        raise asyncio.CancelledError from error
                     # The ledger or the disk failed, not the job: go on as after a restart.
                     logger.exception("work on a job was cut off", exc_info=error, extra={"job": f"jobs/{uid}"})
                 await asyncio.sleep(backoff_s(self._limits.retry_s, failures))

@@ -20,14 +20,18 @@ from mlmesh_runtime.executors import BoundedExecutor, Executors, run_blocking
 from mlmesh_training.backends.local import LocalBackend, LocalLimits
 from mlmesh_training.capacity import present
 from mlmesh_training.config import TrainingSettings, trainer_environment
+from mlmesh_training.fetching import RegistryFetcher
 from mlmesh_training.ledger import LedgerLimits, SqlJobLedger
 from mlmesh_training.options import Resources
-from mlmesh_training.ports import NamedOnly
 from mlmesh_training.publish import RegistryPublisher
 from mlmesh_training.queue import JobQueue, Wakeups
 from mlmesh_training.retention import Retention, RetentionLimits, sweep
 from mlmesh_training.runner import Runner, RunnerLimits
 from mlmesh_training.schedule import Capacity
+from mlmesh_training.studies.book import StudyBook
+from mlmesh_training.studies.controller import StudyController
+from mlmesh_training.studies.drive import DriveLimits, Means
+from mlmesh_training.studies.ledger import SqlStudyLedger, StudyLimits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,12 +41,15 @@ class Training:
     queue: JobQueue
     runner: Runner
     retention: Retention
+    book: StudyBook
+    studies: StudyController
 
     async def run(self) -> None:
         """Work on the queue, and remove what expires. Never returns."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self.runner.run(), name="runner")
             group.create_task(self.retention.run(), name="retention")
+            group.create_task(self.studies.run(), name="studies")
 
 
 @contextlib.asynccontextmanager
@@ -51,7 +58,7 @@ async def open_training(
 ) -> AsyncIterator[Training]:
     """Open the service in settings.data_dir. Errors: ConfigError when the folder is unusable or in use."""
     with _folder(settings.data_dir) as folder:
-        async with Executors({"ledger": 1, "disk": 4}) as executors:
+        async with Executors({"ledger": 1, "disk": 4, "studies": 1}) as executors:
             wakeups = Wakeups()
             ledger = SqlJobLedger(
                 f"sqlite:///{folder / 'training.sqlite'}",
@@ -62,7 +69,7 @@ async def open_training(
             capacity = capacity_of(settings, own)
             try:
                 await run_blocking(executors["ledger"], ledger.migrate)
-                fetcher = NamedOnly()
+                fetcher = RegistryFetcher(registry, executor=executors["disk"])
                 queue = JobQueue(
                     ledger,
                     executor=executors["ledger"],
@@ -72,11 +79,27 @@ async def open_training(
                     capacity=capacity,
                     fetcher=fetcher,
                 )
+                book = StudyBook(
+                    SqlStudyLedger(
+                        ledger.transaction,
+                        clock=_now,
+                        on_commit=lambda uid, _sequence: wakeups.announce(f"studies/{uid}"),
+                        limits=StudyLimits(studies_max=own.studies_max, events_per_study_max=own.events_per_study_max),
+                    ),
+                    executor=executors["ledger"],
+                    wakeups=wakeups,
+                    capacity=capacity,
+                    fetcher=fetcher,
+                    clock=_now,
+                    new_uid=_new_uid,
+                )
                 async with _backend(settings, own, folder=folder, executor=executors["disk"]) as backend:
                     await sweep(queue, present=await backend.kept(), discard=backend.discard)
                     publisher = RegistryPublisher(registry, folder=backend.folder, executor=executors["disk"])
                     limits = RunnerLimits(retry_s=own.retry_s, publish_s=own.publish_s, time_limit_s=own.time_limit_s)
-                    retention = Retention(queue, discard=backend.discard, clock=_now, limits=_kept(own))
+                    retention = Retention(
+                        queue, discard=backend.discard, clock=_now, needed=book.keeps, limits=_kept(own)
+                    )
                     runner = Runner(
                         queue,
                         backend=backend,
@@ -85,7 +108,16 @@ async def open_training(
                         fetcher=fetcher,
                         limits=limits,
                     )
-                    yield Training(queue=queue, runner=runner, retention=retention)
+                    means = Means(
+                        book=book,
+                        queue=queue,
+                        publisher=publisher,
+                        discard=retention.drop_files,
+                        executor=executors["studies"],
+                        limits=DriveLimits(retry_s=own.retry_s, publish_s=own.publish_s),
+                    )
+                    studies = StudyController(means)
+                    yield Training(queue=queue, runner=runner, retention=retention, book=book, studies=studies)
             finally:
                 await run_blocking(executors["ledger"], ledger.close)
 

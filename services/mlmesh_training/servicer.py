@@ -12,22 +12,27 @@ from mlmesh.training.v1.training_pb2_grpc import TrainingServiceServicer as Base
 from mlmesh_runtime.errors import Overloaded
 from mlmesh_runtime.identity import current_identity
 from mlmesh_training import convert
+from mlmesh_training.datasets import DATASETS
 from mlmesh_training.paging import page_key, page_token
 from mlmesh_training.queue import JobQueue
-from mlmesh_training.recipes import RECIPES
+from mlmesh_training.recipes import known
+from mlmesh_training.studies.book import StudyBook
+from mlmesh_training.studies.methods import StudyMethods
 
 PAGE_SIZE_DEFAULT = 50
 
 
-class TrainingServicer(Base):
+# The stubs' types know generators only; see WatchJob.
+class TrainingServicer(StudyMethods, Base):  # type: ignore[misc]
     """Implements mlmesh.training.v1.TrainingService.
 
     Args:
         stall_s: a watcher that takes no event for this long is ended.
     """
 
-    def __init__(self, queue: JobQueue, *, stall_s: float) -> None:
+    def __init__(self, queue: JobQueue, studies: StudyBook, *, stall_s: float) -> None:
         self._queue = queue
+        self._studies = studies
         self._stall_s = stall_s
 
     async def CreateJob(self, request: pb.CreateJobRequest, context: Any) -> pb.CreateJobResponse:
@@ -80,4 +85,7 @@ class TrainingServicer(Base):
                     ) from error
 
     async def ListRecipes(self, request: pb.ListRecipesRequest, context: Any) -> pb.ListRecipesResponse:
-        return pb.ListRecipesResponse(recipes=[convert.recipe(RECIPES[name]) for name in sorted(RECIPES)])
+        return pb.ListRecipesResponse(recipes=[convert.recipe(recipe) for _, recipe in sorted(known().items())])
+
+    async def ListDatasets(self, request: pb.ListDatasetsRequest, context: Any) -> pb.ListDatasetsResponse:
+        return pb.ListDatasetsResponse(datasets=[convert.dataset(found) for _, found in sorted(DATASETS.items())])

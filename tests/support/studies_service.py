@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -246,14 +247,19 @@ async def serving(
 
 
 def _watch_commits(engine: sa.Engine, crash: Crash) -> None:
-    """From the commit on at which the process is to die, no other gets through."""
+    """From the commit on at which the process is to die, none gets through. Those that write nothing do not count."""
     loop = asyncio.get_running_loop()
+    changes = 0
 
-    def committing(_connection: sa.Connection) -> None:
-        if crash.committed >= crash.after:
+    def committing(connection: sa.Connection) -> None:
+        nonlocal changes
+        driver: Any = connection.connection.driver_connection
+        if crash.happened.is_set() or (driver.total_changes != changes and crash.committed >= crash.after):
             loop.call_soon_threadsafe(crash.happened.set)
+            crash.committed = crash.after
             raise NotReady("the process is gone", reason="CRASHED")
-        crash.committed += 1
+        crash.committed += driver.total_changes != changes
+        changes = driver.total_changes
 
     sa.event.listen(engine, "commit", committing)
 

@@ -10,6 +10,7 @@ from datetime import datetime
 
 from mlmesh_runtime.errors import InvalidInput, Overloaded, RevisionLost
 from mlmesh_runtime.executors import BoundedExecutor, run_blocking
+from mlmesh_training import recipes
 from mlmesh_training.ports import Fetcher
 from mlmesh_training.queue import WATCH_PAGE_ITEMS, Wakeups
 from mlmesh_training.schedule import Capacity
@@ -63,6 +64,9 @@ class StudyBook:
             now=self._clock(),
             capacity=self._capacity,
         )
+        earlier = await run_blocking(self._executor, self._ledger.earlier, spec, creator=creator, request_id=request_id)
+        if earlier is not None:
+            return earlier
         dataset, source = await self._resolved(spec)
         accepted = dataclasses.replace(accepted, dataset=dataset, source=source)
         stored = await run_blocking(self._executor, self._ledger.create, accepted, request_id=request_id)
@@ -155,7 +159,10 @@ class StudyBook:
         """What the data set and the source mean now: an alias that moves later does not move the study's trials."""
         job = spec.job
         try:
-            dataset = await self._fetcher.resolve_dataset(job.dataset) if job.registered_dataset else job.dataset
+            dataset = job.dataset
+            if job.registered_dataset:
+                kind = recipes.known()[job.recipe].dataset_kind
+                dataset = await self._fetcher.resolve_dataset(job.dataset, kind=kind)
             source = await self._fetcher.resolve_source(job.optimization.source) if job.optimization else ""
         except InvalidInput as error:
             raise acceptance.about_study(error, spec) from error

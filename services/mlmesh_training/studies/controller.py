@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from mlmesh_runtime.executors import run_blocking
 from mlmesh_training import metrics
-from mlmesh_training.patience import backoff_s
+from mlmesh_training.patience import backoff_s, being_cancelled
 from mlmesh_training.studies.drive import Drive, Means
 from mlmesh_training.studies.study import Recorded, Study, StudyState
 
@@ -47,6 +47,8 @@ class StudyController:
                 try:
                     study = await self._drive(uid)
                 except Exception as error:
+                    if being_cancelled():
+                        raise asyncio.CancelledError from error
                     # The ledger, the disk or Optuna failed, not the study: go on as after a restart.
                     logger.exception("work on a study was cut off", exc_info=error, extra={"study": f"studies/{uid}"})
                     await asyncio.sleep(backoff_s(self._means.limits.retry_s, failures))

@@ -28,6 +28,7 @@ from mlmesh_training.studies.study import (
     Recorded,
     Study,
     StudyChanged,
+    StudySpec,
     Trial,
     TrialState,
 )
@@ -67,14 +68,20 @@ class SqlStudyLedger:
         self._on_commit = on_commit
         self._limits = limits
 
+    def earlier(self, spec: StudySpec, *, creator: str, request_id: str) -> Study | None:
+        """What the same request stored before, as it was answered then. Errors: AlreadyExists (REQUEST_ID_REUSED)."""
+        if not request_id:
+            return None
+        with self._transaction() as connection:
+            return self._earlier(connection, request_id, _digest(spec, creator))
+
     def create(self, study: Study, *, request_id: str = "") -> Study:
         """Store a new study with its first event, or return what the same request stored before.
 
         Errors: AlreadyExists (REQUEST_ID_REUSED) when the request id came with other content or from another caller,
         Overloaded (STUDIES_TOO_MANY).
         """
-        asked = {"spec": documents.spec_document(study.spec), "creator": study.creator}
-        digest = hashlib.sha256(dumps(asked).encode()).hexdigest()
+        digest = _digest(study.spec, study.creator)
         first = replace(study, last_sequence=1)
         with self._transaction() as connection:
             if request_id and (earlier := self._earlier(connection, request_id, digest)):
@@ -348,6 +355,12 @@ class SqlStudyLedger:
         columns = tables.study_events.c
         connection.execute(tables.study_events.delete().where(columns.study == row.number, columns.sequence < first))
         return first
+
+
+def _digest(spec: StudySpec, creator: str) -> str:
+    """SHA-256 over who asked for what."""
+    asked = {"spec": documents.spec_document(spec), "creator": creator}
+    return hashlib.sha256(dumps(asked).encode()).hexdigest()
 
 
 def _filled(body: EventBody, study: Study, decision: Decision) -> EventBody:
