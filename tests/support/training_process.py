@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mlmesh.training.v1.training_pb2_grpc import TrainingServiceAsyncStub
 
 SUCCEEDED, FAILED, CANCELLED = pb.JOB_STATE_SUCCEEDED, pb.JOB_STATE_FAILED, pb.JOB_STATE_CANCELLED
+QUEUED, RUNNING, PAUSED = pb.JOB_STATE_QUEUED, pb.JOB_STATE_RUNNING, pb.JOB_STATE_PAUSED
 WATCH_S = 120.0
 
 
@@ -84,6 +85,34 @@ class Client:
     async def cancel(self, name: str) -> pb.Job:
         """CancelJob."""
         return (await self.stub.CancelJob(pb.CancelJobRequest(name=name))).job
+
+    async def pause(self, name: str) -> pb.Job:
+        """PauseJob."""
+        return (await self.stub.PauseJob(pb.PauseJobRequest(name=name))).job
+
+    async def resume(self, name: str) -> pb.Job:
+        """ResumeJob."""
+        return (await self.stub.ResumeJob(pb.ResumeJobRequest(name=name))).job
+
+    async def retry(self, name: str) -> pb.Job:
+        """RetryJob."""
+        return (await self.stub.RetryJob(pb.RetryJobRequest(name=name))).job
+
+    async def delete(self, name: str) -> None:
+        """DeleteJob."""
+        await self.stub.DeleteJob(pb.DeleteJobRequest(name=name))
+
+    async def list(self, **fields: Any) -> list[pb.Job]:
+        """ListJobs, one page."""
+        return list((await self.stub.ListJobs(pb.ListJobsRequest(**fields))).jobs)
+
+    async def reaches(self, name: str, state: pb.JobState.ValueType, start: int = 0) -> pb.Job:
+        """The job as it was when it first was in a state, from a sequence on."""
+        async with contextlib.aclosing(self.watch(name, start)) as events:
+            async for event in events:
+                if event.HasField("job") and event.job.state == state:
+                    return event.job
+        raise AssertionError(f"{name} never was {pb.JobState.Name(state)}")
 
     async def watch(
         self, name: str, start: int = 0, *, timeout: float = WATCH_S

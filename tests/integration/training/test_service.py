@@ -13,14 +13,27 @@ import grpc
 import numpy as np
 import onnxruntime
 import pytest
+from google.protobuf.duration_pb2 import Duration
 
 from mlmesh.registry.v1 import registry_pb2
 from mlmesh.training.v1 import training_pb2 as pb
-from mlmesh_runtime.errors import AlreadyExists, InvalidInput, NotFound, Overloaded, RevisionLost, WrongState
+from mlmesh_runtime.channel import mesh_error
+from mlmesh_runtime.errors import (
+    AlreadyExists,
+    Conflict,
+    InvalidInput,
+    NotFound,
+    Overloaded,
+    RevisionLost,
+    WrongState,
+)
 from tests.support import registry_process
 from tests.support.training import becomes
 from tests.support.training_process import (
     CANCELLED,
+    PAUSED,
+    QUEUED,
+    RUNNING,
     SUCCEEDED,
     Client,
     connected,
@@ -89,7 +102,7 @@ async def test_a_model_is_trained_measured_exported_and_registered(
     assert version.name == done.model_version == "models/digits/versions/1"
     assert version.metrics["accuracy"] == done.evaluation.accuracy
     assert version.lineage.job == job.name
-    assert set(files) == {"model.onnx", "evaluation.json", "labels.txt"}
+    assert set(files) >= {"model.onnx", "evaluation.json", "labels.txt"}
     assert files["labels.txt"].decode().split() == list(done.evaluation.labels)
     session = onnxruntime.InferenceSession(files["model.onnx"], providers=["CPUExecutionProvider"])
     assert session.run(["logits"], {"image": np.zeros((3, 1, 8, 8), np.float32)})[0].shape == (3, 10)
@@ -111,11 +124,102 @@ async def test_a_running_job_is_cancelled_and_a_cut_watch_is_taken_up_without_ga
     assert states(seen) == ["QUEUED", "RUNNING", "CANCELLING", "CANCELLED"]
     assert gapless(seen)
     assert seen == await client.end(job.name)
-    await becomes(lambda: not list((training[1] / "jobs").glob("*/")))
     assert (await client.cancel(job.name)).state == CANCELLED
     assert await client.end(job.name, seen[-1].sequence + 1) == []
     async with refused(RevisionLost, "SEQUENCE_LOST"):
         await client.end(job.name, seen[-1].sequence + 2)
+    # What a retry would go on from stays, until nobody can retry it any more.
+    assert list((training[1] / "jobs").glob("*/"))
+    await client.delete(job.name)
+    await becomes(lambda: not list((training[1] / "jobs").glob("*/")))
+    for call in (client.get, client.delete, client.retry, client.end):
+        async with refused(NotFound, "JOB_NOT_FOUND"):
+            await call(job.name)
+
+
+async def test_a_paused_job_goes_on_where_it_was_and_a_failed_one_is_tried_again(client: Client) -> None:
+    asked = spec(
+        hyperparameters={"epochs": 30.0},
+        priority=5,
+        labels={"team": "vision"},
+        resources=pb.Resources(memory_bytes=1 << 28),
+        time_limit=Duration(seconds=600),
+        fit=pb.FitOptions(clip_norm=1.0, early_stopping=pb.EarlyStopping(patience=30)),
+    )
+    job = await client.create(asked, "paused")
+    assert (job.resources.memory_bytes, job.resources.cpus > 0, job.resolved_dataset) == (1 << 28, True, "digits")
+    assert (job.spec.labels, job.spec.time_limit.seconds, job.spec.fit.clip_norm) == (asked.labels, 600, 1.0)
+    assert (job.spec.fit.early_stopping.patience, job.spec.fit.early_stopping.metric) == (30, "validation_loss")
+    async for event in client.watch(job.name):
+        if event.HasField("checkpoint"):
+            break
+    async with refused(WrongState, "JOB_NOT_FINISHED"):
+        await client.delete(job.name)
+    asked_to = await client.pause(job.name)
+    assert asked_to.state == pb.JOB_STATE_PAUSING
+    with contextlib.suppress(grpc.aio.AioRpcError):  # It may have paused already.
+        async with refused(Conflict, "JOB_NOT_PAUSED"):
+            await client.resume(job.name)
+    paused = await client.reaches(job.name, PAUSED)
+    assert 0 < paused.progress.epoch < 30
+    assert [attempt.reason for attempt in paused.attempt_history] == ["paused on request"]
+    assert paused.run_duration.ToNanoseconds() > 0
+    assert (await client.list(states=[PAUSED]))[0].name == job.name
+    assert (await client.pause(job.name)).state == PAUSED
+    assert (await client.resume(job.name)).state in {QUEUED, RUNNING}
+    resumed = await client.reaches(job.name, RUNNING, paused.last_sequence + 1)
+    assert resumed.attempts == 2
+    # Ended on request, it is put back, and goes on once more.
+    await client.cancel(job.name)
+    cancelled = last(await client.end(job.name))
+    assert cancelled.state == CANCELLED
+    async with refused(WrongState, "JOB_FINISHED"):
+        await client.resume(job.name)
+    again = await client.retry(job.name)
+    assert again.state == QUEUED or again.attempts == 3
+    events = await client.end(job.name)
+    done = last(events)
+    assert done.state == SUCCEEDED, done.error
+    assert gapless(events)
+    told = states(events)
+    assert told[:5] == ["QUEUED", "RUNNING", "PAUSING", "PAUSED", "QUEUED"]
+    assert told[-3:] == ["QUEUED", "RUNNING", "SUCCEEDED"]
+    # The curve goes on over pause and retry: every epoch once, but for the one that the cancellation cut.
+    epochs = [event.checkpoint.progress.epoch for event in events if event.HasField("checkpoint")]
+    assert epochs == sorted(epochs)
+    assert done.progress.epoch == 30
+    assert [attempt.charged for attempt in done.attempt_history] == [False, False, False]
+    async with refused(WrongState, "JOB_NOT_RETRYABLE"):
+        await client.retry(job.name)
+
+
+async def test_what_never_fits_is_refused_by_the_field(client: Client) -> None:
+    for field, fields in {
+        "spec.resources.cpus": {"resources": pb.Resources(cpus=4000)},
+        "spec.resources.memory_bytes": {"resources": pb.Resources(memory_bytes=1 << 60)},
+        "spec.distribution.nodes": {"distribution": pb.Distribution(processes=2, nodes=2)},
+    }.items():
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await client.create(spec(**fields))
+        error = mesh_error(raised.value)
+        assert isinstance(error, InvalidInput)
+        assert (error.reason, error.violations[0].field) == ("RESOURCES_TOO_LARGE", field)
+
+
+async def test_jobs_are_listed_by_state_and_the_queue_says_who_is_next(client: Client) -> None:
+    running = await client.create(spec(hyperparameters={"epochs": 500.0}))
+    await client.reaches(running.name, RUNNING)
+    low, high = [await client.create(spec(seed=seed, priority=seed)) for seed in (1, 2)]
+    assert (low.queue_position, high.queue_position) == (0, 0)
+    listed = await client.list(states=[QUEUED])
+    assert [(job.name, job.queue_position) for job in listed] == [(high.name, 0), (low.name, 1)]
+    assert [job.name for job in await client.list(states=[RUNNING, QUEUED])] == [high.name, low.name, running.name]
+    assert await client.list(study="studies/none") == []
+    async with refused(InvalidInput, "INVALID_FIELD"):
+        await client.list(states=[pb.JOB_STATE_UNSPECIFIED])
+    for job in (low, high, running):
+        await client.cancel(job.name)
+        await client.end(job.name)
 
 
 @pytest.mark.parametrize(
@@ -188,9 +292,13 @@ async def test_jobs_are_listed_in_pages_newest_first(client: Client) -> None:
 
 async def test_recipes_say_what_can_be_set(client: Client) -> None:
     recipes = (await client.stub.ListRecipes(pb.ListRecipesRequest())).recipes
-    assert [recipe.name for recipe in recipes] == ["cnn", "mlp"]
+    datasets = {found.name for found in (await client.stub.ListDatasets(pb.ListDatasetsRequest())).datasets}
+    by_name = {recipe.name: recipe for recipe in recipes}
+    assert list(by_name) == sorted(by_name)
+    assert {"cnn", "mlp"} <= set(by_name)
+    assert set(by_name["cnn"].datasets) == set(by_name["mlp"].datasets) == {"digits", "mnist"}
     for recipe in recipes:
-        assert set(recipe.datasets) == {"digits", "mnist"}
+        assert set(recipe.datasets) <= datasets
         for known in recipe.hyperparameters:
             assert known.min_value <= known.default_value <= known.max_value
             assert known.description
