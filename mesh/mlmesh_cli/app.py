@@ -10,6 +10,7 @@ import typer
 
 from mlmesh_cli.commands.apply import apply
 from mlmesh_cli.commands.certs import certs_app
+from mlmesh_cli.commands.datasets import datasets_app
 from mlmesh_cli.commands.demo import demo
 from mlmesh_cli.commands.infer import infer
 from mlmesh_cli.commands.lifecycle import down, init, status, up
@@ -58,6 +59,7 @@ app.command(rich_help_panel=_MESH)(apply)
 app.command(rich_help_panel=_MESH)(demo)
 app.add_typer(train_app, name="train", rich_help_panel=_WORK)
 app.add_typer(models_app, name="models", rich_help_panel=_WORK)
+app.add_typer(datasets_app, name="datasets", rich_help_panel=_WORK)
 app.command(rich_help_panel=_WORK)(infer)
 app.command(rich_help_panel=_LOOK)(routes)
 app.add_typer(traces_app, name="traces", rich_help_panel=_LOOK)

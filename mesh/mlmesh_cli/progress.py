@@ -16,8 +16,10 @@ from mlmesh_cli.render.training import FINAL_STATES, phase_name
 _FIGURES = (
     ("train_loss", "loss"),
     ("train_accuracy", "acc"),
+    ("train_error", "error"),
     ("validation_loss", "val loss"),
     ("validation_accuracy", "val acc"),
+    ("validation_error", "val error"),
 )
 
 

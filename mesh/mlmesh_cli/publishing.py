@@ -117,9 +117,7 @@ async def publish_file(stub: ModelRegistryServiceAsyncStub, wanted: Publication,
     except grpc.aio.AioRpcError as error:
         if error.code() is not grpc.StatusCode.ALREADY_EXISTS:
             raise
-    with _progress(terminal) as progress:
-        task = progress.add_task(f"uploading {wanted.file.name}", total=wanted.file.stat().st_size)
-        blob = await upload(stub, wanted.file, _updating(progress, task))
+    blob = await upload_with_progress(stub, wanted.file, terminal)
     version = pb.ModelVersion(
         artifacts=[pb.Artifact(path="model.onnx", blob=blob.name, media_type="application/onnx")],
         signature=signature,
@@ -129,11 +127,20 @@ async def publish_file(stub: ModelRegistryServiceAsyncStub, wanted: Publication,
     )
     request = pb.CreateModelVersionRequest(parent=parent, model_version=version, request_id=uuid4().hex)
     created = (await stub.CreateModelVersion(request)).model_version
-    await _move_aliases(stub, parent, created.name, wanted.aliases)
+    await move_aliases(stub, parent, created.name, wanted.aliases)
     return (await stub.GetModelVersion(pb.GetModelVersionRequest(name=created.name))).model_version
 
 
-async def _move_aliases(stub: ModelRegistryServiceAsyncStub, parent: str, version: str, aliases: Sequence[str]) -> None:
+async def upload_with_progress(stub: ModelRegistryServiceAsyncStub, file: Path, terminal: Terminal) -> pb.Blob:
+    """Uploads a file unless the registry has its bytes already, and shows how far it is."""
+    size = (await asyncio.to_thread(file.stat)).st_size
+    with _progress(terminal) as progress:
+        task = progress.add_task(f"uploading {file.name}", total=size)
+        return await upload(stub, file, _updating(progress, task))
+
+
+async def move_aliases(stub: ModelRegistryServiceAsyncStub, parent: str, version: str, aliases: Sequence[str]) -> None:
+    """Moves aliases to a version, each by compare-and-set."""
     if not aliases:
         return
     present = await stub.ListModelAliases(pb.ListModelAliasesRequest(parent=parent, page_size=1000))

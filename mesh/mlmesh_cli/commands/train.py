@@ -27,7 +27,10 @@ def train(
     recipe: Annotated[
         str | None, typer.Option("--recipe", "-r", help="What to train; see `mlmesh train recipes`.")
     ] = None,
-    dataset: Annotated[str | None, typer.Option("--dataset", "-d", help="What to train on: mnist or digits.")] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option("--dataset", "-d", help="What to train on, such as mnist or houses/1; see `mlmesh datasets`."),
+    ] = None,
     setting: Annotated[
         list[str] | None,
         typer.Option("--set", help="Hyperparameter NAME=NUMBER; may be repeated.", metavar="NAME=NUMBER"),
@@ -69,20 +72,20 @@ def train(
     async def main() -> None:
         from mlmesh.training.v1 import training_pb2 as pb  # noqa: PLC0415  keeps `mlmesh --help` quick
         from mlmesh_cli.connection import Connection  # noqa: PLC0415
+        from mlmesh_cli.datasets import dataset_reference, default_model  # noqa: PLC0415
         from mlmesh_cli.jobs import hyperparameters, read_spec, submit  # noqa: PLC0415
         from mlmesh_cli.render.training import jobs_table  # noqa: PLC0415
 
         spec = read_spec(job) if job else pb.JobSpec()
         spec.recipe = recipe or spec.recipe or "cnn"
-        spec.dataset = dataset or spec.dataset or "mnist"
+        spec.dataset = dataset_reference(dataset or spec.dataset or "mnist")
         spec.hyperparameters.update(hyperparameters(setting or []))
         spec.seed = spec.seed if seed is None else seed
         spec.retries_max = spec.retries_max if retries is None else retries
         if publish:
             target = spec.publication
-            target.model = (
-                f"models/{model.removeprefix('models/')}" if model else target.model or f"models/{spec.dataset}"
-            )
+            default = target.model or default_model(spec.recipe, spec.dataset)
+            target.model = f"models/{model.removeprefix('models/')}" if model else default
             target.aliases.extend(a for a in alias or [] if a not in target.aliases)
             target.description = description or target.description
         else:

@@ -22,6 +22,8 @@ _STATE_STYLES = {
     pb.JOB_STATE_FAILED: "red",
     pb.JOB_STATE_CANCELLED: "dim",
 }
+CONFUSION_CLASSES_MAX = 24
+"""Beyond so many classes the matrix is wider than a terminal; plots/confusion_matrix.png has it."""
 FINAL_STATES = frozenset({pb.JOB_STATE_SUCCEEDED, pb.JOB_STATE_FAILED, pb.JOB_STATE_CANCELLED})
 
 
@@ -37,7 +39,7 @@ def phase_name(phase: pb.JobPhase.ValueType) -> str:
 
 def jobs_table(jobs: Iterable[pb.Job], now: datetime) -> RenderableType:
     """One row a job, newest first."""
-    result = table("job", "state", "recipe", "data", ">epoch", ">accuracy", "version", "submitted", ">attempts")
+    result = table("job", "state", "recipe", "data", ">epoch", ">quality", "version", "submitted", ">attempts")
     for job in jobs:
         measured = job.HasField("evaluation")
         result.add_row(
@@ -46,7 +48,7 @@ def jobs_table(jobs: Iterable[pb.Job], now: datetime) -> RenderableType:
             job.spec.recipe,
             job.spec.dataset,
             f"{job.progress.epoch}/{job.progress.epochs}",
-            t.percent(job.evaluation.accuracy) if measured else "-",
+            quality(job.evaluation) if measured else "-",
             t.model_version(job.model_version) or "-",
             t.ago(job.create_time, now),
             str(job.attempts),
@@ -54,16 +56,47 @@ def jobs_table(jobs: Iterable[pb.Job], now: datetime) -> RenderableType:
     return result if result.row_count else Text("no jobs yet: `mlmesh train` submits one", style="dim")
 
 
+def quality(evaluation: pb.Evaluation) -> str:
+    """The figure that says most: accuracy of a classifier, explained variance of a regressor."""
+    if evaluation.HasField("regression"):
+        return f"R² {evaluation.regression.r2:.3f}"
+    return t.percent(evaluation.accuracy)
+
+
 def evaluation_table(evaluation: pb.Evaluation) -> Table:
     """The measures on held-out data, in one row."""
-    result = table(">accuracy", ">precision", ">recall", ">F1", ">loss", ">examples", ">ONNX max |diff|")
+    common = (f"{evaluation.examples:,}", f"{evaluation.export_max_abs_diff:.1e}")
+    if evaluation.HasField("regression"):
+        errors = evaluation.regression
+        result = table(">R²", ">RMSE", ">MAE", ">examples", ">ONNX max |diff|")
+        result.add_row(
+            f"{errors.r2:.4f}",
+            f"{errors.root_mean_squared_error:.4g}",
+            f"{errors.mean_absolute_error:.4g}",
+            *common,
+        )
+        return result
+    measured = evaluation.HasField("calibration")
+    columns = [">accuracy", ">precision", ">recall", ">F1", ">loss", *([">ECE", ">Brier"] if measured else [])]
+    result = table(*columns, ">examples", ">ONNX max |diff|")
+    calibration = evaluation.calibration
     result.add_row(
         *(t.percent(v) for v in (evaluation.accuracy, evaluation.precision, evaluation.recall, evaluation.f1)),
         f"{evaluation.loss:.4f}",
-        f"{evaluation.examples:,}",
-        f"{evaluation.export_max_abs_diff:.1e}",
+        *([f"{calibration.expected_error:.4f}", f"{calibration.brier:.4f}"] if measured else []),
+        *common,
     )
     return result
+
+
+def latency_text(evaluation: pb.Evaluation) -> Text:
+    """How fast the exported model answers, in a line: "ONNX on the processor: 0.05 ms alone, 0.4 ms for 32"."""
+    parts = []
+    for each in evaluation.latency:
+        median, p95 = t.seconds(each.median) * 1e3, t.seconds(each.p95) * 1e3
+        of = "alone" if each.batch_size == 1 else f"for {each.batch_size}"
+        parts.append(f"{median:.3g} ms {of} (p95 {p95:.3g})")
+    return Text(f"answers in {', '.join(parts)} on the processor that trained it", style="dim")
 
 
 def confusion_table(evaluation: pb.Evaluation) -> Table:
@@ -98,8 +131,18 @@ def job_view(job: pb.Job) -> RenderableType:
     if job.error:
         parts.append(Text(job.error, style="red"))
     if job.HasField("evaluation"):
-        parts += [evaluation_table(job.evaluation), confusion_table(job.evaluation)]
+        parts.append(evaluation_table(job.evaluation))
+        if job.evaluation.latency:
+            parts.append(latency_text(job.evaluation))
+        if 0 < len(job.evaluation.confusion_matrix) <= CONFUSION_CLASSES_MAX:
+            parts.append(confusion_table(job.evaluation))
     return Group(*parts)
+
+
+def _data(recipe: pb.Recipe) -> str:
+    kind = t.enum_name("DATASET_KIND_", pb.DatasetKind.Name(recipe.dataset_kind))
+    registered = [f"registered {kind} data sets"] if recipe.dataset_kind else []
+    return ", ".join([*recipe.datasets, *registered])
 
 
 def recipes_view(recipes: Iterable[pb.Recipe]) -> RenderableType:
@@ -107,7 +150,9 @@ def recipes_view(recipes: Iterable[pb.Recipe]) -> RenderableType:
     parts: list[RenderableType] = []
     for recipe in recipes:
         head = Text(recipe.name, style="bold cyan")
-        head.append(f"  {recipe.description}  (data: {', '.join(recipe.datasets)})", style="default not bold")
+        head.append(f"  {recipe.description}  (data: {_data(recipe)})", style="default not bold")
+        if recipe.distribution:
+            head.append(f"  {recipe.distribution}", style="dim not bold")
         result = table("hyperparameter", ">default", ">least", ">most", "what it does")
         for spec in recipe.hyperparameters:
             figures = (spec.default_value, spec.min_value, spec.max_value)

@@ -109,3 +109,43 @@ def test_warnings_are_shown_and_info_lines_on_request() -> None:
     assert "a loud [line]" in quiet
     assert "a quiet line" not in quiet
     assert "a quiet line" in _draw([info, warning], logs=True)
+
+
+def test_calibration_and_latency_are_shown_where_they_were_measured() -> None:
+    assert "ECE" not in text_of(view.evaluation_table(_evaluation()))
+    evaluation = _evaluation()
+    evaluation.calibration.expected_error, evaluation.calibration.brier = 0.0321, 0.0716
+    for size, median_us in ((1, 50), (32, 1200)):
+        latency = evaluation.latency.add(batch_size=size)
+        latency.median.FromMicroseconds(median_us)
+        latency.p95.FromMicroseconds(2 * median_us)
+    text = text_of(view.job_view(pb.Job(name="jobs/1", evaluation=evaluation)))
+    for wanted in ("ECE", "0.0321", "Brier", "0.0716", "0.05 ms alone (p95 0.1)", "1.2 ms for 32 (p95 2.4)"):
+        assert wanted in text
+
+
+def test_a_regressor_has_errors_and_neither_accuracy_nor_a_matrix() -> None:
+    evaluation = pb.Evaluation(examples=90, loss=2704.0)
+    errors = evaluation.regression
+    errors.r2, errors.root_mean_squared_error, errors.mean_absolute_error = 0.5141, 52.0, 42.5
+    job = pb.Job(name="jobs/1", state=pb.JOB_STATE_SUCCEEDED, evaluation=evaluation)
+    text = text_of(view.job_view(job))
+    for wanted in ("R²", "0.5141", "RMSE", "52", "MAE", "42.5", "90"):
+        assert wanted in text
+    assert "accuracy" not in text
+    assert "predicted" not in text
+    assert "R² 0.514" in text_of(view.jobs_table([job], NOW))
+
+
+def test_a_matrix_wider_than_a_terminal_is_left_to_the_picture() -> None:
+    evaluation = pb.Evaluation(labels=[str(index) for index in range(40)])
+    for _ in range(40):
+        evaluation.confusion_matrix.add(counts=[1] * 40)
+    assert "predicted" not in text_of(view.job_view(pb.Job(name="jobs/1", evaluation=evaluation)))
+
+
+def test_a_recipe_says_what_it_takes_and_who_brings_it() -> None:
+    recipe = pb.Recipe(
+        name="cnn", description="Layers.", datasets=["mnist"], dataset_kind=pb.DATASET_KIND_IMAGE, distribution="x 1.0"
+    )
+    assert "cnn  Layers.  (data: mnist, registered image data sets)  x 1.0" in text_of(view.recipes_view([recipe]))
