@@ -154,7 +154,7 @@ def _digest_verified(condition: DigestVerified, facts: Facts) -> Verdict:
     age = facts.now - facts.candidate.verify_time
     told = f"its bytes were verified {_seconds(age)} ago"
     if condition.max_age is not None and age > condition.max_age:
-        return False, f"{told}, {_seconds(condition.max_age)} at most is wanted"
+        return False, f"{told}, at most {_seconds(condition.max_age)} is allowed"
     return True, told
 
 

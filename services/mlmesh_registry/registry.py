@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import fcntl
+import itertools
 import logging
 import os
 import secrets
@@ -126,8 +127,8 @@ async def open_registry(
         )
         published.append(feed)
         await feed.open()
-        if held.alone:
-            # Where others write to the folder too, nobody can tell their work from what a crash left.
+        # Elsewhere it may take its time, or the store not answer: there it is swept while it serves.
+        if swept := held.alone and not settings.blobs_url:
             await artifacts.sweep()
         if postgres:
             held.share()
@@ -137,7 +138,7 @@ async def open_registry(
         garbage = Garbage(
             database, remove=artifacts.remove, clock=clock, grace=timedelta(seconds=settings.garbage_grace_s)
         )
-        await stack.enter_async_context(_beside(_upkeep(store, artifacts, garbage, settings)))
+        await stack.enter_async_context(_beside(_upkeep(store, artifacts, garbage, settings, swept=swept)))
         yield Registry(
             store=store,
             artifacts=artifacts,
@@ -169,13 +170,21 @@ async def _beside(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
             log.error("work beside the registry ended early", exc_info=error)
 
 
-async def _upkeep(store: SqlModelStore, artifacts: Artifacts, garbage: Garbage, settings: RegistrySettings) -> None:
+async def _upkeep(
+    store: SqlModelStore, artifacts: Artifacts, garbage: Garbage, settings: RegistrySettings, *, swept: bool
+) -> None:
     """Discard what is past its time, now and then; a full disk or a busy moment does not end it."""
-    while True:
+    for round_number in itertools.count():
         try:
+            if not swept:
+                await artifacts.sweep()
+                swept = True
+            await artifacts.examine()
             await artifacts.expire()
             await store.forget_requests(keep_s=settings.request_ttl_s)
-            await garbage.collect(grace=None, dry_run=False)
+            if round_number:
+                # Not in the first: who has just started has more urgent things to do.
+                await garbage.collect(grace=None, dry_run=False)
         except (MeshError, OSError):
             log.warning("upkeep failed; it is tried again", exc_info=True)
         await asyncio.sleep(min(_UPKEEP_S_MAX, settings.upload_ttl_s / 4))

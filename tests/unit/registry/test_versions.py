@@ -56,8 +56,11 @@ contents = st.builds(
     ),
     metrics=st.dictionaries(keys, st.floats(allow_nan=False, allow_infinity=False), max_size=4),
     labels=st.dictionaries(keys, texts, max_size=4),
-    lineage=st.builds(Lineage, job=texts, dataset=texts, parents=st.just(("models/m/versions/1",))),
+    lineage=st.builds(
+        Lineage, job=texts, dataset=texts, parents=st.just(("models/m/versions/1",)), study=texts, source_uri=texts
+    ),
     description=texts,
+    model_card=texts,
 )
 
 
@@ -87,6 +90,9 @@ def test_the_digest_is_pinned() -> None:
         {"metrics": {"accuracy": 0.5}},
         {"labels": {"team": "a"}},
         {"lineage": Lineage(job="jobs/1")},
+        {"lineage": Lineage(study="studies/1")},
+        {"lineage": Lineage(source_uri="https://example.org/model")},
+        {"model_card": "# Card"},
         {"signature": Signature(inputs=(TensorSpec(name="x", datatype="FP32", shape=(-1, 4)),))},
         {"artifacts": (Artifact(path="model.onnx", sha256="cd" * 32, size_bytes=3, media_type="application/onnx"),)},
     ],
@@ -119,7 +125,10 @@ def _input(**fields: object) -> dict[str, object]:
         ({"labels": {"": "x"}}, "model_version.labels"),
         ({"labels": {"k": "v" * 4097}}, "model_version.labels"),
         ({"description": "a\0b"}, "model_version.description"),
+        ({"model_card": "x" * 65537}, "model_version.model_card"),
         ({"lineage": Lineage(parents=("models/m",))}, "model_version.lineage.parents[0]"),
+        ({"lineage": Lineage(study="s" * 257)}, "model_version.lineage.study"),
+        ({"lineage": Lineage(source_uri="u" * 2049)}, "model_version.lineage.source_uri"),
         (_input(datatype="FLOAT"), "model_version.signature.inputs[0].datatype"),
         (_input(shape=(-2,)), "model_version.signature.inputs[0].shape"),
         (_input(shape=(1,) * 17), "model_version.signature.inputs[0].shape"),
