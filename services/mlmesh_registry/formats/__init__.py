@@ -96,7 +96,9 @@ class Examiner:
         self._pickle.feed(data)
         for walker in self._walkers.values():
             walker.feed(data)
-        if all(walker.refusal for walker in self._walkers.values()):
+        if self._pickle.over and not self._pickle.refusal:
+            self._refused = "it reads as a pickle"
+        elif all(walker.refusal for walker in self._walkers.values()):
             self._refused = self._why()
 
     def finish(self) -> Format:

@@ -39,10 +39,22 @@ _CHARACTERS = re.compile(rb'(?:[^"\\\x00-\x1f]++|%b)*+' % _ESCAPE.pattern)
 _NUMBER = rb"-?(?:0|[1-9][0-9]*+)(?:\.[0-9]++)?(?:[eE][+-]?[0-9]++)?"
 _SCALAR = re.compile(rb"%b|true|false|null" % _NUMBER)
 _STRING = rb'"%b"' % _CHARACTERS.pattern
-_SIMPLE = rb"(?:%b|%b|true|false|null)" % (_STRING, _NUMBER)
-# Runs of small items, which most of a document is; what is cut by the window, or long, is read piece by piece.
-_ITEMS = re.compile(rb"(?:[ \t\n\r]*+%b[ \t\n\r]*+,)++" % _SIMPLE)
-_MEMBERS = re.compile(rb"(?:[ \t\n\r]*+%b[ \t\n\r]*+:[ \t\n\r]*+%b[ \t\n\r]*+,)++" % (_STRING, _SIMPLE))
+
+
+def _list(item: bytes) -> bytes:
+    return rb"(?:%b[ \t\n\r]*+(?:,[ \t\n\r]*+%b[ \t\n\r]*+)*+)?" % (item, item)
+
+
+def _shallow(value: bytes) -> bytes:
+    """A value of that kind, or a container of such."""
+    member = rb"%b[ \t\n\r]*+:[ \t\n\r]*+%b" % (_STRING, value)
+    return rb"(?:%b|\[[ \t\n\r]*+%b\]|\{[ \t\n\r]*+%b\})" % (value, _list(value), _list(member))
+
+
+# Runs of small items, which most of a document is; what is cut by the window, or deep, is read piece by piece.
+_SMALL = _shallow(_shallow(rb"(?:%b|%b|true|false|null)" % (_STRING, _NUMBER)))
+_ITEMS = re.compile(rb"(?:[ \t\n\r]*+%b[ \t\n\r]*+,)++" % _SMALL)
+_MEMBERS = re.compile(rb"(?:[ \t\n\r]*+%b[ \t\n\r]*+:[ \t\n\r]*+%b[ \t\n\r]*+,)++" % (_STRING, _SMALL))
 _SCALAR_BYTES_MAX = 1024
 _ESCAPE_BYTES = 6
 
@@ -55,12 +67,11 @@ def json_walk(source: Source) -> Walk[None]:
     """Refuse what is no JSON document; TooMuch for one that is beyond the bounds."""
     opened = bytearray()
     while True:
-        if source.here > JSON_BYTES_MAX:
-            raise TooMuch(f"a JSON document has more than {JSON_BYTES_MAX} bytes")
         yield from _value(source, opened)
         # A value has ended: close what ends here, then the next one follows a comma, or nothing does.
         while True:
             byte = yield from _next_byte(source)
+            _check_size(source)
             if not opened:
                 if byte:
                     raise Refused("something follows the document")
@@ -97,6 +108,11 @@ def _value(source: Source, opened: bytearray) -> Walk[None]:
             yield from _key(source)
 
 
+def _check_size(source: Source) -> None:
+    if source.here > JSON_BYTES_MAX:
+        raise TooMuch(f"a JSON document has more than {JSON_BYTES_MAX} bytes")
+
+
 def _pass_run(source: Source, run: re.Pattern[bytes]) -> None:
     while found := run.match(source.data, source.position, min(len(source.data), source.position + _WINDOW)):
         source.position = found.end()
@@ -118,8 +134,7 @@ def _string(source: Source) -> Walk[None]:
         found = _CHARACTERS.match(source.data, source.position, min(len(source.data), source.position + _WINDOW))
         if found is not None:
             source.position = found.end()
-        if source.here > JSON_BYTES_MAX:
-            raise TooMuch(f"a JSON document has more than {JSON_BYTES_MAX} bytes")
+        _check_size(source)
         if not (yield from source.has(1)):
             raise Refused("it ends within a text")
         byte = source.data[source.position : source.position + 1]

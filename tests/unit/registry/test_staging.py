@@ -1,4 +1,4 @@
-"""One staging file: in order, bounded, and cut back to what was promised."""
+"""One staging file: in order, cut back to what was promised, one writer at a time."""
 
 import os
 from collections.abc import Callable
@@ -6,63 +6,50 @@ from pathlib import Path
 
 import pytest
 
+from mlmesh_registry.ledger import Part
 from mlmesh_registry.staging import StagedFile
-from mlmesh_runtime.chunks import CHUNK_BYTES, crc32c
-from mlmesh_runtime.errors import Conflict, Corrupt, InvalidInput, MeshError, Overloaded
-
-
-def _append(file: StagedFile, data: bytes) -> None:
-    file.append(file.written, data, crc32c(data))
+from mlmesh_runtime.errors import Overloaded
 
 
 def test_what_was_not_committed_is_cut_off_when_it_is_taken_up_again(tmp_path: Path) -> None:
-    file = StagedFile(tmp_path / "u", size_bytes=10, committed_bytes=0)
-    _append(file, b"abc")
-    file.committed = file.sync()
-    _append(file, b"def")
+    file = StagedFile.begin(tmp_path / "u", 0)
+    file.write(b"abc")
+    part = file.sync()
+    file.write(b"def")
     file.close()
-    again = StagedFile(tmp_path / "u", size_bytes=10, committed_bytes=3)
-    _append(again, b"xyz")
+    again = StagedFile.take_up(tmp_path / "u", part)
+    assert again is not None
+    assert (again.written, again.committed) == (3, 3)
+    # Not before the first write: until then it may turn out that more was committed.
+    assert (tmp_path / "u").read_bytes() == b"abcdef"
+    again.write(b"x")
+    assert (tmp_path / "u").read_bytes() == b"abcx"
+    assert again.sync() == Part(start=0, size_bytes=4, key="u")
     again.close()
-    assert (tmp_path / "u").read_bytes() == b"abcxyz"
+    again.close()
 
 
-@pytest.mark.parametrize("left", [None, b"", b"ab"])
-def test_committed_bytes_that_are_gone_are_noticed(tmp_path: Path, left: bytes | None) -> None:
-    if left is not None:
-        (tmp_path / "u").write_bytes(left)
-    with pytest.raises(Corrupt) as lost:
-        StagedFile(tmp_path / "u", size_bytes=10, committed_bytes=3)
-    assert lost.value.reason == "BLOB_CORRUPT"
+def test_a_file_may_hold_what_follows_the_bytes_of_another(tmp_path: Path) -> None:
+    file = StagedFile.begin(tmp_path / "u", 100)
+    file.write(b"abc")
+    assert file.sync() == Part(start=100, size_bytes=3, key="u")
+    file.write(b"def")
+    assert file.sync() == Part(start=100, size_bytes=6, key="u")
+    assert file.written == 106
 
 
-@pytest.mark.parametrize(
-    ("offset", "data", "checksum", "error", "reason"),
-    [
-        (3, b"x", crc32c(b"x"), Conflict, "UPLOAD_OFFSET_MISMATCH"),
-        (5, b"x", crc32c(b"x"), Conflict, "UPLOAD_OFFSET_MISMATCH"),
-        (-1, b"x", crc32c(b"x"), Conflict, "UPLOAD_OFFSET_MISMATCH"),
-        (4, b"x", 0, Corrupt, "CHUNK_CHECKSUM_MISMATCH"),
-        (4, b"1234567", crc32c(b"1234567"), InvalidInput, "UPLOAD_TOO_LARGE"),
-        (4, bytes(CHUNK_BYTES + 1), 0, InvalidInput, "INVALID_FIELD"),
-    ],
-)
-def test_a_refused_chunk_changes_nothing(
-    tmp_path: Path, offset: int, data: bytes, checksum: int, error: type[MeshError], reason: str
-) -> None:
-    file = StagedFile(tmp_path / "u", size_bytes=10, committed_bytes=0)
-    _append(file, b"abcd")
-    with pytest.raises(error) as refused:
-        file.append(offset, data, checksum)
-    assert refused.value.reason == reason
-    _append(file, b"efghij")
+def test_a_file_that_somebody_writes_to_is_not_taken_up(tmp_path: Path) -> None:
+    file = StagedFile.begin(tmp_path / "u", 0)
+    file.write(b"abc")
+    part = file.sync()
+    assert StagedFile.take_up(tmp_path / "u", part) is None
     file.close()
-    assert (tmp_path / "u").read_bytes() == b"abcdefghij"
+    assert StagedFile.take_up(tmp_path / "u", part) is not None
 
 
 def test_a_disk_that_fails_to_sync_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = StagedFile(tmp_path / "u", size_bytes=10, committed_bytes=0)
-    _append(file, b"abcd")
+    file = StagedFile.begin(tmp_path / "u", 0)
+    file.write(b"abcd")
 
     def failing(number: int) -> Callable[[int], None]:
         def fsync(_fd: int) -> None:
@@ -77,6 +64,4 @@ def test_a_disk_that_fails_to_sync_is_not_believed(tmp_path: Path, monkeypatch: 
     with pytest.raises(Overloaded) as full:
         file.sync()
     assert full.value.reason == "DISK_FULL"
-    # What was not synced is gone from the count, so that it is sent again.
-    assert file.written == file.committed == (tmp_path / "u").stat().st_size == 0
-    file.close()
+    assert file.committed == 0
