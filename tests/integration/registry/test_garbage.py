@@ -210,6 +210,7 @@ async def test_it_runs_by_itself_and_tells_who_did_what(open_here: Opener, clock
         await eventually(lambda: here(registry, digest))
         entries, _ = await registry.store.list_audit(from_sequence=0, resource="", actor="registry", size=0, token="")
         assert [(entry.method, entry.resource) for entry in entries] == [("Purge", f"blobs/sha256-{digest}")]
+    async with open_here() as registry:
         other = await put(registry, b"other")
         clock.advance(GRACE)
         await collect(registry, actor="spiffe://someone")
