@@ -69,9 +69,9 @@ class Retention:
             self._queue.deleted.clear()
             try:
                 await self.look()
-            except (MeshError, OSError) as error:
-                # The disk is full or does not answer: what is to go now goes later.
-                logger.warning("cannot remove what has expired", exc_info=error)
+            except Exception as error:
+                # The ledger or the disk failed: what is to go now goes later. No job suffers from it.
+                logger.exception("cannot remove what has expired", exc_info=error)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._limits.look_s):
                     await self._queue.deleted.wait()

@@ -40,6 +40,8 @@ from mlmesh_training.jobs import LOG_LINE_BYTES_MAX, JobPhase, LogLine
 
 REPORT_BYTES_MAX = 1 << 20
 
+_GONE = ".gone-"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalLimits:
@@ -154,7 +156,7 @@ class LocalBackend:
 
     async def discard(self, uid: str) -> None:
         """Remove the job's folder."""
-        await run_blocking(self._executor, shutil.rmtree, self.folder(uid), ignore_errors=True)
+        await run_blocking(self._executor, _remove, self.folder(uid))
 
     async def kept(self) -> list[str]:
         """The jobs of which something is kept."""
@@ -255,3 +257,13 @@ class _Attempt:
                 await self.report(LogLine(severity="info", message=text))
             elif count == self.limits.log_lines_max:
                 await self.report(LogLine(severity="warning", message="too many log lines; the rest is dropped"))
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder: out of the way first, in one step, so that what a kill leaves is never taken for a job's."""
+    gone = folder if folder.name.startswith(_GONE) else folder.with_name(_GONE + folder.name)
+    if gone != folder:
+        shutil.rmtree(gone, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            folder.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
