@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.postgres import postgres, registry_template
+from tests.support.postgres import postgres, registry_template, shared_url
 from tests.support.s3 import s3
 
-__all__ = ["postgres", "registry_template", "s3"]
+__all__ = ["postgres", "registry_template", "s3", "shared_url"]
 
 NO_GPU = "no NVIDIA GPU here (/dev/nvidiactl is missing)"
 

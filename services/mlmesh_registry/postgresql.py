@@ -65,6 +65,12 @@ def parse_url(text: str) -> sa.URL:
     return url.set(drivername="postgresql+psycopg")
 
 
+def may_come_back(refusal: str) -> bool:
+    """Whether a server that refused a connection may take it later: by its words, since libpq tells no code."""
+    passing = ("the database system is", "too many")
+    return "FATAL:" not in refusal or any(words in refusal for words in passing)
+
+
 class PostgresBackend:
     """Implements Backend. Connects lazily; errors of the driver are mapped by `translated`.
 

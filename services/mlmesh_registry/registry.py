@@ -22,7 +22,7 @@ from mlmesh_registry.events import Change
 from mlmesh_registry.garbage import Garbage
 from mlmesh_registry.ledger import SqlBlobLedger
 from mlmesh_registry.places import open_blobs
-from mlmesh_registry.postgresql import PostgresBackend, parse_url
+from mlmesh_registry.postgresql import PostgresBackend, may_come_back, parse_url
 from mlmesh_registry.search import Search
 from mlmesh_registry.signatures import KeyFolder, Signatures
 from mlmesh_registry.signing import BadKeyError, TrustedKeys
@@ -203,7 +203,7 @@ async def _migrated(database: Database, writer: BoundedExecutor) -> None:
         except NotReady as error:
             cause = error.__cause__
             text = str(getattr(cause, "orig", cause)).strip()
-            if loop.time() > give_up:
+            if loop.time() > give_up or not may_come_back(text):
                 raise ConfigError(f"MLMESH_REGISTRY_DATABASE_URL: the database cannot be used: {text}") from error
         except sa.exc.DBAPIError as error:
             raise ConfigError(f"MLMESH_REGISTRY_DATABASE_URL: the database cannot be used: {error.orig}") from error

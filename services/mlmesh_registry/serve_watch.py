@@ -40,7 +40,6 @@ class WatchMethods:
     _messages: Messages
     _stall_s: float
 
-    # The stubs' type knows generators only; gRPC and our runtime also take a coroutine that writes.
     async def WatchModels(self, request: pb.WatchModelsRequest, context: Any) -> None:
         model_id = names.parse_parent(request.parent or names.ALL_MODELS)
         sent = request.from_revision - 1

@@ -21,7 +21,8 @@ from mlmesh_registry.watch import ChangeFeed
 from mlmesh_runtime.identity import current_identity
 
 
-class RegistryServicer(
+# The stubs' type knows generators only; gRPC and our runtime also take a coroutine that writes, as WatchModels is.
+class RegistryServicer(  # type: ignore[misc]
     AliasMethods,
     LifecycleMethods,
     RecordMethods,

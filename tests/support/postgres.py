@@ -54,10 +54,17 @@ class PostgresServer:
     def __init__(self, binaries: Path, folder: Path, *, durable: bool) -> None:
         self._binaries = binaries
         self._folder = folder
+        # Through the write-ahead log is for those who keep it.
+        self._strategy = "WAL_LOG" if durable else "FILE_COPY"
         self._settings = _SETTINGS | ({} if durable else _UNSAFE)
         self._names = count(1)
         self._popen: subprocess.Popen[str] | None = None
         self._log: deque[str] = deque(maxlen=1000)
+
+    @property
+    def folder(self) -> Path:
+        """Where its socket is."""
+        return self._folder
 
     def init(self) -> None:
         """Make the cluster."""
@@ -106,7 +113,7 @@ class PostgresServer:
     def create(self, *, template: str = "template0") -> str:
         """Make a database from a template that nobody uses; its URL."""
         name = f"test_{next(self._names)}"
-        self.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
+        self.execute(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY {self._strategy}")
         return self.url(name)
 
     def create_in(self, folder: Path) -> str:
@@ -117,10 +124,10 @@ class PostgresServer:
         return self.url(name)
 
     def drop(self, url: str) -> None:
-        """Remove what `create_in` made."""
+        """Remove what `create` or `create_in` made."""
         name = name_of(url)
-        self.execute(f"DROP DATABASE {name} WITH (FORCE)")
-        self.execute(f"DROP TABLESPACE {name}")
+        self.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+        self.execute(f"DROP TABLESPACE IF EXISTS {name}")
 
     def disconnect(self, database: str, clients: str = "true") -> int:
         """End the connections to a database, of those clients for whom a condition on pg_stat_activity holds."""
@@ -175,7 +182,8 @@ def postgres_running(*, durable: bool = False) -> Iterator[PostgresServer]:
     if binaries is None:
         pytest.skip(MISSING)
     # Not in pytest's folder, which another user may not enter; and a socket's path is at most 107 bytes.
-    with tempfile.TemporaryDirectory(prefix="mlmesh-pg-", ignore_cleanup_errors=True) as name:
+    memory = None if durable or not os.access("/dev/shm", os.W_OK) else "/dev/shm"
+    with tempfile.TemporaryDirectory(prefix="mlmesh-pg-", dir=memory, ignore_cleanup_errors=True) as name:
         folder = Path(name)
         if os.geteuid() == 0:
             shutil.chown(folder, _USER, _USER)
@@ -193,6 +201,14 @@ def postgres() -> Iterator[PostgresServer]:
     """One server for all tests that do not stop it."""
     with postgres_running() as server:
         yield server
+
+
+@pytest.fixture
+def shared_url(postgres: PostgresServer, registry_template: str) -> Iterator[str]:
+    """URL of a database of this test's own, with the registry's schema."""
+    url = postgres.create(template=registry_template)
+    yield url
+    postgres.drop(url)
 
 
 @pytest.fixture(scope="session")

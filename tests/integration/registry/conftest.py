@@ -11,7 +11,6 @@ import pytest
 
 from mlmesh_registry.config import RegistrySettings
 from mlmesh_registry.registry import Registry, open_registry
-from tests.support.postgres import PostgresServer
 
 
 class ManualClock:
@@ -35,10 +34,7 @@ def clock() -> ManualClock:
 @pytest.fixture(params=["sqlite", "postgresql"])
 def database_url(request: pytest.FixtureRequest) -> str:
     """URL of a database of this test's own, "" for SQLite in its folder: every test runs on both."""
-    if request.param == "sqlite":
-        return ""
-    server: PostgresServer = request.getfixturevalue("postgres")
-    return server.create(template=request.getfixturevalue("registry_template"))
+    return "" if request.param == "sqlite" else str(request.getfixturevalue("shared_url"))
 
 
 @pytest.fixture

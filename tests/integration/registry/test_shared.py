@@ -29,11 +29,6 @@ Opener = Callable[..., AbstractAsyncContextManager[Registry]]
 
 
 @pytest.fixture
-def shared_url(postgres: PostgresServer, registry_template: str) -> str:
-    return postgres.create(template=registry_template)
-
-
-@pytest.fixture
 def open_one(tmp_path: Path, shared_url: str) -> Opener:
     """Open one more registry on this test's database and folder."""
 

@@ -3,8 +3,10 @@
 import asyncio
 import contextlib
 import itertools
+import shutil
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, aclosing
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +14,7 @@ from mlmesh_registry.events import Bookmark, Change, DeletedAlias
 from mlmesh_registry.registry import Registry
 from mlmesh_registry.versions import Alias, Model, Version
 from mlmesh_runtime.errors import Overloaded, RevisionLost
+from tests.support.postgres import PostgresServer, name_of
 from tests.support.registry import alias, create_model, number, publish, put
 
 Opener = Callable[..., AbstractAsyncContextManager[Registry]]
@@ -211,6 +214,35 @@ async def test_a_revision_that_is_yet_to_come_is_lost_too(registry: Registry) ->
         assert await _backlog(events) == []
     with pytest.raises(RevisionLost):
         await _take(registry.feed.watch(3, None), 1)
+
+
+async def test_a_restored_copy_is_told_to_who_saw_more(
+    open_here: Opener, tmp_path: Path, database_url: str, postgres: PostgresServer
+) -> None:
+    """A backup of revision 2 comes back after revision 4 was seen."""
+    path = tmp_path / "data" / "registry.sqlite"
+    async with open_here() as registry:
+        for name in "ab":
+            await create_model(registry, name)
+    if database_url:
+        backup = name_of(postgres.create(template=name_of(database_url)))
+    else:
+        shutil.copy(path, tmp_path / "backup")
+    async with open_here() as registry:
+        for name in "cd":
+            await create_model(registry, name)
+    if database_url:
+        postgres.execute(f"DROP DATABASE {name_of(database_url)}")
+        postgres.execute(f"ALTER DATABASE {backup} RENAME TO {name_of(database_url)}")
+    else:
+        shutil.copy(tmp_path / "backup", path)
+    async with open_here() as registry:
+        for seen in (3, 4):
+            with pytest.raises(RevisionLost) as lost:
+                await _take(registry.feed.watch(seen + 1, None), 1)
+            assert lost.value.metadata["head_revision"] == "2"
+        async with aclosing(registry.feed.watch(3, None)) as events:
+            assert await _backlog(events) == []
 
 
 async def test_the_log_goes_on_after_a_restart(open_here: Opener) -> None:

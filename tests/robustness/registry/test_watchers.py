@@ -72,6 +72,44 @@ async def test_a_watcher_that_stops_reading_is_ended_while_others_go_on(tmp_path
                     last = event.revision
 
 
+async def test_hundreds_of_watchers_take_little_each_and_all_see_everything(tmp_path: Path) -> None:
+    watchers, changes = 300, 5
+    env = {
+        "MLMESH_REGISTRY_BOOKMARK_S": "60",
+        "MLMESH_STREAMS_PER_PEER_MAX": "1000",
+    }
+    with running(tmp_path / "data", env=env) as (process, address):
+        async with connected(address) as client:
+            etag = (await client.create_model()).etag
+            etag = await _update(client, etag, 20)
+            ready = asyncio.Semaphore(0)
+
+            async def follow() -> list[int]:
+                """Revisions behind the bookmark."""
+                seen: list[int] = []
+                call = client.stub.WatchModels(pb.WatchModelsRequest(), timeout=NO_DEADLINE)
+                async for event in call:
+                    if event.WhichOneof("event") == "bookmark":
+                        ready.release()
+                    elif event.revision > 21:
+                        seen.append(event.revision)
+                        if len(seen) == changes:
+                            return seen
+                return seen
+
+            before = psutil.Process(process.pid).memory_info().rss
+            async with asyncio.timeout(60), asyncio.TaskGroup() as group:
+                tasks = [group.create_task(follow()) for _ in range(watchers)]
+                for _ in tasks:
+                    await ready.acquire()
+                idle = psutil.Process(process.pid).memory_info().rss
+                await _update(client, etag, changes)
+            assert all(task.result() == list(range(22, 22 + changes)) for task in tasks)
+            # Some 25 KiB each are measured; what grows with the changes is shared by all.
+            assert (idle - before) / watchers < 200 * 1024
+            assert psutil.Process(process.pid).memory_info().rss - idle < 100 * MIB
+
+
 async def test_a_hung_registry_ends_a_watch_and_nothing_is_missed(tmp_path: Path) -> None:
     limits = Limits(keepalive_time_s=0.5, keepalive_timeout_s=0.5)
     with running(tmp_path / "data") as (process, address):

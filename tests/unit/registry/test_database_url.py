@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from mlmesh_registry.config import RegistrySettings
-from mlmesh_registry.postgresql import PostgresBackend, parse_url
+from mlmesh_registry.postgresql import PostgresBackend, may_come_back, parse_url
 from mlmesh_runtime.config import ConfigError
 
 SECRET = "hunter-2"
@@ -50,6 +50,21 @@ def test_settings_do_not_show_it_either() -> None:
     assert settings.database_url == f"postgresql://u:{SECRET}@h/d"
     assert SECRET not in repr(settings)
     assert dataclasses.replace(settings, database_url="") == RegistrySettings()
+
+
+@pytest.mark.parametrize(
+    ("refusal", "passes"),
+    [
+        ('connection to server on socket "/x" failed: No such file or directory', True),
+        ('connection to server at "db", port 5432 failed: Connection refused', True),
+        ('connection to server at "db" failed: FATAL:  the database system is starting up', True),
+        ('connection to server at "db" failed: FATAL:  sorry, too many clients already', True),
+        ('connection to server at "db" failed: FATAL:  password authentication failed for user "u"', False),
+        ('connection to server at "db" failed: FATAL:  database "nowhere" does not exist', False),
+    ],
+)
+def test_what_a_start_waits_for(refusal: str, passes: bool) -> None:
+    assert may_come_back(refusal) == passes
 
 
 def test_bounds_of_a_connection_can_be_set_in_the_url() -> None:
