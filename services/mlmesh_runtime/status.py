@@ -22,7 +22,8 @@ DETAILS_KEY = "grpc-status-details-bin"
 TEXT_BYTES_MAX = 400
 DETAILS_BYTES_MAX = 4096
 VIOLATIONS_MAX = 8
-METADATA_ITEMS_MAX = 8
+METADATA_ITEMS_MAX = 32
+METADATA_BYTES_MAX = 3072
 METADATA_KEY_CHARS_MAX = 64
 
 CODES: dict[type[MeshError], grpc.StatusCode] = {
@@ -61,6 +62,9 @@ def to_status(error: MeshError) -> tuple[grpc.StatusCode, str, Trailers]:
     info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)
     for key, value in list(error.metadata.items())[:METADATA_ITEMS_MAX]:
         info.metadata[key[:METADATA_KEY_CHARS_MAX]] = _cut(value, 150)
+        if info.ByteSize() > METADATA_BYTES_MAX:
+            del info.metadata[key[:METADATA_KEY_CHARS_MAX]]
+            break
     details: list[_Detail] = [info]
     if error.retry_after_s is not None:
         retry = error_details_pb2.RetryInfo()

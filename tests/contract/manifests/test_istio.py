@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from mlmesh.registry.v1 import registry_pb2
 from tests.support import manifests, tools
 
 DOCS = manifests.documents(manifests.ISTIO)
@@ -94,15 +95,48 @@ def test_every_policy_selects_pods_and_names_accounts() -> None:
                 assert set(source["source"]["principals"]) <= accounts | {"cluster.local/*"}
 
 
-def test_who_may_write_to_the_registry() -> None:
-    everything = "/mlmesh.registry.v1.ModelRegistryService/*"
-    assert everything in _paths("registry", "training")
-    assert everything in _paths("registry", "operator")
-    reads = _paths("registry", "inference")
-    assert everything not in reads
-    for write in ("Create", "Update", "Set", "Delete", "Start", "Upload", "Finish"):
-        path = f"/mlmesh.registry.v1.ModelRegistryService/{write}"
-        assert not any(path.startswith(allowed.rstrip("*")) for allowed in reads)
+def test_who_may_do_what_in_the_registry() -> None:
+    """Every method, so that a new one is thought of."""
+    service = "/mlmesh.registry.v1.ModelRegistryService/"
+    methods = [m.name for m in registry_pb2.DESCRIPTOR.services_by_name["ModelRegistryService"].methods]
+    assert f"{service}*" in _paths("registry", "operator")
+
+    def denied(account: str) -> set[str]:
+        allowed = _paths("registry", account)
+        return {
+            method
+            for method in methods
+            if not any(
+                f"{service}{method}".startswith(path[:-1]) if path.endswith("*") else path == f"{service}{method}"
+                for path in allowed
+            )
+        }
+
+    operators_only = {
+        "UpdateModel",
+        "DeleteModel",
+        "UndeleteModel",
+        "SetModelVersionStage",
+        "DeleteModelVersion",
+        "UndeleteModelVersion",
+        "DeleteModelAlias",
+        "CollectGarbage",
+        "SetQuota",
+        "ListAuditEntries",
+    }
+    publishing = {
+        "CreateModel",
+        "CreateModelVersion",
+        "AddModelVersionSignature",
+        "VerifyModelVersion",
+        "SetModelAlias",
+        "StartUpload",
+        "UploadChunks",
+        "FinishUpload",
+        "CancelUpload",
+    }
+    assert denied("training") == operators_only
+    assert denied("inference") == operators_only | publishing
 
 
 def test_who_may_train_and_infer() -> None:
