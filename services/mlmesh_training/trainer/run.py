@@ -20,9 +20,9 @@ from torch import nn
 
 from mlmesh_training import documents, evaluate, export, latency, recipes
 from mlmesh_training.backends.base import RESULT_FILE, TASK_FILE, TrainingTask
-from mlmesh_training.jobs import Evaluation, File, JobPhase, Latency, LogLine, TrainedModel
+from mlmesh_training.jobs import Evaluation, File, JobPhase, Latency, LogLine, OptimizationResult, TrainedModel
 from mlmesh_training.ports import DATASET_FOLDER
-from mlmesh_training.trainer import checkpoint, cleaning, lineage, plots
+from mlmesh_training.trainer import checkpoint, cleaning, lineage, optimizing, plots, pruning, weights
 from mlmesh_training.trainer.definition import Definition, Loaded, Part
 from mlmesh_training.trainer.fitting.start import fitted
 from mlmesh_training.trainer.history import Recorder
@@ -41,7 +41,12 @@ LATENCY_BATCHES = (1, 8, 32)
 LABELS_MAX = 64
 LABEL_LENGTH_MAX = 4096
 
-_SUFFIXES = {".json": "application/json", ".png": "image/png", ".txt": "text/plain"}
+_SUFFIXES = {
+    ".json": "application/json",
+    ".png": "image/png",
+    ".safetensors": weights.MEDIA_TYPE,
+    ".txt": "text/plain",
+}
 
 
 def preload() -> None:
@@ -63,7 +68,17 @@ def train(folder: Path, reporter: Reporter, *, threads: int) -> None:
     definition, loaded = load(folder, task)
     if isinstance(counts := loaded.statistics.get("cleaning"), Mapping):
         reporter.send(LogLine(severity="info", message=cleaning.describe(counts)))
+    if task.optimization and not optimizing.fits(task.optimization):
+        result = _converted(folder, task, definition, loaded, reporter, threads=threads)
+    else:
+        result = _fitted(folder, task, definition, loaded, reporter, threads=threads)
+    export.write_file(folder / RESULT_FILE, documents.dumps(documents.model_document(result)).encode())
 
+
+def _fitted(
+    folder: Path, task: TrainingTask, definition: Definition, loaded: Loaded, reporter: Reporter, *, threads: int
+) -> TrainedModel:
+    """Fit, evaluate, export."""
     # Optimizers import what the exporter needs first; the rest may come in while the fitting computes.
     preloading = _Preloading()
     recorder = Recorder(reporter, folder, on_figures=preloading.start)
@@ -91,28 +106,140 @@ def train(folder: Path, reporter: Reporter, *, threads: int) -> None:
         targets=raw_targets(loaded, loaded.test),
         target_name=str(loaded.statistics.get("target", {}).get("name", "")),
     )
-    result = TrainedModel(
-        files=(exported.file, *shipped(folder, task, definition, loaded, evaluation=evaluation, pictures=pictures)),
+    # Baked by now, so what is stored is what was exported.
+    stored = {weights.WEIGHTS_FILE: weights.packed(model)}
+    return _result(
+        folder,
+        task,
+        definition,
+        loaded,
+        evaluation=evaluation,
+        exported=exported,
+        files={**pictures, **stored},
+        optimization=_compared(
+            folder, task, loaded, evaluation, exported=exported, reporter=reporter, threads=threads, model=model
+        ),
+    )
+
+
+def _converted(
+    folder: Path, task: TrainingTask, definition: Definition, loaded: Loaded, reporter: Reporter, *, threads: int
+) -> TrainedModel:
+    """Make the source's model smaller, evaluate what came of it."""
+    if task.optimization is None:
+        raise TypeError("nothing to optimise")
+    reporter.send(JobPhase.OPTIMIZING)
+    source = optimizing.model_of(folder).read_bytes()
+    data = optimizing.converted(task.optimization, source, definition, loaded)
+    reporter.send(JobPhase.EVALUATING)
+    before, answers = optimizing.answers(source, loaded.test), optimizing.answers(data, loaded.test)
+    evaluation = replace(
+        evaluated(loaded, answers),
+        export_max_abs_diff=float(np.abs(answers - before).max()),
+        latency=latencies(data, loaded.test, threads=threads),
+    )
+    reporter.send(evaluation)
+    reporter.send(JobPhase.EXPORTING)
+    try:
+        inputs, made = export.check(data)
+    except export.ExportError as error:
+        raise PermanentError(f"the optimised model does not hold up: {error}") from error
+    file = export.write_file(folder / MODEL_FILE, data, media_type=export.MEDIA_TYPE)
+    exported = export.Exported(file=file, inputs=inputs, outputs=made, max_abs_diff=evaluation.export_max_abs_diff)
+    pictures = plots.drawn(
+        evaluation,
+        (),
+        values=answers,
+        targets=raw_targets(loaded, loaded.test),
+        target_name=str(loaded.statistics.get("target", {}).get("name", "")),
+    )
+    return _result(
+        folder,
+        task,
+        definition,
+        loaded,
+        evaluation=evaluation,
+        exported=exported,
+        files=pictures,
+        optimization=_compared(folder, task, loaded, evaluation, exported=exported, reporter=reporter, threads=threads),
+    )
+
+
+def _compared(
+    folder: Path,
+    task: TrainingTask,
+    loaded: Loaded,
+    evaluation: Evaluation,
+    *,
+    exported: export.Exported,
+    reporter: Reporter,
+    threads: int,
+    model: nn.Module | None = None,
+) -> OptimizationResult | None:
+    """An optimised model against its source; told before it is judged. Errors: PermanentError when it lost too much."""
+    if task.optimization is None:
+        return None
+    source = optimizing.model_of(folder).read_bytes()
+    before = evaluated(loaded, optimizing.answers(source, loaded.test))
+    result = optimizing.compared(
+        task.optimization,
+        replace(before, latency=latencies(source, loaded.test, threads=threads)),
+        evaluation,
+        size_bytes_before=len(source),
+        size_bytes_after=exported.file.size_bytes,
+        sparsity=pruning.sparsity(model) if model is not None else 0.0,
+    )
+    reporter.send(result)
+    optimizing.check(result)
+    return result
+
+
+def _result(
+    folder: Path,
+    task: TrainingTask,
+    definition: Definition,
+    loaded: Loaded,
+    *,
+    evaluation: Evaluation,
+    exported: export.Exported,
+    files: Mapping[str, bytes],
+    optimization: OptimizationResult | None,
+) -> TrainedModel:
+    """Write what is shipped beside the model; all that is left to publish."""
+    metrics: dict[str, float] = {}
+    if optimization is not None:
+        files = {**files, optimizing.OPTIMIZATION_FILE: _json(documents.optimization_document(optimization))}
+        metrics = {
+            "quality_drop": optimization.quality_drop,
+            "size_ratio": optimization.size_bytes_after / max(1, optimization.size_bytes_before),
+            "sparsity": optimization.sparsity,
+        }
+    return TrainedModel(
+        files=(exported.file, *shipped(folder, task, definition, loaded, evaluation=evaluation, made=files)),
         inputs=exported.inputs,
         outputs=exported.outputs,
         evaluation=evaluation,
         labels=describe(task, definition, loaded),
         dataset_fingerprint=loaded.fingerprint,
-        code_digest=lineage.code_digest(type(definition).__module__),
+        code_digest=lineage.code_digest(type(getattr(definition, "inner", definition)).__module__),
         environment_digest=lineage.environment_digest(),
+        optimization=optimization,
+        metrics=metrics,
     )
-    export.write_file(folder / RESULT_FILE, documents.dumps(documents.model_document(result)).encode())
 
 
 def read_task(folder: Path) -> TrainingTask:
-    """The task that the service left in the folder."""
+    """The task that the service left in the folder, with what an optimisation takes from its source.
+
+    Errors: PermanentError.
+    """
     document = json.loads((folder / TASK_FILE).read_bytes())
-    return documents.read_task({"uid": folder.name, **document})
+    return optimizing.adapted(documents.read_task({"uid": folder.name, **document}), folder)
 
 
 def load(folder: Path, task: TrainingTask) -> tuple[Definition, Loaded]:
     """The task's recipe and its data, the same in every process that fits it. Errors: PermanentError."""
-    definition = definition_of(task.recipe)
+    definition = optimizing.wrapped(definition_of(task.recipe), task, folder)
     place = "" if task.dataset else str(folder / DATASET_FOLDER)
     loaded = definition.load(task.dataset, place, seed=task.seed, settings=task.hyperparameters)
     for name in ("train", "validation", "test"):
@@ -215,14 +342,14 @@ def shipped(
     loaded: Loaded,
     *,
     evaluation: Evaluation,
-    pictures: Mapping[str, bytes],
+    made: Mapping[str, bytes],
 ) -> tuple[File, ...]:
     """Write what goes into the version beside the model. Errors: OSError, PermanentError."""
     files: dict[str, bytes] = {
         EVALUATION_FILE: _json(documents.evaluation_document(evaluation)),
         STATISTICS_FILE: _json(loaded.statistics),
         TRAINING_FILE: _json({k: v for k, v in documents.task_document(task).items() if k not in _OF_THE_ATTEMPT}),
-        **pictures,
+        **made,
     }
     if loaded.labels:
         files[LABELS_FILE] = "\n".join(loaded.labels).encode()
@@ -248,6 +375,7 @@ def describe(task: TrainingTask, definition: Definition, loaded: Loaded) -> dict
         "seed": str(task.seed),
         "training_examples": str(len(loaded.train)),
         **({"classes": ",".join(loaded.labels)} if loaded.labels else {}),
+        **({"optimization": optimizing.name(task.optimization)} if task.optimization else {}),
         **definition.describe(loaded),
         **{f"hyperparameters.{name}": f"{value:g}" for name, value in sorted(task.hyperparameters.items())},
     }
