@@ -8,13 +8,16 @@ from typing import Annotated
 
 import typer
 
+from mlmesh_cli.commands import importing, promotion, versions  # noqa: F401  commands of `mlmesh models`
 from mlmesh_cli.commands.apply import apply
+from mlmesh_cli.commands.audit import audit_app
 from mlmesh_cli.commands.certs import certs_app
 from mlmesh_cli.commands.datasets import datasets_app
 from mlmesh_cli.commands.demo import demo
 from mlmesh_cli.commands.infer import infer
 from mlmesh_cli.commands.lifecycle import down, init, status, up
 from mlmesh_cli.commands.models import models_app
+from mlmesh_cli.commands.quota import quota_app
 from mlmesh_cli.commands.routes import routes
 from mlmesh_cli.commands.traces import traces_app
 from mlmesh_cli.commands.train import train_app
@@ -61,6 +64,8 @@ app.add_typer(train_app, name="train", rich_help_panel=_WORK)
 app.add_typer(models_app, name="models", rich_help_panel=_WORK)
 app.add_typer(datasets_app, name="datasets", rich_help_panel=_WORK)
 app.command(rich_help_panel=_WORK)(infer)
+app.add_typer(quota_app, name="quota", rich_help_panel=_WORK)
+app.add_typer(audit_app, name="audit", rich_help_panel=_LOOK)
 app.command(rich_help_panel=_LOOK)(routes)
 app.add_typer(traces_app, name="traces", rich_help_panel=_LOOK)
 app.add_typer(certs_app, name="certs", rich_help_panel=_LOOK)

@@ -43,6 +43,18 @@ def parse_model(text: str) -> ModelReference:
     return ModelReference(model=match["model"], version=match["version"] or "", alias=match["alias"] or "")
 
 
+_SIZE = re.compile(r"(?P<count>\d+(?:\.\d+)?)\s*(?P<unit>[KMGTP]iB|B)?", re.ASCII)
+
+
+def parse_size(text: str) -> int:
+    """Reads bytes: 1000, 500MiB, 1.5TiB. Raises CliError (exit code 2) for anything else."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise usage_error(f"{text!r} is no size", "such as 1000, 500MiB or 2TiB")
+    power = "BKMGTP".index((match["unit"] or "B")[0])
+    return int(float(match["count"]) * 1024**power)
+
+
 def parse_pairs(texts: list[str], option: str) -> dict[str, str]:
     """Reads key=value texts. Raises CliError (exit code 2) that names the option."""
     result = {}

@@ -103,7 +103,8 @@ def _tensor(value: Any) -> pb.TensorSpec:
     return pb.TensorSpec(name=value.name, datatype=_DATATYPES.get(kind.elem_type, "FP32"), shape=shape)
 
 
-def _progress(terminal: Terminal) -> Progress:
+def progress_bars(terminal: Terminal) -> Progress:
+    """Bars for transfers, on standard error where the output is JSON; gone when they end."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
     return Progress(*columns, console=terminal.err if terminal.json else terminal.out, transient=True)
 
@@ -134,9 +135,9 @@ async def publish_file(stub: ModelRegistryServiceAsyncStub, wanted: Publication,
 async def upload_with_progress(stub: ModelRegistryServiceAsyncStub, file: Path, terminal: Terminal) -> pb.Blob:
     """Uploads a file unless the registry has its bytes already, and shows how far it is."""
     size = (await asyncio.to_thread(file.stat)).st_size
-    with _progress(terminal) as progress:
+    with progress_bars(terminal) as progress:
         task = progress.add_task(f"uploading {file.name}", total=size)
-        return await upload(stub, file, _updating(progress, task))
+        return await upload(stub, file, updating(progress, task))
 
 
 async def move_aliases(stub: ModelRegistryServiceAsyncStub, parent: str, version: str, aliases: Sequence[str]) -> None:
@@ -158,7 +159,8 @@ def _inside(folder: Path, name: str) -> Path:
     return path
 
 
-def _updating(progress: Progress, task: TaskID) -> Callable[[int, int], None]:
+def updating(progress: Progress, task: TaskID) -> Callable[[int, int], None]:
+    """A function that moves a bar to so many bytes of so many."""
     return lambda done, total: progress.update(task, completed=done, total=total)
 
 
@@ -176,10 +178,10 @@ async def download_version(
         name = listed.model_versions[0].name
     version = (await stub.GetModelVersion(pb.GetModelVersionRequest(name=name))).model_version
     paths = []
-    with _progress(terminal) as progress:
+    with progress_bars(terminal) as progress:
         for artifact in version.artifacts:
             path = _inside(folder, artifact.path)
             task = progress.add_task(artifact.path, total=artifact.size_bytes)
-            await download(stub, artifact, path, _updating(progress, task))
+            await download(stub, artifact, path, updating(progress, task))
             paths.append(path)
     return version, paths

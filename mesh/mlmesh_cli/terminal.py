@@ -77,6 +77,10 @@ class Terminal:
         """Like `say`, for a line that is copied as it is: never wrapped, never cut."""
         (self.err if self.json else self.out).print(Text(text), soft_wrap=True)
 
+    def warn(self, text: str) -> None:
+        """Prints what a person should know and no script needs, to standard error."""
+        self.err.print(Text("note:  ", style="bold yellow") + Text(text, style="default"), soft_wrap=True)
+
     def fail(self, error: CliError) -> None:
         """Prints a problem and its hint, to standard error."""
         if self.json:

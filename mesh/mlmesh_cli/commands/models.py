@@ -20,31 +20,49 @@ alias_app = typer.Typer(help="Look at aliases and move them.", no_args_is_help=T
 models_app.add_typer(alias_app, name="alias")
 
 _PAGE = 200
-_Model = Annotated[str, typer.Argument(metavar="MODEL", help="Name of the model, such as mnist.")]
-_Reference = Annotated[
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="Name of the model, such as mnist.")]
+Reference = Annotated[
     str, typer.Argument(metavar="MODEL[/VERSION|@ALIAS]", help="Such as mnist, mnist/3 or mnist@stable.")
 ]
+Limit = Annotated[int, typer.Option("--limit", "-n", help="Most to show; 0: all.", min=0)]
+Filter = Annotated[
+    str, typer.Option("--filter", "-f", help="Only those that it is true of (AIP-160), such as 'labels.team = vision'.")
+]
+OrderBy = Annotated[str, typer.Option("--order-by", help="Fields to order by, such as 'metrics.accuracy desc'.")]
+Deleted = Annotated[bool, typer.Option("--deleted", help="Deleted ones, too.")]
 _Etag = Annotated[str, typer.Option(help="Only if the alias still has this etag; default: the one read just before.")]
 
 
-async def _pages(call: Callable[[str], Awaitable[Any]], field: str) -> AsyncIterator[Any]:
-    token = ""
+async def pages(call: Callable[[str, int], Awaitable[Any]], field: str, limit: int = 0) -> AsyncIterator[Any]:
+    """Items of a list, page by page, at most limit (0: all); `call` asks for the page of a token and a size."""
+    token, left = "", limit
     while True:
-        page = await call(token)
+        page = await call(token, min(left, _PAGE) if limit else _PAGE)
         for item in getattr(page, field):
             yield item
+        left -= len(getattr(page, field))
         token = page.next_page_token
-        if not token:
+        if not token or (limit and left <= 0):
             return
 
 
 @models_app.command("list")
-def list_models(state_dir: StateDir = DEFAULT_STATE_DIR, output: Output = OutputFormat.TABLE) -> None:
+def list_models(
+    *,
+    where: Filter = "",
+    order_by: OrderBy = "",
+    deleted: Deleted = False,
+    limit: Limit = 100,
+    state_dir: StateDir = DEFAULT_STATE_DIR,
+    output: Output = OutputFormat.TABLE,
+) -> None:
     """List the models and where their aliases point.
 
     [bold]Examples[/bold]
 
       mlmesh models list
+
+      mlmesh models list --filter 'kind = MODEL AND labels.team = vision' --order-by 'update_time desc'
     """
     terminal = Terminal(output)
 
@@ -56,8 +74,14 @@ def list_models(state_dir: StateDir = DEFAULT_STATE_DIR, output: Output = Output
         async with Connection.from_environment(state_dir) as connection:
             stub = await connection.registry()
             found = pb.ListModelsResponse()
-            async for model in _pages(
-                lambda token: stub.ListModels(pb.ListModelsRequest(page_size=_PAGE, page_token=token)), "models"
+            async for model in pages(
+                lambda token, size: stub.ListModels(
+                    pb.ListModelsRequest(
+                        page_size=size, page_token=token, filter=where, order_by=order_by, show_deleted=deleted
+                    )
+                ),
+                "models",
+                limit,
             ):
                 found.models.append(model)
             aliases = await _aliases(stub, "models/-")
@@ -69,17 +93,17 @@ def list_models(state_dir: StateDir = DEFAULT_STATE_DIR, output: Output = Output
 async def _aliases(stub: Any, parent: str) -> list[pb.ModelAlias]:
     from mlmesh.registry.v1 import registry_pb2 as pb  # noqa: PLC0415
 
-    pages = _pages(
-        lambda token: stub.ListModelAliases(
-            pb.ListModelAliasesRequest(parent=parent, page_size=_PAGE, page_token=token)
+    found = pages(
+        lambda token, size: stub.ListModelAliases(
+            pb.ListModelAliasesRequest(parent=parent, page_size=size, page_token=token)
         ),
         "aliases",
     )
-    return [alias async for alias in pages]
+    return [alias async for alias in found]
 
 
 @models_app.command()
-def show(model: _Reference, state_dir: StateDir = DEFAULT_STATE_DIR, output: Output = OutputFormat.TABLE) -> None:
+def show(model: Reference, state_dir: StateDir = DEFAULT_STATE_DIR, output: Output = OutputFormat.TABLE) -> None:
     """Show a model with its aliases and versions, or all that is known of one version.
 
     [bold]Examples[/bold]
@@ -122,13 +146,30 @@ def show(model: _Reference, state_dir: StateDir = DEFAULT_STATE_DIR, output: Out
     run(terminal, main)
 
 
+# Whoever knows other command lines looks for `get`.
+models_app.command("get", hidden=True)(show)
+
+
 @models_app.command()
-def versions(model: _Model, state_dir: StateDir = DEFAULT_STATE_DIR, output: Output = OutputFormat.TABLE) -> None:
-    """List the versions of a model, newest first.
+def versions(
+    *,
+    model: Annotated[str, typer.Argument(metavar="[MODEL]", help="Only of this model.")] = "",
+    where: Filter = "",
+    order_by: OrderBy = "",
+    deleted: Deleted = False,
+    limit: Limit = 100,
+    state_dir: StateDir = DEFAULT_STATE_DIR,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """List and search the versions of a model, or of all, newest first unless --order-by says otherwise.
 
     [bold]Examples[/bold]
 
       mlmesh models versions mnist
+
+      mlmesh models versions mnist --filter 'metrics.accuracy >= 0.9 AND stage = ACTIVE'
+
+      mlmesh models versions --order-by 'metrics.accuracy desc' --limit 10
     """
     terminal = Terminal(output)
 
@@ -138,15 +179,23 @@ def versions(model: _Model, state_dir: StateDir = DEFAULT_STATE_DIR, output: Out
         from mlmesh_cli.names import parse_model  # noqa: PLC0415
         from mlmesh_cli.render.models import versions_table  # noqa: PLC0415
 
-        parent = parse_model(model).parent
+        parent = parse_model(model).parent if model else "models/-"
         async with Connection.from_environment(state_dir) as connection:
             stub = await connection.registry()
             found = pb.ListModelVersionsResponse()
-            async for version in _pages(
-                lambda token: stub.ListModelVersions(
-                    pb.ListModelVersionsRequest(parent=parent, page_size=_PAGE, page_token=token)
+            async for version in pages(
+                lambda token, size: stub.ListModelVersions(
+                    pb.ListModelVersionsRequest(
+                        parent=parent,
+                        page_size=size,
+                        page_token=token,
+                        filter=where,
+                        order_by=order_by,
+                        show_deleted=deleted,
+                    )
                 ),
                 "model_versions",
+                limit,
             ):
                 found.model_versions.append(version)
         terminal.show(versions_table(found.model_versions, datetime.now(UTC)), found)
@@ -184,7 +233,7 @@ def list_aliases(
 @alias_app.command("set")
 def set_alias(
     *,
-    model: _Model,
+    model: ModelName,
     alias: Annotated[str, typer.Argument(help="Name of the alias, such as stable.")],
     version: Annotated[int, typer.Argument(help="Number of the version.", min=1)],
     etag: _Etag = "",
@@ -221,7 +270,7 @@ def set_alias(
 
 @alias_app.command("delete")
 def delete_alias(
-    model: _Model,
+    model: ModelName,
     alias: Annotated[str, typer.Argument(help="Name of the alias.")],
     etag: _Etag = "",
     state_dir: StateDir = DEFAULT_STATE_DIR,
@@ -260,7 +309,7 @@ def delete_alias(
 @models_app.command()
 def publish(
     *,
-    model: _Model,
+    model: ModelName,
     file: Annotated[Path, typer.Argument(help="The ONNX file.", exists=True, dir_okay=False)],
     alias: Annotated[
         list[str] | None, typer.Option("--alias", "-a", help="Alias to move to it; may be repeated.")
@@ -302,8 +351,17 @@ def publish(
 
 @models_app.command()
 def download(
-    model: _Reference,
+    model: Reference,
     to: Annotated[Path, typer.Option("--to", help="Folder for the files.")] = Path(),
+    public_key: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--public-key",
+            help="PEM file of a key that must have signed it; may be repeated.",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
     state_dir: StateDir = DEFAULT_STATE_DIR,
     output: Output = OutputFormat.TABLE,
 ) -> None:
@@ -312,6 +370,8 @@ def download(
     [bold]Examples[/bold]
 
       mlmesh models download mnist@stable --to models/
+
+      mlmesh models download mnist@stable --to models/ --public-key public.pem
     """
     terminal = Terminal(output)
 
@@ -321,9 +381,14 @@ def download(
         from mlmesh_cli.connection import Connection  # noqa: PLC0415
         from mlmesh_cli.names import parse_model  # noqa: PLC0415
         from mlmesh_cli.publishing import download_version  # noqa: PLC0415
+        from mlmesh_cli.verifying import trusted  # noqa: PLC0415
 
         async with Connection.from_environment(state_dir) as connection:
-            version, paths = await download_version(await connection.registry(), parse_model(model), to, terminal)
+            stub = await connection.registry()
+            reference = parse_model(model)
+            if public_key:
+                reference = await trusted(stub, reference, public_key)
+            version, paths = await download_version(stub, reference, to, terminal)
         lines = Text("\n").join([Text(version.name, style="bold"), *(Text(f"  {path}") for path in paths)])
         terminal.show(lines, {"model_version": version.name, "files": [str(path) for path in paths]})
 

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from mlmesh.registry.v1 import registry_pb2 as pb
 from mlmesh_cli.render import text as t
+from mlmesh_cli.render.stages import stage
 from mlmesh_cli.render.status import table
 
 
@@ -43,7 +44,7 @@ def versions_table(versions: Iterable[pb.ModelVersion], now: datetime) -> Render
     for version in versions:
         metrics = dict(version.metrics)
         result.add_row(
-            t.model_version(version.name),
+            t.model_version(version.name) if version.stage <= pb.VERSION_STAGE_ACTIVE else _with_stage(version),
             Text(", ".join(t.last(alias) for alias in version.aliases) or "-", style="cyan"),
             t.percent(metrics.get("accuracy", -1)),
             t.percent(next((metrics[name] for name in ("f1", "f1_macro") if name in metrics), -1)),
@@ -53,6 +54,10 @@ def versions_table(versions: Iterable[pb.ModelVersion], now: datetime) -> Render
             t.last(version.creator) or "-",
         )
     return result if result.row_count else Text("no versions yet", style="dim")
+
+
+def _with_stage(version: pb.ModelVersion) -> Text:
+    return Text(f"{t.model_version(version.name)} ").append_text(stage(version.stage))
 
 
 def _signature_table(signature: pb.ModelSignature) -> RenderableType:
@@ -78,12 +83,19 @@ def version_view(version: pb.ModelVersion, now: datetime) -> RenderableType:
         metrics.add_row(name, f"{value:.6g}")
     lineage = version.lineage
     facts = {
+        "stage": f"{stage(version.stage)}  {version.stage_reason}".strip() if version.stage else "",
+        "deleted": f"{t.ago(version.delete_time, now)}, for good {t.until(version.purge_time, now)}"
+        if version.HasField("delete_time")
+        else "",
+        "verified": t.ago(version.verify_time, now) if version.HasField("verify_time") else "",
         "published": f"{t.ago(version.create_time, now)} by {version.creator or 'unknown'}",
         "job": lineage.job,
         "data": f"{lineage.dataset} {lineage.dataset_fingerprint[:16]}".strip(),
         "code": lineage.code_digest[:16],
         "environment": lineage.environment_digest[:16],
         "parents": ", ".join(lineage.parents),
+        "study": lineage.study,
+        "source": lineage.source_uri,
         "labels": labels_text(version.labels),
         "description": version.description,
     }

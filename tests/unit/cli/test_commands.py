@@ -38,6 +38,7 @@ def test_every_command_of_the_issue_is_here() -> None:
     names = {path[0] for path, _ in _ALL}
     assert names == {
         "init", "up", "down", "status", "apply", "demo", "train", "models", "datasets", "infer", "routes", "traces", "certs",
+        "quota", "audit",
     }  # fmt: skip
 
 
