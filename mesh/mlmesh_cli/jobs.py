@@ -84,18 +84,22 @@ async def follow(
 ) -> AsyncIterator[pb.WatchJobResponse]:
     """A job's events to its end, each once and in order, over reconnects.
 
+    The history of a job that was retried goes on after a final state: the end is where the service ends the stream.
+
     Raises:
         grpc.aio.AioRpcError: the service refused, or stayed away for half a minute.
     """
-    next_sequence, cuts = from_sequence, 0
+    next_sequence, cuts, ended = from_sequence, 0, False
     while True:
         try:
             request = pb.WatchJobRequest(name=name, from_sequence=next_sequence)
             async for event in stub.WatchJob(request, timeout=_WATCH_DEADLINE_S):
                 next_sequence, cuts = event.sequence + 1, 0
                 yield event
-                if event.HasField("job") and event.job.state in FINAL_STATES:
-                    return
+                if event.HasField("job"):
+                    ended = event.job.state in FINAL_STATES
+            if ended:
+                return
         except grpc.aio.AioRpcError as error:
             if error.code() not in _CUT or cuts >= _CUTS_IN_ROW_MAX:
                 raise

@@ -56,6 +56,7 @@ class JobProgress:
         )
         self._task = self._progress.add_task(title, total=None, note="queued")
         self._title = title
+        self._attempt = ""
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -83,15 +84,29 @@ class JobProgress:
             self._progress.update(self._task, note=_join(state, figures(self._values)))
             if job.state == pb.JOB_STATE_SUCCEEDED:
                 self._progress.update(self._task, total=1, completed=1)
+            return
+        self._attempt = f"attempt {job.attempts}" if job.attempts > 1 else ""
+        if job.state == pb.JOB_STATE_QUEUED:
+            ahead = f"{job.queue_position} ahead" if job.queue_position else ""
+            self._progress.update(self._task, note=_join(state, ahead))
+        elif job.state == pb.JOB_STATE_PAUSED:
+            self._progress.update(self._task, note=f"paused; `mlmesh jobs resume {job.name}` goes on")
+        elif job.state != pb.JOB_STATE_RUNNING:
+            self._progress.update(self._task, note=_join(state, job.error))
         elif job.phase == pb.JOB_PHASE_TRAINING and job.progress.steps:
             self._draw(job.progress, figures(self._values))
         else:
-            self._progress.update(self._task, note=_join(phase_name(job.phase) or state, figures(self._values)))
+            self._progress.update(
+                self._task, note=_join(self._attempt, phase_name(job.phase) or state, figures(self._values))
+            )
 
     def _draw(self, progress: pb.Progress, note: str) -> None:
         epoch = f"epoch {progress.epoch}/{progress.epochs}" if progress.epochs else ""
         self._progress.update(
-            self._task, total=progress.steps or None, completed=progress.step, note=_join(epoch, note)
+            self._task,
+            total=progress.steps or None,
+            completed=progress.step,
+            note=_join(self._attempt, epoch, note),
         )
 
 

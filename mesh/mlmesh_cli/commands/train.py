@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,6 +19,27 @@ if TYPE_CHECKING:
 train_app = typer.Typer(invoke_without_command=True)
 
 _Job = Annotated[str, typer.Argument(metavar="JOB", help="Name of the job, as `mlmesh train list` shows it.")]
+
+
+_TURN, _FITTING = "Turn and resources", "Fitting"
+
+
+class _Strategy(StrEnum):
+    DDP = "ddp"
+    FSDP2 = "fsdp2"
+
+
+class _Precision(StrEnum):
+    FP32 = "fp32"
+    BF16 = "bf16"
+    FP16 = "fp16"
+
+
+class _Schedule(StrEnum):
+    CONSTANT = "constant"
+    ONE_CYCLE = "one-cycle"
+    COSINE = "cosine"
+    LINEAR = "linear"
 
 
 @train_app.callback()
@@ -45,6 +67,67 @@ def train(
         int | None, typer.Option(help="Seed of weights, shuffling and split.", min=0, max=2**32 - 1)
     ] = None,
     retries: Annotated[int | None, typer.Option(help="Attempts after the first; -1: none.", min=-1, max=100)] = None,
+    priority: Annotated[
+        int | None, typer.Option(help="Greater runs first.", min=-100, max=100, rich_help_panel=_TURN)
+    ] = None,
+    time_limit: Annotated[
+        str | None,
+        typer.Option(help="Longest time to run, such as 90s, 15m or 2h.", metavar="TIME", rich_help_panel=_TURN),
+    ] = None,
+    cpus: Annotated[float | None, typer.Option(help="Processors to occupy.", min=0, rich_help_panel=_TURN)] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="Main memory to occupy, such as 4Gi.", metavar="BYTES", rich_help_panel=_TURN),
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(help="GPUs to occupy.", min=0, rich_help_panel=_TURN)] = None,
+    processes: Annotated[
+        int | None, typer.Option(help="Processes to spread over.", min=1, max=64, rich_help_panel=_FITTING)
+    ] = None,
+    nodes: Annotated[
+        int | None, typer.Option(help="Machines to spread over.", min=1, max=1024, rich_help_panel=_FITTING)
+    ] = None,
+    strategy: Annotated[
+        _Strategy | None, typer.Option(help="How processes share the model.", rich_help_panel=_FITTING)
+    ] = None,
+    precision: Annotated[
+        _Precision | None, typer.Option(help="Arithmetic of the fitting.", rich_help_panel=_FITTING)
+    ] = None,
+    schedule: Annotated[
+        _Schedule | None, typer.Option(help="Learning rate over time.", rich_help_panel=_FITTING)
+    ] = None,
+    warmup: Annotated[
+        float | None, typer.Option(help="Share of warm-up steps.", min=0, max=0.9, rich_help_panel=_FITTING)
+    ] = None,
+    accumulate: Annotated[
+        int | None, typer.Option(help="Batches a step.", min=1, max=1024, rich_help_panel=_FITTING)
+    ] = None,
+    clip_norm: Annotated[
+        float | None, typer.Option(help="Longest gradient; 0: any.", min=0, rich_help_panel=_FITTING)
+    ] = None,
+    early_stopping: Annotated[
+        int | None,
+        typer.Option(
+            help="Stop after so many epochs without an improvement.",
+            metavar="EPOCHS",
+            min=1,
+            max=10_000,
+            rich_help_panel=_FITTING,
+        ),
+    ] = None,
+    stop_metric: Annotated[
+        str | None,
+        typer.Option(help="Figure that early stopping watches.", metavar="NAME", rich_help_panel=_FITTING),
+    ] = None,
+    checkpoint_steps: Annotated[
+        int | None, typer.Option(help="Steps between checkpoints; 0: each epoch.", min=0, rich_help_panel=_FITTING)
+    ] = None,
+    best: Annotated[
+        bool | None,
+        typer.Option("--best/--last", help="Keep the weights of the best epoch.", rich_help_panel=_FITTING),
+    ] = None,
+    label: Annotated[
+        list[str] | None, typer.Option("--label", help="Free label; may be repeated.", metavar="NAME=VALUE")
+    ] = None,
     job: Annotated[
         Path | None, typer.Option("--job", help="JobSpec in YAML or JSON; options override it.", dir_okay=False)
     ] = None,
@@ -61,6 +144,8 @@ def train(
 
       mlmesh train --recipe cnn --dataset mnist --set epochs=4 --set width=16 --alias canary
 
+      mlmesh train --processes 2 --precision bf16 --early-stopping 3 --time-limit 1h --priority 10
+
       mlmesh train --job job.yaml --detach -o json
 
       mlmesh train list
@@ -75,13 +160,35 @@ def train(
         from mlmesh_cli.datasets import dataset_reference, default_model  # noqa: PLC0415
         from mlmesh_cli.jobs import hyperparameters, read_spec, submit  # noqa: PLC0415
         from mlmesh_cli.render.training import jobs_table  # noqa: PLC0415
+        from mlmesh_cli.specs import Wishes, apply  # noqa: PLC0415
 
+        wishes = Wishes(
+            seed=seed,
+            retries=retries,
+            priority=priority,
+            time_limit=time_limit,
+            cpus=cpus,
+            memory=memory,
+            gpus=gpus,
+            processes=processes,
+            nodes=nodes,
+            strategy=strategy,
+            precision=precision,
+            schedule=schedule,
+            warmup=warmup,
+            accumulate=accumulate,
+            clip_norm=clip_norm,
+            early_stopping=early_stopping,
+            stop_metric=stop_metric,
+            checkpoint_steps=checkpoint_steps,
+            best=best,
+            labels=label or [],
+        )
         spec = read_spec(job) if job else pb.JobSpec()
         spec.recipe = recipe or spec.recipe or "cnn"
         spec.dataset = dataset_reference(dataset or spec.dataset or "mnist")
         spec.hyperparameters.update(hyperparameters(setting or []))
-        spec.seed = spec.seed if seed is None else seed
-        spec.retries_max = spec.retries_max if retries is None else retries
+        apply(spec, wishes)
         if publish:
             target = spec.publication
             default = target.model or default_model(spec.recipe, spec.dataset)
@@ -101,7 +208,9 @@ def train(
     run(terminal, main)
 
 
-async def watch_to_end(stub: TrainingServiceAsyncStub, name: str, terminal: Terminal, *, logs: bool) -> pb.Job:
+async def watch_to_end(
+    stub: TrainingServiceAsyncStub, name: str, terminal: Terminal, *, logs: bool, start: int = 0
+) -> pb.Job:
     """Shows a job's events until it ended, then what it measured. Raises CliError when it did not succeed."""
     import asyncio  # noqa: PLC0415
 
@@ -114,20 +223,22 @@ async def watch_to_end(stub: TrainingServiceAsyncStub, name: str, terminal: Term
     last = pb.Job()
     try:
         with JobProgress(terminal.err if terminal.json else terminal.out, name, logs=logs) as progress:
-            async for event in follow(stub, name):
+            async for event in follow(stub, name, from_sequence=start):
                 terminal.line(event)
                 progress.update(event)
                 if event.HasField("job"):
                     last = event.job
     except asyncio.CancelledError:
-        terminal.say(f"detached; {name} goes on: `mlmesh train watch {name}`, `mlmesh train cancel {name}`")
+        terminal.say(f"detached; {name} goes on: `mlmesh train watch {name}`, `mlmesh jobs cancel {name}`")
         raise
     if not terminal.json:
         terminal.say(job_view(last))
     if last.state != pb.JOB_STATE_SUCCEEDED:
         outcome = "was cancelled" if last.state == pb.JOB_STATE_CANCELLED else f"failed: {last.error}"
         raise CliError(
-            f"{name} {outcome}", f"`mlmesh train watch {name} --logs` shows what it wrote", reason="JOB_FAILED"
+            f"{name} {outcome}",
+            f"`mlmesh train watch {name} --logs` shows what it wrote, `mlmesh jobs retry {name}` tries it again",
+            reason="JOB_FAILED",
         )
     return last
 

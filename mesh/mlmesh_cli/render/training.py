@@ -21,6 +21,8 @@ _STATE_STYLES = {
     pb.JOB_STATE_SUCCEEDED: "green",
     pb.JOB_STATE_FAILED: "red",
     pb.JOB_STATE_CANCELLED: "dim",
+    pb.JOB_STATE_PAUSING: "yellow",
+    pb.JOB_STATE_PAUSED: "blue",
 }
 CONFUSION_CLASSES_MAX = 24
 """Beyond so many classes the matrix is wider than a terminal; plots/confusion_matrix.png has it."""

@@ -38,6 +38,20 @@ async def test_a_cut_watch_goes_on_where_it_ended(mesh: FakeMesh) -> None:
     assert [request.from_sequence for request in mesh.training.requests["WatchJob"]] == [0, 3, 3]
 
 
+async def test_the_history_of_a_retried_job_goes_on_after_a_final_state(mesh: FakeMesh) -> None:
+    def watch(request: pb.WatchJobRequest, context: Any) -> Iterator[pb.WatchJobResponse]:
+        if request.from_sequence == 0:
+            yield _event(1)
+            yield _event(2, pb.JOB_STATE_FAILED)
+            yield _event(3, pb.JOB_STATE_QUEUED)
+            yield _event(4, pb.JOB_STATE_SUCCEEDED)
+            context.abort(grpc.StatusCode.UNAVAILABLE, "cut before the quiet end")
+
+    mesh.training["WatchJob"] = watch
+    assert await _follow(mesh) == [1, 2, 3, 4]
+    assert [request.from_sequence for request in mesh.training.requests["WatchJob"]] == [0, 5]
+
+
 async def test_a_refusal_is_not_tried_again(mesh: FakeMesh) -> None:
     def watch(_request: pb.WatchJobRequest, context: Any) -> Iterator[pb.WatchJobResponse]:
         context.abort(grpc.StatusCode.NOT_FOUND, "no such job")
