@@ -15,7 +15,7 @@ from mlmesh.registry.v1 import registry_pb2 as pb
 from mlmesh.registry.v1.registry_pb2_grpc import ModelRegistryServiceStub
 from mlmesh_runtime.channel import mesh_error
 from mlmesh_runtime.chunks import VerifyingWriter, fsync_directory, sha256_of
-from mlmesh_runtime.errors import InvalidInput, MeshError, NotFound, NotReady, WrongState
+from mlmesh_runtime.errors import Corrupt, InvalidInput, MeshError, NotFound, NotReady, WrongState
 from mlmesh_runtime.executors import BoundedExecutor, run_blocking
 from mlmesh_training.jobs import Job
 from mlmesh_training.ports import DATASET_FOLDER, SOURCE_FOLDER, VERSION_FILE
@@ -118,6 +118,15 @@ class RegistryFetcher:
         digest = artifact.blob.removeprefix("blobs/sha256-")
         if await run_blocking(self._executor, _holds, path, digest, artifact.size_bytes):
             return
+        try:
+            await self._fetch_rest(artifact, path, digest)
+        except Corrupt as error:
+            if error.reason != "DIGEST_MISMATCH":
+                raise
+            # What an earlier fetch left was changed on the disk; it is thrown away by now.
+            await self._fetch_rest(artifact, path, digest)
+
+    async def _fetch_rest(self, artifact: pb.Artifact, path: Path, digest: str) -> None:
         async with self._writer(path, digest, artifact.size_bytes) as writer:
             cuts = 0
             while writer.committed < artifact.size_bytes:

@@ -50,4 +50,5 @@ class Recorder(Reporter):
     def _keep(self, figures: Mapping[str, float]) -> None:
         # A picture is not worth the job: on a full disk it goes on without.
         with self._keeping, contextlib.suppress(OSError), self._path.open("a") as file:
-            file.write(json.dumps(figures) + "\n")
+            # A line of its own, also where the one before is torn.
+            file.write(f"\n{json.dumps(figures)}\n")
