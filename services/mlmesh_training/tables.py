@@ -75,6 +75,8 @@ studies = sa.Table(
     sa.Column("request_digest", sa.String(64), nullable=False),
     sa.Column("first_sequence", sa.BigInteger, nullable=False),
     sa.Column("last_sequence", sa.BigInteger, nullable=False),
+    # ISO 8601 in UTC, which sorts as the moments do; null until it has ended.
+    sa.Column("end_time", sa.String(32), nullable=True, index=True),
     sa.Column("document", sa.Text, nullable=False),
     sqlite_autoincrement=True,
 )

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractContextManager
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from mlmesh_runtime.errors import InvalidInput, Overloaded, RevisionLost
 from mlmesh_runtime.executors import BoundedExecutor, run_blocking
@@ -116,6 +116,12 @@ class StudyBook:
     ) -> Trial:
         """Move a trial by a pure decision, in one transaction; see `SqlStudyLedger.change_trial`."""
         return await run_blocking(self._executor, self._ledger.change_trial, uid, number, decide, reading=reading)
+
+    async def forget(self, *, kept_s: float, finished_max: int) -> None:
+        """Forget studies that ended so long ago, and the oldest of more than so many."""
+        before = self._clock() - timedelta(seconds=kept_s)
+        while await run_blocking(self._executor, self._ledger.forget, ended_before=before, finished_max=finished_max):
+            pass
 
     async def stop(self, uid: str) -> Study:
         """Ask a study to stop. Errors: NotFound (STUDY_NOT_FOUND), WrongState (STUDY_FINISHED)."""

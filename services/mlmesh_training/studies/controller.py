@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from mlmesh_runtime.errors import MeshError
 from mlmesh_runtime.executors import run_blocking
 from mlmesh_training import metrics
 from mlmesh_training.patience import backoff_s, being_cancelled
@@ -30,6 +31,7 @@ class StudyController:
         """Take up unfinished studies, then those that come. Never returns."""
         book = self._means.book
         async with asyncio.TaskGroup() as group:
+            group.create_task(self._forget(), name="forgetting studies")
             while True:
                 book.arrived.clear()
                 for study in await book.unfinished():
@@ -59,6 +61,15 @@ class StudyController:
         finally:
             self._driven.discard(uid)
             metrics.STUDIES_ACTIVE.set(len(self._driven))
+
+    async def _forget(self) -> None:
+        limits = self._means.limits
+        while True:
+            try:
+                await self._means.book.forget(kept_s=limits.finished_kept_s, finished_max=limits.finished_max)
+            except MeshError as error:
+                logger.warning("cannot forget what has expired", exc_info=error)
+            await asyncio.sleep(limits.look_s)
 
     async def _drive(self, uid: str) -> Study:
         study, history = await self._means.book.history(uid)

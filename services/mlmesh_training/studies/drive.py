@@ -41,10 +41,14 @@ _BLIND = frozenset({"EXECUTOR_FULL", "DISK_FULL"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DriveLimits:
-    """How long what fails is tried again; see the environment variables of the same names."""
+    """How long what fails is tried again, what has ended is kept; see the environment variables of the same names."""
 
     retry_s: float = 1.0
     publish_s: float = 900.0
+    finished_kept_s: float = 2_592_000.0
+    finished_max: int = 100_000
+    look_s: float = 60.0
+    """Seconds between two looks at what is to be forgotten."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,6 +33,10 @@ from mlmesh_training.studies.study import (
     TrialState,
 )
 
+# Of a study that is forgotten, so many at a time: whoever waits for the ledger does not wait long.
+_FORGOTTEN_EVENTS = 2000
+_FORGOTTEN_TRIALS = 50
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudyLimits:
@@ -230,6 +234,35 @@ class SqlStudyLedger:
             row = connection.execute(statement).one_or_none()
         return row is not None and (row.trial_state == TrialState.RUNNING or _study(row).keeps(job))
 
+    def forget(self, *, ended_before: datetime, finished_max: int) -> bool:
+        """Take a bounded step towards forgetting the oldest study that ended before a time, or is one too many.
+
+        Its events go first, then its values, then it. False when there is nothing to forget.
+        """
+        studies, events, values = tables.studies.c, tables.study_events.c, tables.trial_values.c
+        ended = sa.select(studies.number).where(studies.end_time.is_not(None))
+        with self._transaction() as connection:
+            too_many = ended.order_by(studies.end_time.desc(), studies.number.desc()).offset(finished_max).limit(1)
+            too_old = ended.where(studies.end_time < ended_before.isoformat()).order_by(studies.end_time).limit(1)
+            number = connection.execute(too_old).scalar() or connection.execute(too_many).scalar()
+            if number is None:
+                return False
+            first = connection.execute(sa.select(sa.func.min(events.sequence)).where(events.study == number)).scalar()
+            if first is not None:
+                told = sa.update(tables.studies).where(studies.number == number)
+                connection.execute(told.values(first_sequence=studies.last_sequence + 1))
+                some = events.sequence < first + _FORGOTTEN_EVENTS
+                connection.execute(tables.study_events.delete().where(events.study == number, some))
+                return True
+            trial = connection.execute(sa.select(sa.func.min(values.trial)).where(values.study == number)).scalar()
+            if trial is not None:
+                some = values.trial < trial + _FORGOTTEN_TRIALS
+                connection.execute(tables.trial_values.delete().where(values.study == number, some))
+                return True
+            connection.execute(tables.trials.delete().where(tables.trials.c.study == number))
+            connection.execute(tables.studies.delete().where(studies.number == number))
+        return True
+
     def events(self, uid: str, *, from_sequence: int, limit: int) -> tuple[Sequence[Event], bool]:
         """Events from a sequence on, at most limit; and whether the study has ended and these are its last.
 
@@ -282,6 +315,7 @@ class SqlStudyLedger:
                 state=after.state,
                 first_sequence=self._trimmed(connection, row, after.last_sequence),
                 last_sequence=after.last_sequence,
+                end_time=None if after.end_time is None else after.end_time.isoformat(),
                 document=dumps(documents.study_document(after)),
             )
         )

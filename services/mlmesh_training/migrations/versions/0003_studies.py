@@ -20,6 +20,7 @@ def upgrade() -> None:
         sa.Column("request_digest", sa.String(64), nullable=False),
         sa.Column("first_sequence", sa.BigInteger, nullable=False),
         sa.Column("last_sequence", sa.BigInteger, nullable=False),
+        sa.Column("end_time", sa.String(32), nullable=True),
         sa.Column("document", sa.Text, nullable=False),
         sa.PrimaryKeyConstraint("number", name="pk_studies"),
         sa.UniqueConstraint("uid", name="uq_studies_uid"),
@@ -27,6 +28,7 @@ def upgrade() -> None:
         sqlite_autoincrement=True,
     )
     op.create_index("ix_studies_state", "studies", ["state"])
+    op.create_index("ix_studies_end_time", "studies", ["end_time"])
     op.create_table(
         "trials",
         sa.Column("study", sa.Integer, autoincrement=False, nullable=False),
@@ -64,5 +66,6 @@ def downgrade() -> None:
     op.drop_table("study_events")
     op.drop_table("trial_values")
     op.drop_table("trials")
+    op.drop_index("ix_studies_end_time", table_name="studies")
     op.drop_index("ix_studies_state", table_name="studies")
     op.drop_table("studies")

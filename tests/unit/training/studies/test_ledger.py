@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 
@@ -188,6 +188,37 @@ def test_pages_of_studies_are_newest_first(ledger: SqlStudyLedger) -> None:
     second, end = ledger.page(size=2, before=key)
     assert [found.uid for found in (*first, *second)] == ["c", "b", "a"]
     assert end is None
+
+
+@pytest.mark.parametrize(
+    ("old", "finished_max", "left"), [(True, 9, ["c", "b"]), (False, 1, ["c", "b"]), (False, 9, ["c", "b", "a"])]
+)
+def test_what_ended_is_forgotten_in_time_and_what_runs_is_not(
+    ledger: SqlStudyLedger, old: bool, finished_max: int, left: list[str]
+) -> None:
+    for uid in ("a", "b"):
+        ledger.create(study(uid))
+        choose(ledger, uid)
+        measure(ledger, uid, 0, 1, 0.5)
+        ledger.change_trial(uid, 0, steps.succeeded)
+        ledger.change(uid, steps.stop_requested)
+        ledger.change(uid, steps.closed)
+    ledger.create(study("c"))
+    ended = ledger.get("b").end_time
+    assert ended is not None
+    moment = ended if old else ended - timedelta(days=1)
+    taken = 0
+    while ledger.forget(ended_before=moment, finished_max=finished_max):
+        taken += 1
+        if taken == 1:
+            # Half forgotten it is still read, and says that its events are gone.
+            assert ledger.get("a").final
+            assert ledger.events("a", from_sequence=0, limit=10) == ([], True)
+    assert [found.uid for found in ledger.page(size=10)[0]] == left
+    assert len(ledger.history("c")[1]) == 0
+    if "a" not in left:
+        with pytest.raises(NotFound):
+            ledger.get("a")
 
 
 def test_unknown_studies_are_not_found(ledger: SqlStudyLedger) -> None:
