@@ -8,6 +8,9 @@ A selector is one of
 - ``NAME``, ``*``   the newest version of this model, of every model.
 
 The first selector in the list that gives a version of a model gives its default version.
+
+A quarantined or deleted version gives nothing, whoever points to it: what must not be served is not served, also when
+there is nothing else. Models that hold data sets are passed over. A deprecated version is served as any other.
 """
 
 from __future__ import annotations
@@ -65,13 +68,17 @@ class ModelFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VersionRecord:
-    """A version as the registry has it. `signature` is None when the publisher gave none."""
+    """A version as the registry has it. `signature` is None when the publisher gave none.
+
+    A quarantined one must not be served.
+    """
 
     model: str
     version: int
     files: tuple[ModelFile, ...]
     signature: Signature | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
+    quarantined: bool = False
 
     @property
     def model_file(self) -> ModelFile | None:
@@ -88,15 +95,29 @@ class VersionRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RegistryView:
-    """What the registry said last: versions by (model, number), aliases by (model, alias), up to `revision`."""
+    """What the registry said last: versions by (model, number), aliases by (model, alias), up to `revision`.
+
+    `datasets` are the models whose versions are data, not models.
+    """
 
     revision: int = 0
     versions: Mapping[tuple[str, int], VersionRecord] = field(default_factory=dict)
     aliases: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    datasets: frozenset[str] = frozenset()
 
     def with_version(self, record: VersionRecord, revision: int) -> RegistryView:
-        """The view after a version was published."""
+        """The view after a version was published, or its stage changed."""
         return replace(self, revision=revision, versions={**self.versions, (record.model, record.version): record})
+
+    def without_version(self, model: str, version: int, revision: int) -> RegistryView:
+        """The view after a version was deleted."""
+        versions = {key: record for key, record in self.versions.items() if key != (model, version)}
+        return replace(self, revision=revision, versions=versions)
+
+    def with_model(self, model: str, revision: int, *, servable: bool) -> RegistryView:
+        """The view after a model was registered or changed."""
+        datasets = self.datasets - {model} if servable else self.datasets | {model}
+        return replace(self, revision=revision, datasets=datasets)
 
     def with_alias(self, model: str, alias: str, version: int, revision: int) -> RegistryView:
         """The view after an alias was created or moved."""
@@ -112,12 +133,18 @@ class RegistryView:
         return replace(self, revision=max(self.revision, revision))
 
     def numbers(self, model: str) -> list[int]:
-        """Versions of a model, newest first."""
-        return sorted((number for name, number in self.versions if name == model), reverse=True)
+        """Versions of a model that may be served, newest first."""
+        numbers = (number for name, number in self.versions if name == model and self.servable(name, number))
+        return sorted(numbers, reverse=True)
 
     def models(self) -> list[str]:
         """Models that have versions."""
         return sorted({name for name, _ in self.versions})
+
+    def servable(self, model: str, version: int) -> bool:
+        """Whether there is such a version, and it may be served."""
+        record = self.versions.get((model, version))
+        return record is not None and not record.quarantined and model not in self.datasets
 
     def aliases_of(self, model: str) -> dict[str, int]:
         """Versions by alias of a model."""
@@ -138,7 +165,7 @@ def wanted(selectors: Sequence[Selector], view: RegistryView) -> dict[str, Wante
     for selector in selectors:
         for model in view.models() if selector.model == "*" else [selector.model]:
             version = _selected(selector, model, view)
-            if version and (model, version) in view.versions and version not in found.setdefault(model, []):
+            if version and view.servable(model, version) and version not in found.setdefault(model, []):
                 found[model].append(version)
     return {model: Wanted(versions=tuple(numbers), default=numbers[0]) for model, numbers in found.items() if numbers}
 
@@ -157,12 +184,14 @@ def to_json(view: RegistryView) -> dict[str, Any]:
         "format": 1,
         "revision": view.revision,
         "aliases": [[model, alias, version] for (model, alias), version in sorted(view.aliases.items())],
+        "datasets": sorted(view.datasets),
         "versions": [
             {
                 "model": record.model,
                 "version": record.version,
                 "files": [asdict(file) for file in record.files],
                 "labels": dict(record.labels),
+                "quarantined": record.quarantined,
                 "signature": None
                 if record.signature is None
                 else {
@@ -187,6 +216,8 @@ def from_json(data: Mapping[str, Any]) -> RegistryView:
             version=item["version"],
             files=tuple(ModelFile(**file) for file in item["files"]),
             labels=item["labels"],
+            # Views that were kept before there were stages and data sets know of none.
+            quarantined=item.get("quarantined", False),
             signature=None
             if signature is None
             else Signature(
@@ -196,7 +227,8 @@ def from_json(data: Mapping[str, Any]) -> RegistryView:
         )
         versions[record.model, record.version] = record
     aliases = {(model, alias): version for model, alias, version in data["aliases"]}
-    return RegistryView(revision=data["revision"], versions=versions, aliases=aliases)
+    datasets = frozenset(data.get("datasets", ()))
+    return RegistryView(revision=data["revision"], versions=versions, aliases=aliases, datasets=datasets)
 
 
 def _tensor_to_json(spec: TensorSpec) -> dict[str, Any]:

@@ -9,11 +9,32 @@ from mlmesh_inference.desired import VersionRecord
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Published:
-    """A version was published. `record` is None when it cannot be served; `problem` says why."""
+    """A version was published, its stage changed, or it is back. `record` is None when it cannot be served.
+
+    `problem` then says why.
+    """
 
     revision: int
     record: VersionRecord | None
     problem: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Withdrawn:
+    """A version was deleted."""
+
+    revision: int
+    model: str
+    version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Named:
+    """A model was registered or changed. `servable` is whether its versions are models at all."""
+
+    revision: int
+    model: str
+    servable: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,4 +63,5 @@ class Bookmark:
     revision: int
 
 
-Event = Published | AliasMoved | AliasDeleted | Bookmark
+Change = Published | Withdrawn | Named | AliasMoved | AliasDeleted
+Event = Change | Bookmark

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final, Protocol
 
 from mlmesh_inference.desired import ModelFile, RegistryView
-from mlmesh_inference.events import AliasDeleted, AliasMoved, Bookmark, Event, Published
+from mlmesh_inference.events import AliasDeleted, AliasMoved, Bookmark, Change, Event, Named, Withdrawn
 from mlmesh_runtime.chunks import Chunk
 from mlmesh_runtime.errors import MeshError, RevisionLost, TimedOut
 
@@ -129,15 +129,19 @@ class Follower:
         self.problem = ""
         self._from = view.revision + 1
         before, self.view = self.view, view
-        if before is None or (before.versions, before.aliases) != (view.versions, view.aliases):
+        if before is None or replace(before, revision=view.revision) != view:
             self._changed.set()
 
 
-def _applied(view: RegistryView, event: Published | AliasMoved | AliasDeleted) -> RegistryView:
+def _applied(view: RegistryView, event: Change) -> RegistryView:
     if isinstance(event, AliasMoved):
         return view.with_alias(event.model, event.alias, event.version, event.revision)
     if isinstance(event, AliasDeleted):
         return view.without_alias(event.model, event.alias, event.revision)
+    if isinstance(event, Withdrawn):
+        return view.without_version(event.model, event.version, event.revision)
+    if isinstance(event, Named):
+        return view.with_model(event.model, event.revision, servable=event.servable)
     if event.record is None:
         _LOG.warning("version passed over", extra={"error": event.problem})
         return view.at(event.revision)

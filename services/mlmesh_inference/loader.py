@@ -142,8 +142,9 @@ class Loader:
         self._tasks[key] = group.create_task(load())
 
     def _point(self, model: str, want: Wanted | None, view: RegistryView) -> None:
-        """Move default and aliases to what is wanted as soon as it answers; until then they stay."""
-        ready = {status.version for status in self._catalog.statuses(model) if status.state is State.READY}
+        """Move default and aliases to what is wanted as soon as it answers; until then they stay where they may."""
+        statuses = [status for status in self._catalog.statuses(model) if status.state is State.READY]
+        ready = {status.version for status in statuses if view.servable(model, status.version)}
         present = self._catalog.default_version(model)
         choices = [want.default if want else 0, present, *(want.versions if want else ())]
         default = next((version for version in choices if version in ready), 0)
@@ -156,7 +157,7 @@ class Loader:
         """Whether a version that is not wanted answers for one that is wanted and does not answer yet."""
         model, version = status.model, status.version
         want = target.get(model)
-        if want is None or status.state is not State.READY:
+        if want is None or status.state is not State.READY or not view.servable(model, version):
             return False
         if self._catalog.default_version(model) == version:
             return True

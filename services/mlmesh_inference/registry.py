@@ -10,7 +10,7 @@ import grpc
 from mlmesh.registry.v1 import registry_pb2 as pb
 from mlmesh.registry.v1 import registry_pb2_grpc as stubs
 from mlmesh_inference.desired import ModelFile, VersionRecord
-from mlmesh_inference.events import AliasDeleted, AliasMoved, Bookmark, Event, Published
+from mlmesh_inference.events import AliasDeleted, AliasMoved, Bookmark, Event, Named, Published, Withdrawn
 from mlmesh_inference.tensors import DATATYPES, Signature, TensorSpec
 from mlmesh_runtime.channel import NO_DEADLINE, mesh_error
 from mlmesh_runtime.chunks import Chunk
@@ -59,6 +59,14 @@ def _event(message: pb.WatchModelsResponse) -> Event | None:
     if kind == "alias":
         model, alias = _parts(message.alias.name)
         return AliasMoved(revision=revision, model=model, alias=alias, version=_number(message.alias.version))
+    if kind == "deleted_model_version":
+        model, number = _parts(message.deleted_model_version.name)
+        return Withdrawn(revision=revision, model=model, version=int(number))
+    if kind in {"model", "deleted_model"}:
+        # Its versions were announced as deleted before; what it holds never changes.
+        told = message.model if kind == "model" else message.deleted_model
+        servable = told.kind != pb.MODEL_KIND_DATASET
+        return Named(revision=revision, model=told.name.removeprefix("models/"), servable=servable)
     if kind == "deleted_alias":
         model, alias = _parts(message.deleted_alias.name)
         return AliasDeleted(revision=revision, model=model, alias=alias)
@@ -79,6 +87,7 @@ def _published(version: pb.ModelVersion, revision: int) -> Published:
             ),
             signature=_signature(version.signature) if version.HasField("signature") else None,
             labels=dict(version.labels),
+            quarantined=version.stage == pb.VERSION_STAGE_QUARANTINED,
         )
     except (ValueError, KeyError) as error:
         return Published(revision=revision, record=None, problem=f"{version.name}: {error}")

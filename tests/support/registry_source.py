@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import AsyncGenerator
 
 from mlmesh_inference.desired import ModelFile, VersionRecord
-from mlmesh_inference.events import AliasDeleted, AliasMoved, Bookmark, Event, Published
+from mlmesh_inference.events import AliasDeleted, AliasMoved, Bookmark, Event, Named, Published, Withdrawn
 from mlmesh_inference.tensors import Signature
 from mlmesh_runtime.chunks import Chunk, crc32c
 from mlmesh_runtime.errors import NotFound, NotReady, RevisionLost
@@ -40,12 +40,29 @@ class MemoryRegistry:
         return len(self.events)
 
     async def publish(
-        self, model: str, version: int, data: bytes, *, signature: Signature | None = None, path: str = "model.onnx"
+        self,
+        model: str,
+        version: int,
+        data: bytes,
+        *,
+        signature: Signature | None = None,
+        path: str = "model.onnx",
+        quarantined: bool = False,
     ) -> None:
-        """A version appears."""
+        """A version appears, or its stage changes."""
         file = self.blob(data, path)
-        record = VersionRecord(model=model, version=version, files=(file,), signature=signature)
+        record = VersionRecord(
+            model=model, version=version, files=(file,), signature=signature, quarantined=quarantined
+        )
         await self._add(Published(revision=self.revision + 1, record=record))
+
+    async def delete(self, model: str, version: int) -> None:
+        """A version goes."""
+        await self._add(Withdrawn(revision=self.revision + 1, model=model, version=version))
+
+    async def name(self, model: str, *, servable: bool) -> None:
+        """A model is registered."""
+        await self._add(Named(revision=self.revision + 1, model=model, servable=servable))
 
     def blob(self, data: bytes, path: str = "model.onnx") -> ModelFile:
         """Keep bytes; the file that names them."""

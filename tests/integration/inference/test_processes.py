@@ -178,6 +178,32 @@ async def test_stable_and_canary_are_two_processes(tmp_path: Path) -> None:
             assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
+async def test_what_is_quarantined_or_deleted_is_not_served_and_data_sets_never(tmp_path: Path) -> None:
+    first, ready = "models/adder/versions/1", State.SERVED_STATE_READY
+    with registry(tmp_path) as (_, registry_address), inference(tmp_path, registry_address, "*") as (_, address):
+        async with client(address) as it, Publisher(registry_address) as publisher:
+            stub = publisher.stub
+            kind = registry_pb2.MODEL_KIND_DATASET
+            await stub.CreateModel(registry_pb2.CreateModelRequest(model_id="data", kind=kind), timeout=TIMEOUT_S)
+            await publisher.publish("data", onnx_models.add(plus=7.0))
+            await publisher.publish("adder", onnx_models.add(plus=1.0))
+            await it.until(first, ready, default=True)
+            stage = registry_pb2.SetModelVersionStageRequest(
+                name=first, stage=registry_pb2.VERSION_STAGE_QUARANTINED, reason="biased"
+            )
+            await stub.SetModelVersionStage(stage, timeout=TIMEOUT_S)
+            await _not_served(it)
+            stage.stage = registry_pb2.VERSION_STAGE_ACTIVE
+            await stub.SetModelVersionStage(stage, timeout=TIMEOUT_S)
+            await it.until(first, ready, default=True)
+            await stub.DeleteModel(registry_pb2.DeleteModelRequest(name="models/adder", force=True), timeout=TIMEOUT_S)
+            await _not_served(it)
+            await stub.UndeleteModel(registry_pb2.UndeleteModelRequest(name="models/adder"), timeout=TIMEOUT_S)
+            await it.until(first, ready, default=True)
+            assert await it.infer() == ("1", 1.0)
+            assert await _code(it.infer("data")) == "NOT_FOUND"
+
+
 async def test_the_repository_rpcs_load_and_unload_by_hand(tmp_path: Path) -> None:
     with registry(tmp_path) as (_, registry_address), inference(tmp_path, registry_address) as (_, address):
         async with client(address) as it, Publisher(registry_address) as publisher:
@@ -193,6 +219,15 @@ async def test_the_repository_rpcs_load_and_unload_by_hand(tmp_path: Path) -> No
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await it.infer()
             assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+async def _not_served(it: Client) -> None:
+    """Wait until the model is not known any more."""
+    async with asyncio.timeout(TIMEOUT_S):
+        while True:
+            if await _code(it.infer()) == "NOT_FOUND":
+                return
+            await asyncio.sleep(0.02)
 
 
 async def _code(call: Any) -> str:

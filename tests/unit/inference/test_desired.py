@@ -84,6 +84,43 @@ def test_an_alias_to_a_version_that_is_not_there_gives_nothing() -> None:
     assert wanted(parse_selectors("*@stable"), view({"a": 1}, {"a@stable": 7})) == {}
 
 
+def quarantined(said: RegistryView, model: str, number: int) -> RegistryView:
+    record = VersionRecord(model=model, version=number, files=(file(),), quarantined=True)
+    return said.with_version(record, said.revision + 1)
+
+
+@pytest.mark.parametrize("selector", ["a@stable", "*@stable", "a/2"])
+def test_what_must_not_be_served_is_not_even_when_there_is_nothing_else(selector: str) -> None:
+    said = view({"a": 2}, {"a@stable": 2})
+    selectors = parse_selectors(selector)
+    assert wanted(selectors, said)["a"].default == 2
+    assert wanted(selectors, quarantined(said, "a", 2)) == {}
+    assert wanted(selectors, said.without_version("a", 2, 60)) == {}
+    # Lifted, or brought back: as before.
+    back = said.versions["a", 2]
+    for gone in (quarantined(said, "a", 2), said.without_version("a", 2, 60)):
+        assert wanted(selectors, gone.with_version(back, 70)) == wanted(selectors, said)
+
+
+def test_the_newest_is_the_newest_that_may_be_served() -> None:
+    said = view({"a": 3})
+    assert wanted(parse_selectors("a"), quarantined(said, "a", 3)) == {"a": Wanted(versions=(2,), default=2)}
+    assert wanted(parse_selectors("*"), said.without_version("a", 3, 9)) == {"a": Wanted(versions=(2,), default=2)}
+
+
+def test_another_selector_takes_over_as_default() -> None:
+    said = quarantined(view({"a": 3}, {"a@stable": 2, "a@canary": 3}), "a", 2)
+    assert wanted(parse_selectors("a@stable,a@canary"), said) == {"a": Wanted(versions=(3,), default=3)}
+
+
+def test_data_sets_are_passed_over() -> None:
+    said = view({"a": 1, "data": 2}, {"data@stable": 1}).with_model("data", 60, servable=False)
+    said = said.with_model("a", 61, servable=True)
+    assert wanted(parse_selectors("*,data,data/1,*@stable"), said) == {"a": Wanted(versions=(1,), default=1)}
+    # Purged, and its name taken by a model.
+    assert "data" in wanted(parse_selectors("*"), said.with_model("data", 90, servable=True))
+
+
 def test_a_deleted_alias_is_gone() -> None:
     said = view({"a": 1}, {"a@stable": 1}).without_alias("a", "stable", 60)
     assert wanted(parse_selectors("*@stable"), said) == {}
@@ -132,6 +169,12 @@ def test_a_view_survives_the_disk(signature: Signature | None, revision: int) ->
     record = VersionRecord(model="m", version=3, files=(file(),), signature=signature, labels={"k": "v"})
     said = RegistryView().with_version(record, 1).with_alias("m", "stable", 3, revision)
     assert from_json(json.loads(json.dumps(to_json(said)))) == said
+    more = quarantined(said, "m", 4).with_model("data", 9, servable=False)
+    assert from_json(json.loads(json.dumps(to_json(more)))) == more
+    # As it was kept before there were stages and data sets.
+    old = to_json(said)
+    del old["datasets"], old["versions"][0]["quarantined"]
+    assert from_json(old) == said
 
 
 def spec(name: str, kind: str, *shape: int) -> TensorSpec:

@@ -21,7 +21,7 @@ from mlmesh_inference.engines.onnx import OnnxKind
 from mlmesh_inference.loader import Loader
 from mlmesh_inference.loading import Loading, warm_up
 from mlmesh_inference.tensors import DATATYPES, Signature, TensorSpec
-from mlmesh_runtime.errors import NotFound, WrongState
+from mlmesh_runtime.errors import NotFound, NotReady, WrongState
 from mlmesh_runtime.executors import Executors
 from tests.support import onnx_models
 from tests.support.inference import GatedEngine
@@ -210,6 +210,46 @@ async def test_a_deleted_alias_unloads(tmp_path: Path) -> None:
         await it.until(lambda: it.synced)
         await source.delete_alias("m", "stable")
         await it.until(lambda: it.catalog.statuses() == [])
+
+
+async def test_a_quarantined_or_deleted_version_is_unloaded_and_comes_back(tmp_path: Path) -> None:
+    source = await published(ADD_1)
+    async with loader(source, tmp_path) as it:
+        await it.until(lambda: it.synced)
+        await source.publish("m", 1, ADD_1, quarantined=True)
+        await it.until(lambda: it.catalog.statuses() == [])
+        await source.publish("m", 1, ADD_1)
+        await it.until(lambda: it.catalog.default_version("m") == 1)
+        assert await it.plus() == 1.0
+        await source.delete("m", 1)
+        await it.until(lambda: it.catalog.statuses() == [])
+
+
+async def test_a_quarantined_version_does_not_stand_in_for_the_next(tmp_path: Path) -> None:
+    source = await published(ADD_1, ADD_100)
+    async with loader(source, tmp_path) as it:
+        await it.until(lambda: it.synced)
+        source.hold_downloads = asyncio.Event()
+        await source.alias("m", "stable", 2)
+        await it.until(lambda: it.state(2) is State.FETCHING)
+        assert await it.plus() == 1.0
+        await source.publish("m", 1, ADD_1, quarantined=True)
+        await it.until(lambda: it.state(1) is None)
+        with pytest.raises(NotReady):
+            await it.plus()
+        source.hold_downloads.set()
+        await it.until(lambda: it.catalog.default_version("m") == 2)
+        assert await it.plus() == 100.0
+
+
+async def test_a_data_set_is_not_loaded(tmp_path: Path) -> None:
+    source = await published(ADD_1)
+    await source.name("data", servable=False)
+    await source.publish("data", 1, b"rows")
+    await source.alias("data", "stable", 1)
+    async with loader(source, tmp_path) as it:
+        await it.until(lambda: it.synced)
+        assert {status.model for status in it.catalog.statuses()} == {"m"}
 
 
 async def test_what_is_no_longer_wanted_stops_loading(tmp_path: Path) -> None:
