@@ -9,7 +9,7 @@ from pathlib import Path
 
 import typer
 
-from benchmarks import paths, registry_search, registry_watch, registry_write
+from benchmarks import paths, registry_search, registry_watch, registry_write, training_ddp
 
 RESULTS = Path("benchmarks/results")
 
@@ -25,6 +25,7 @@ def runtime_overhead(arguments: list[str]) -> None:
 
 BENCHMARKS = {"paths": paths.main, "runtime": runtime_overhead, "search": registry_search.main}
 BENCHMARKS |= {"registry-watch": registry_watch.main, "registry-write": registry_write.main}
+BENCHMARKS |= {"training-ddp": training_ddp.main}
 
 
 def main() -> None:

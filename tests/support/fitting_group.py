@@ -5,8 +5,11 @@ Rank 0 leaves what it learnt in the file OUT. Processes are forked after torch w
 
 from __future__ import annotations
 
+import functools
 import os
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +18,17 @@ import torch._dynamo  # optimizers import it, which takes a second
 import torch.distributed.checkpoint.state_dict
 import torch.distributed.fsdp
 
+from mlmesh_training import recipes
+from mlmesh_training.backends.base import TrainingTask
 from mlmesh_training.options import Distribution, EarlyStopping, FitOptions, Precision, Schedule, Strategy
 from mlmesh_training.trainer.fitting import sharing
 from mlmesh_training.trainer.fitting.loop import Fit
 from mlmesh_training.trainer.fitting.pausing import Asked, PauseRequested
 from mlmesh_training.trainer.fitting.ranks import Ranks, settle
 from mlmesh_training.trainer.fitting.worker import joined
+from mlmesh_training.trainer.run import load
 from tests.support.fitting import DIGITS, Listener, Memory, digits, run, same, task
+from tests.support.training import spec
 
 RANDOM = {"batch_norm": 1.0, "dropout": 0.2, "noise": 0.1}
 CURVES: dict[str, dict[str, Any]] = {
@@ -45,6 +52,40 @@ RESUMED: dict[str, dict[str, Any]] = {
 """All that is stored must come back for these to end alike."""
 
 
+@functools.cache
+def found() -> dict[str, Any]:
+    """What two processes found, by strategy and scenario; run once."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "found.pt")
+        subprocess.run(
+            [sys.executable, "-m", "tests.support.fitting_group", str(out), "2"],
+            check=True,
+            cwd=Path(__file__).parents[2],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            timeout=300,
+        )
+        result: dict[str, Any] = torch.load(out, weights_only=True)
+        return result
+
+
+def job(uid: str, strategy: Strategy) -> TrainingTask:
+    """A job of two processes with batch normalisation, dropout and augmentation: all that a restart could get wrong.
+
+    24 steps, six an epoch, the last of each epoch with 15 examples; a checkpoint every five steps.
+    """
+    asked = {"epochs": 4.0, "batch_size": 256.0, "width": 8.0, "dropout": 0.3, "shift": 1.0}
+    return TrainingTask(
+        uid=uid,
+        recipe="mlp",
+        dataset="digits",
+        hyperparameters=recipes.resolve(spec(recipe="mlp", hyperparameters=asked)),
+        seed=7,
+        fit=FitOptions(checkpoint_steps=5),
+        distribution=Distribution(processes=2, strategy=strategy),
+        threads=1,
+    )
+
+
 def main(out: Path, world: int) -> int:
     """Fork, run, wait; 0 when all of them went well."""
     pids = []
@@ -66,20 +107,21 @@ def main(out: Path, world: int) -> int:
 def work(out: Path, ranks: Ranks) -> int:
     """All scenarios, in the same order in each process."""
     settle(1)
-    found: dict[str, Any] = {}
+    learnt: dict[str, Any] = {}
     for strategy in Strategy:
         distribution = Distribution(processes=ranks.world, strategy=strategy)
         for name, changes in CURVES.items():
             _, listener, memory = run(task(distribution=distribution, **changes), ranks)
-            found[f"{strategy} {name}"] = {"curve": listener.curve(), "lines": listener.lines()}
-            found[f"{strategy} {name}"]["best"] = memory.states[max(memory.states)]["best"] if ranks.first else None
+            learnt[f"{strategy} {name}"] = {"curve": listener.curve(), "lines": listener.lines()}
+            learnt[f"{strategy} {name}"]["best"] = memory.states[max(memory.states)]["best"] if ranks.first else None
         for name, changes in RESUMED.items():
-            found[f"{strategy} {name}"] = resumed(distribution, changes, ranks)
-        found[f"{strategy} paused"] = paused(distribution, ranks)
-        found[f"{strategy} statistics"] = statistics(distribution, ranks)
-        found[f"{strategy} sharded"] = weights_here(distribution, ranks)
+            learnt[f"{strategy} {name}"] = resumed(distribution, changes, ranks)
+        learnt[f"{strategy} paused"] = paused(distribution, ranks)
+        learnt[f"{strategy} statistics"] = statistics(distribution, ranks)
+        learnt[f"{strategy} sharded"] = weights_here(distribution, ranks)
+        learnt[f"{strategy} job"] = undisturbed(job("whole", strategy), ranks)
     if ranks.first:
-        torch.save(found, out)
+        torch.save(learnt, out)
     return 0
 
 
@@ -127,6 +169,13 @@ def statistics(distribution: Distribution, ranks: Ranks) -> bool:
     fit, _, _ = run(task(distribution=distribution, epochs=1.0, **RANDOM), ranks)
     mine = torch.cat([each.flatten() for each in sharing.statistics(fit.shared.plain)])
     return len(mine) > 0 and all(torch.equal(mine, other) for other in ranks.gather(mine))
+
+
+def undisturbed(asked: TrainingTask, ranks: Ranks) -> dict[str, Any]:
+    """The state that a job ends with when nothing happens to it."""
+    fit, memory = Fit(asked, *load(Path(), asked), ranks), Memory()
+    fit.run(memory, Listener())
+    return memory.states[max(memory.states)] if ranks.first else {}
 
 
 def weights_here(distribution: Distribution, ranks: Ranks) -> float:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,26 +9,18 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from mlmesh_training.options import Strategy  # noqa: E402
+from tests.support import fitting_group  # noqa: E402
 from tests.support.fitting import run, task  # noqa: E402
 from tests.support.fitting_group import CURVES, RESUMED  # noqa: E402
 
-ROOT = Path(__file__).parents[3]
+pytestmark = pytest.mark.timeout(400)
 BOTH = pytest.mark.parametrize("strategy", list(Strategy))
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def found() -> dict[str, Any]:
     """All scenarios, run once by two processes."""
-    out = tmp_path_factory.mktemp("group") / "found.pt"
-    subprocess.run(
-        [sys.executable, "-m", "tests.support.fitting_group", str(out), "2"],
-        check=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=240,
-    )
-    result: dict[str, Any] = torch.load(out, weights_only=True)
-    return result
+    return fitting_group.found()
 
 
 @BOTH

@@ -46,7 +46,9 @@ def work(folder: Path, threads: int, wires: Wires, pause: Flag, collective_s: fl
     except PermanentError as error:
         reporter.send(Died(reason=str(error), permanent=True))
     except Exception as error:
-        if _lost_another(error):
+        if _waited(error):
+            reporter.send(Died(reason=f"rank {rank}: another process has not answered for {collective_s:g} s"))
+        elif _lost_another(error):
             time.sleep(_CAUSE_S)
         else:
             traceback.print_exc()
@@ -99,7 +101,11 @@ def _fit(folder: Path, threads: int, ranks: Ranks, reporter: Reporter, pause: Fl
     return DONE
 
 
+def _waited(error: Exception) -> bool:
+    """Whether another process did not do its part in time; gloo says it in several ways."""
+    return "timed out" in str(error).lower() or "timeout" in str(error).lower()
+
+
 def _lost_another(error: Exception) -> bool:
     """Whether another process's end is what is told here, which is not the cause."""
-    text = str(error).lower()
-    return "timed out" not in text and (isinstance(error, dist.DistError) or "gloo" in text or "closed by peer" in text)
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower() or "closed by peer" in str(error)
