@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from mlmesh_runtime.errors import NotFound
+from mlmesh_runtime.errors import NotFound, WrongState
 from mlmesh_runtime.executors import Executors, run_blocking
 from mlmesh_training.backends.base import Died, Finished, Outcome, Paused, Report, Stopped, TrainingTask
 from mlmesh_training.backends.local import LocalBackend
@@ -170,7 +170,7 @@ async def tell(service: Service, told: Told) -> None:
     await _end(queue, failed.uid, told)
 
     with contextlib.suppress(NotFound):
-        if (await queue.get(uids[DELETED])).state not in FINAL:
+        with contextlib.suppress(WrongState):  # It may have ended already.
             await queue.cancel(uids[DELETED])
         await _until(queue, uids[DELETED], FINAL)
         await queue.delete(uids[DELETED])

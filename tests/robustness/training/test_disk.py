@@ -65,25 +65,21 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(tmp_path: Path) ->
 
 def test_a_trainer_without_room_says_so_and_may_be_tried_again(tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    import json
-
-    from mlmesh_training import convert, recipes
-    from mlmesh_training.backends.base import Died
+    from mlmesh_training import convert, documents, recipes
+    from mlmesh_training.backends.base import Died, TrainingTask
     from mlmesh_training.backends.reports import read_report
     from mlmesh_training.trainer.__main__ import work
     from mlmesh_training.trainer.reporter import Reporter
 
     asked = convert.spec(spec())
-    (tmp_path / "task.json").write_text(
-        json.dumps(
-            {
-                "recipe": asked.recipe,
-                "dataset": asked.dataset,
-                "hyperparameters": dict(recipes.resolve(asked)),
-                "seed": asked.seed,
-            }
-        )
+    task = TrainingTask(
+        uid=tmp_path.name,
+        recipe=asked.recipe,
+        dataset=asked.dataset,
+        hyperparameters=recipes.resolve(asked),
+        seed=asked.seed,
     )
+    (tmp_path / "task.json").write_text(documents.dumps(documents.task_document(task)))
     pipe = io.BytesIO()
     with file_size_limit(16 * 1024):
         assert work(tmp_path, Reporter(pipe), threads=1) == 1

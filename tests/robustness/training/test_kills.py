@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import random
 import signal
@@ -15,13 +14,15 @@ import grpc
 import pytest
 
 from mlmesh.training.v1 import training_pb2 as pb
-from mlmesh_training import convert, recipes
+from mlmesh_training import convert, documents, recipes
+from mlmesh_training.backends.base import TrainingTask
 from mlmesh_training.jobs import Evaluation
 from tests.support.server import Process
 from tests.support.training import alive, becomes, children
 from tests.support.training_process import (
     CANCELLED,
     FAILED,
+    PAUSED,
     SUCCEEDED,
     Client,
     connected,
@@ -44,19 +45,20 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
     import io
 
     pytest.importorskip("torch")
-    from mlmesh_training.backends.local import read_result
+    from mlmesh_training.backends.results import read_result
     from mlmesh_training.trainer import run
     from mlmesh_training.trainer.reporter import Reporter
 
     folder = tmp_path_factory.mktemp("undisturbed")
     asked = convert.spec(LONG)
-    task = {
-        "recipe": asked.recipe,
-        "dataset": asked.dataset,
-        "hyperparameters": dict(recipes.resolve(asked)),
-        "seed": asked.seed,
-    }
-    (folder / "task.json").write_text(json.dumps(task))
+    task = TrainingTask(
+        uid=folder.name,
+        recipe=asked.recipe,
+        dataset=asked.dataset,
+        hyperparameters=recipes.resolve(asked),
+        seed=asked.seed,
+    )
+    (folder / "task.json").write_text(documents.dumps(documents.task_document(task)))
     run.train(folder, Reporter(io.BytesIO()), threads=1)
     return read_result(folder).evaluation
 
@@ -139,6 +141,38 @@ async def test_a_killed_service_takes_its_trainer_along_and_its_jobs_up_again(
     assert len(epochs) >= 5
     assert same_measures(done, undisturbed)
     assert [found.name for found in everything] == [*(found.name for found in reversed(waiting)), job.name]
+
+
+async def test_a_service_that_is_killed_while_a_job_pauses_has_paused_it_and_it_learns_the_very_same(
+    tmp_path: Path, undisturbed: Evaluation
+) -> None:
+    with running(tmp_path, env=COLD) as (service, address):
+        async with connected(address) as client:
+            job = await client.create(LONG)
+            async for _ in until_mid_epoch(client, job.name, 1):
+                pass
+            (trainer,) = children(service.pid)
+            assert (await client.pause(job.name)).state == pb.JOB_STATE_PAUSING
+            service.signal(signal.SIGKILL)
+            service.wait()
+    await becomes(lambda: not alive(trainer))
+    with running(tmp_path, env=COLD) as (service, address):
+        async with connected(address) as client:
+            paused = await client.reaches(job.name, PAUSED)
+            assert children(service.pid) == []
+            assert [attempt.charged for attempt in paused.attempt_history] == [False]
+            # What it ran for is known but for the last seconds before the kill, and is never more than it was.
+            ran = paused.run_duration.ToNanoseconds() / 1e9
+            (attempt,) = paused.attempt_history
+            assert ran > 0
+            assert abs((attempt.end_time.ToNanoseconds() - attempt.start_time.ToNanoseconds()) / 1e9 - ran) < 0.01
+            await client.resume(job.name)
+            events = await client.end(job.name)
+    done = last(events)
+    assert done.state == SUCCEEDED, done.error
+    assert gapless(events)
+    assert states(events) == ["QUEUED", "RUNNING", "PAUSING", "PAUSED", "QUEUED", "RUNNING", "SUCCEEDED"]
+    assert same_measures(done, undisturbed)
 
 
 async def test_a_trainer_that_always_dies_is_given_up(tmp_path: Path) -> None:
