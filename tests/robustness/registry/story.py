@@ -15,19 +15,26 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
+import pytest
 from sqlalchemy.exc import OperationalError
 
+from mlmesh_registry import references
 from mlmesh_registry.config import RegistrySettings
-from mlmesh_registry.events import Bookmark
+from mlmesh_registry.database import Write
+from mlmesh_registry.events import Bookmark, to_micros
 from mlmesh_registry.ledger import Blob
 from mlmesh_registry.registry import Registry, open_registry
-from mlmesh_runtime.errors import Conflict, Corrupt, NotFound
+from mlmesh_runtime.errors import Conflict, Corrupt, InvalidInput, NotFound, NotReady
 from tests.support.registry import alias, chunk, number, publish, read, sha256, some_bytes
 
 SETTINGS = RegistrySettings(commit_bytes=40_000)
 CHUNK = 20_000
 VERSIONS = 2
 DATA = [some_bytes(each, 110_000) for each in range(VERSIONS)]
+# A pickle, which is refused; bytes that are given up on the way; bytes that are uploaded and collected.
+FORBIDDEN = b"\x80\x04" + bytes(50_000)
+CANCELLED = some_bytes("cancelled", 90_000)
+UNWANTED = some_bytes("unwanted", 50_000)
 
 Told = Callable[..., None]
 
@@ -42,6 +49,44 @@ async def tell(registry: Registry, told: Told) -> None:
         told("version", version.number, version.digest)
         await _move(registry, version.number)
         told("alias", version.number)
+    await _refused(registry, told)
+    await _cancelled(registry, told)
+    await _collected(registry, told)
+
+
+async def _refused(registry: Registry, told: Told) -> None:
+    try:
+        await _upload(registry, FORBIDDEN, "forbidden", lambda *_: None)
+    except InvalidInput as error:
+        if error.reason != "FORMAT_NOT_ALLOWED":
+            raise
+        told("gone", sha256(FORBIDDEN))
+    else:
+        raise AssertionError("a pickle was let in")
+
+
+async def _cancelled(registry: Registry, told: Told) -> None:
+    started = await registry.artifacts.start(sha256(CANCELLED), len(CANCELLED), request_id="cancelled", actor="")
+    assert not isinstance(started, Blob)
+    if started.committed_bytes == 0:
+        async with registry.artifacts.appending(started.id) as live:
+            for at in range(0, 3 * CHUNK, CHUNK):
+                await live.append(chunk(CANCELLED[at : at + CHUNK], at))
+    await registry.artifacts.cancel(started.id)
+    told("cancelled", started.id)
+
+
+async def _collected(registry: Registry, told: Told) -> None:
+    """As garbage is collected, with no grace."""
+    digest = await _upload(registry, UNWANTED, "unwanted", lambda *_: None)
+
+    def condemn(write: Write) -> None:
+        unused = references.unused(write.connection, to_micros(write.now))
+        references.condemn(write, [blob for blob in unused if blob.sha256 == digest])
+
+    await registry.garbage._database.write(condemn)
+    told("gone", digest)
+    await registry.garbage.remove_condemned()
 
 
 async def _upload(registry: Registry, data: bytes, request_id: str, told: Told) -> str:
@@ -78,6 +123,12 @@ async def check(registry: Registry, data_dir: Path, acknowledged: list[list[Any]
             assert sha256(await read(registry, facts[0])) == facts[0]
         elif kind == "version":
             assert (await registry.store.get_version(number(facts[0]))).digest == facts[1]
+        elif kind == "gone":
+            with pytest.raises(NotFound):
+                await registry.artifacts.blob(facts[0])
+        elif kind == "cancelled":
+            with pytest.raises(NotFound):
+                await registry.artifacts.upload(facts[0])
         elif kind == "alias":
             assert (await registry.store.get_version(alias("stable"))).number >= facts[0]
     models, _ = await registry.store.list_models(size=0, token="")
@@ -109,9 +160,15 @@ async def _log_is_whole(registry: Registry) -> None:
 async def _no_leftovers(registry: Registry, data_dir: Path) -> None:
     for path in [path for path in (data_dir / "blobs").rglob("*") if path.is_file()]:
         if path.parent.name == "staging":
-            assert not (await registry.artifacts.upload(path.name)).finished
+            assert not (await registry.artifacts.upload(path.name.partition(".")[0])).finished
         else:
-            assert (await registry.artifacts.blob(path.name)).size_bytes == path.stat().st_size
+            digest, _, location = path.name.partition(".")
+            blob = await registry.artifacts._ledger.find(digest)
+            if blob is not None and blob.location == location:
+                assert blob.size_bytes == path.stat().st_size
+            else:
+                # Linked already, and to be finished by whoever goes on.
+                assert not (await registry.artifacts.upload(location)).finished
 
 
 async def retell(registry: Registry, told: Told) -> None:
@@ -119,7 +176,7 @@ async def retell(registry: Registry, told: Told) -> None:
     for _ in range(20):
         try:
             await tell(registry, told)
-        except (Conflict, Corrupt, NotFound, OSError, OperationalError) as error:
+        except (Conflict, Corrupt, NotFound, NotReady, OSError, OperationalError) as error:
             told("error", type(error).__name__, getattr(error, "reason", ""))
         else:
             return
