@@ -125,7 +125,7 @@ async def test_the_database_crashes_under_writes(tmp_path: Path, server: Postgre
         async with connected(address) as one, connected(other) as two:
             await one.create_model()
             blob = (await one.put(DATA)).name
-            async with asyncio.timeout(60), asyncio.TaskGroup() as group:
+            async with asyncio.timeout(120), asyncio.TaskGroup() as group:
                 watchers = [group.create_task(watch([client], lambda: last)) for client in (one, two)]
                 writers = [
                     group.create_task(write([client], blob, f"{client is one} {number}", told, stop))
@@ -133,9 +133,9 @@ async def test_the_database_crashes_under_writes(tmp_path: Path, server: Postgre
                     for number in range(2)
                 ]
                 for _ in range(2):
-                    await told.acknowledgements(20)
+                    await told.acknowledgements(10)
                     await asyncio.to_thread(server.restart)
-                await told.acknowledgements(20)
+                await told.acknowledgements(10)
                 stop.set()
                 await asyncio.wait(writers)
                 last = await check(two, told)
@@ -156,12 +156,12 @@ async def test_one_of_two_registries_is_killed_under_writes(tmp_path: Path, serv
         async with connected(address) as one, connected(other) as two:
             await one.create_model()
             blob = (await one.put(DATA)).name
-            async with asyncio.timeout(60), asyncio.TaskGroup() as group:
+            async with asyncio.timeout(120), asyncio.TaskGroup() as group:
                 watchers = [group.create_task(watch(clients, lambda: last)) for clients in ([one, two], [two, one])]
                 writers = [group.create_task(write([one, two], blob, str(each), told, stop)) for each in range(4)]
-                await told.acknowledgements(30)
+                await told.acknowledgements(12)
                 first.popen.kill()
-                await told.acknowledgements(30)
+                await told.acknowledgements(12)
                 stop.set()
                 await asyncio.wait(writers)
                 last = await check(two, told)
