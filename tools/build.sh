@@ -15,30 +15,43 @@ bin=$PWD/.tools/bin
 logs=$PWD/.tools/logs
 mkdir -p "$bin" "$logs"
 
-# A real S3 server: OpenStack Swift in an environment of its own, which its versions would not share with ours.
-swift() {
-  local python stamp
-  stamp=$PWD/.tools/swift/.$(sha256sum tools/swift.txt | cut -c 1-16)
+# Programs in Python, each in an environment of its own, which its versions would not share with ours: OpenStack Swift,
+# a real S3 server; MLflow, to import from; the model-signing tool.
+ENVIRONMENTS="swift mlflow model-signing"
+environment() { # name
+  local python stamp uv
+  stamp=$PWD/.tools/$1/.$(sha256sum "tools/$1.txt" | cut -c 1-16)
   if [[ -e $stamp ]]; then
-    echo "tools: swift is there"
+    echo "tools: $1 is there"
     return 0
   fi
   python=$(command -v .venv/bin/python || command -v python3)
-  echo "tools: installing swift into .tools/swift (log in .tools/logs/swift.log)"
-  if ! { rm -rf .tools/swift && "$python" -m venv .tools/swift &&
-    .tools/swift/bin/pip install --disable-pip-version-check --requirement tools/swift.txt; } >"$logs/swift.log" 2>&1; then
-    echo "tools: swift could not be installed; its tests will skip. The log ends:" >&2
-    tail -n 3 "$logs/swift.log" >&2
+  echo "tools: installing $1 into .tools/$1 (log in .tools/logs/$1.log)"
+  # uv takes seconds where pip takes minutes.
+  uv=$(command -v .venv/bin/uv || command -v uv || true)
+  if ! { rm -rf ".tools/$1" && "$python" -m venv ".tools/$1" && if [[ -n $uv ]]; then
+    "$uv" pip install --python ".tools/$1/bin/python" --requirement "tools/$1.txt"
+  else
+    ".tools/$1/bin/pip" install --disable-pip-version-check --requirement "tools/$1.txt"
+  fi; } >"$logs/$1.log" 2>&1; then
+    echo "tools: $1 could not be installed; its tests will skip. The log ends:" >&2
+    tail -n 3 "$logs/$1.log" >&2
     return 1
   fi
   touch "$stamp"
 }
 
 failed=0
-if [[ $# -eq 0 || " $* " == *" swift "* ]]; then
-  swift || failed=1
-  [[ $* != swift ]] || exit $failed
-fi
+others=0
+for name in "${@:-all}"; do
+  [[ " $ENVIRONMENTS " == *" $name "* ]] || others=1
+done
+for name in $ENVIRONMENTS; do
+  if [[ $# -eq 0 || " $* " == *" $name "* ]]; then
+    environment "$name" || failed=1
+  fi
+done
+[[ $others -eq 1 ]] || exit $failed
 
 if ! command -v go >/dev/null; then
   echo "tools: Go is not installed, so grpcurl, kustomize, istioctl and crdserver cannot be built; their tests will skip." >&2
@@ -122,9 +135,9 @@ for name in "${@:-all}"; do
     trainer_crds) build trainer_crds "$TRAINER_CRDS" || failed=1 ;;
     postgresql) package postgresql '/usr/lib/postgresql/*/bin/initdb' || failed=1 ;;
     etcd) package etcd-server '/usr/bin/etcd' || failed=1 ;;
-    swift) ;;
+    swift | mlflow | model-signing) ;;
     *)
-      echo "tools: no such tool: $name (grpcurl, kustomize, istioctl, crdserver, trainer_crds, postgresql, etcd, swift)" >&2
+      echo "tools: no such tool: $name (grpcurl, kustomize, istioctl, crdserver, trainer_crds, postgresql, etcd, swift, mlflow, model-signing)" >&2
       exit 2
       ;;
   esac
