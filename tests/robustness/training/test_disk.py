@@ -14,7 +14,7 @@ import pytest
 
 from mlmesh.training.v1 import training_pb2 as pb
 from mlmesh_runtime.errors import Overloaded
-from tests.support.training_process import connected, refused, running, spec
+from tests.support.training_process import PAUSED, connected, refused, running, spec
 
 COLD = {"MLMESH_TRAINING_WARM": "0"}
 
@@ -36,16 +36,27 @@ async def test_a_job_that_cannot_be_stored_is_refused_and_later_ones_are_fine(tm
             first = await client.create(spec())
             await client.cancel(first.name)
             await client.end(first.name)
+            resting = await client.create(spec(seed=8))
+            await client.pause(resting.name)
+            paused = await client.reaches(resting.name, PAUSED)
             with file_size_limit(4096, service.pid):
-                async with refused(Overloaded, "DISK_FULL"):
-                    await client.create(spec(), "again")
+                for call in (
+                    client.create(spec(), "again"),
+                    client.resume(resting.name),
+                    client.retry(first.name),
+                    client.delete(first.name),
+                ):
+                    async with refused(Overloaded, "DISK_FULL"):
+                        await call
                 # What is there can still be read.
                 assert (await client.get(first.name)).name == first.name
+                assert await client.get(resting.name) == paused
+            await client.cancel(resting.name)
             job = await client.create(spec(), "again")
             await client.cancel(job.name)
             await client.end(job.name)
             listed = (await client.stub.ListJobs(pb.ListJobsRequest())).jobs
-            assert [found.name for found in listed] == [job.name, first.name]
+            assert [found.name for found in listed] == [job.name, resting.name, first.name]
 
 
 def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(tmp_path: Path) -> None:

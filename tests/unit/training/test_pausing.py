@@ -239,6 +239,22 @@ async def test_the_time_of_earlier_attempts_counts_and_that_before_a_retry_does_
         assert last(await bench.end(job)).state is JobState.SUCCEEDED
 
 
+@pytest.mark.parametrize("days", [-4000, 4000])
+async def test_a_clock_that_jumps_costs_a_running_job_nothing(bench: Bench, days: int) -> None:
+    trainer = Trainer()
+    job = await bench.queue.create(spec(time_limit_s=60.0))
+    async with bench.run(trainer) as retention:
+        await trainer.begun.wait()
+        bench.clock.now += timedelta(days=days)
+        await retention.look()
+        trainer.go_on.set()
+        done = last(await bench.end(job))
+    assert done.state is JobState.SUCCEEDED
+    assert 0 < done.run_s < 60
+    (attempt,) = done.history
+    assert attempt.end_time >= attempt.start_time
+
+
 async def test_the_services_own_limit_holds_for_jobs_without_one(bench: Bench) -> None:
     job = await bench.queue.create(spec())
     async with bench.run(Trainer(), time_limit_s=0.05):
