@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
@@ -94,9 +95,9 @@ class Runner:
     def _occupy(self, choice: Choice) -> None:
         if not choice.job.light:
             used = {gpu for gpus in self._gpus.values() for gpu in gpus}
-            free = [gpu for gpu in range(self._queue.capacity.total.gpus) if gpu not in used]
+            free = (gpu for gpu in range(self._queue.capacity.total.gpus) if gpu not in used)
             self._occupied[choice.job.uid] = choice.resources
-            self._gpus[choice.job.uid] = tuple(free[: choice.resources.gpus])
+            self._gpus[choice.job.uid] = tuple(itertools.islice(free, choice.resources.gpus))
 
     def _start(self, group: asyncio.TaskGroup, uid: str) -> None:
         self._active.add(uid)
@@ -200,6 +201,7 @@ class Runner:
             attempt=job.attempts,
             threads=schedule.threads(spec, job.resources, self._queue.capacity),
             gpus=self._gpus.get(job.uid, ()),
+            resources=spec.resources,
         )
         return await self._backend.run(task, report=report, stop=signals.stop, pause=signals.pause)
 

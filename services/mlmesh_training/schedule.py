@@ -32,12 +32,15 @@ class Capacity:
         jobs_max: jobs trained at once.
         threads: of torch in each process; 0 divides the processors up.
         nodes_max: machines that one job may be spread over.
+        shares: whether a job that asks for nothing occupies a fair share. On a cluster, which counts for itself, it
+            occupies nothing here.
     """
 
     total: Resources
     jobs_max: int = 1
     threads: int = 0
     nodes_max: int = 1
+    shares: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +117,8 @@ def occupied(asked: Resources, processes: int, capacity: Capacity) -> Resources:
     Without a wish it is a fair share: of processors the threads of its processes where those are set, else, as of main
     memory, the part that lets `jobs_max` such jobs run at once. No GPU. A default never is more than there is.
     """
+    if not capacity.shares:
+        return asked
     total = capacity.total
     cpus = float(capacity.threads * processes) if capacity.threads else total.cpus / capacity.jobs_max
     return Resources(

@@ -8,10 +8,10 @@ import fcntl
 import os
 import secrets
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc
 
@@ -33,6 +33,14 @@ from mlmesh_training.studies.controller import StudyController
 from mlmesh_training.studies.drive import DriveLimits, Means
 from mlmesh_training.studies.ledger import SqlStudyLedger, StudyLimits
 
+if TYPE_CHECKING:
+    from mlmesh_training.backends.kubernetes.backend import KubernetesBackend
+    from mlmesh_training.backends.kubernetes.hub import WorkerHub
+
+KUBERNETES = "kubernetes"
+_CLUSTER = Resources(cpus=1e6, memory_bytes=1 << 60, gpus=4096)
+_CLUSTER_NODES_MAX = 1024
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Training:
@@ -43,6 +51,7 @@ class Training:
     retention: Retention
     book: StudyBook
     studies: StudyController
+    workers: Workers | None = None
 
     async def run(self) -> None:
         """Work on the queue, and remove what expires. Never returns."""
@@ -93,7 +102,7 @@ async def open_training(
                     clock=_now,
                     new_uid=_new_uid,
                 )
-                async with _backend(settings, own, folder=folder, executor=executors["disk"]) as backend:
+                async with _backend(settings, own, folder=folder, executor=executors["disk"]) as (backend, workers):
                     await sweep(queue, present=await backend.kept(), discard=backend.discard)
                     publisher = RegistryPublisher(registry, folder=backend.folder, executor=executors["disk"])
                     limits = RunnerLimits(retry_s=own.retry_s, publish_s=own.publish_s, time_limit_s=own.time_limit_s)
@@ -114,37 +123,73 @@ async def open_training(
                         publisher=publisher,
                         discard=retention.drop_files,
                         executor=executors["studies"],
-                        limits=DriveLimits(retry_s=own.retry_s, publish_s=own.publish_s),
+                        limits=DriveLimits(
+                            retry_s=own.retry_s,
+                            publish_s=own.publish_s,
+                            finished_kept_s=own.finished_kept_s,
+                            finished_max=own.finished_max,
+                        ),
                     )
                     studies = StudyController(means)
-                    yield Training(queue=queue, runner=runner, retention=retention, book=book, studies=studies)
+                    yield Training(
+                        queue=queue,
+                        runner=runner,
+                        retention=retention,
+                        book=book,
+                        studies=studies,
+                        workers=workers,
+                    )
             finally:
                 await run_blocking(executors["ledger"], ledger.close)
 
 
 def capacity_of(settings: Settings, own: TrainingSettings) -> Capacity:
-    """What jobs may occupy: what was said, else what the machine has."""
-    here = present(settings.environ)
+    """What jobs may occupy: what was said, else what the machine has, or whatever a cluster will give."""
+    here = _CLUSTER if own.backend == KUBERNETES else present(settings.environ)
     total = Resources(
         cpus=own.cpus or here.cpus, memory_bytes=own.memory_bytes or here.memory_bytes, gpus=own.gpus or here.gpus
     )
+    if own.backend == KUBERNETES:
+        return Capacity(
+            total=total, jobs_max=own.jobs_max, threads=own.threads, nodes_max=_CLUSTER_NODES_MAX, shares=False
+        )
     return Capacity(total=total, jobs_max=own.jobs_max, threads=own.threads)
 
 
-def _backend(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workers:
+    """What serves the workers of a cluster."""
+
+    hub: WorkerHub
+    executor: BoundedExecutor
+    threads: int
+    file_bytes_max: int
+
+
+@contextlib.asynccontextmanager
+async def _backend(
     settings: Settings, own: TrainingSettings, *, folder: Path, executor: BoundedExecutor
-) -> AbstractAsyncContextManager[LocalBackend]:
-    """The place where jobs run, closed at the end of the block. Errors: ConfigError."""
-    if own.backend != "local":
-        raise ConfigError(f"MLMESH_TRAINING_BACKEND: {own.backend} is not available in this installation; use local")
-    return LocalBackend(
-        folder / "jobs",
-        executor=executor,
-        environ=trainer_environment(settings.environ),
-        limits=LocalLimits(
-            stop_grace_s=own.stop_s, silence_s_max=own.silence_s, threads=own.threads, warm=own.warm > 0
-        ),
-    )
+) -> AsyncIterator[tuple[LocalBackend | KubernetesBackend, Workers | None]]:
+    """The place where jobs run, closed at the end of the block, and what its workers need. Errors: ConfigError."""
+    if own.backend == KUBERNETES:
+        # Only where it is used: it needs a package that a service beside its trainers does not.
+        try:
+            from mlmesh_training.backends.kubernetes.config import KubernetesSettings  # noqa: PLC0415
+            from mlmesh_training.backends.kubernetes.opening import open_kubernetes  # noqa: PLC0415
+        except ImportError as error:
+            raise ConfigError(
+                f"MLMESH_TRAINING_BACKEND: kubernetes needs mlmesh[kubernetes], which is not installed ({error.name})"
+            ) from None
+        cluster = KubernetesSettings.from_environment(settings.environ)
+        async with open_kubernetes(cluster, folder=folder, executor=executor) as (backend, hub):
+            workers = Workers(hub=hub, executor=executor, threads=own.threads, file_bytes_max=cluster.file_bytes_max)
+            yield backend, workers
+        return
+    limits = LocalLimits(stop_grace_s=own.stop_s, silence_s_max=own.silence_s, threads=own.threads, warm=own.warm > 0)
+    async with LocalBackend(
+        folder / "jobs", executor=executor, environ=trainer_environment(settings.environ), limits=limits
+    ) as local:
+        yield local, None
 
 
 def _kept(own: TrainingSettings) -> RetentionLimits:

@@ -29,7 +29,7 @@ class TrainingTask:
         attempt: counts up from 1.
         threads: of torch in each process; 0 leaves it to the backend.
         gpus: indexes of the GPUs that are this attempt's, among those that the service sees.
-        resources: what the whole job occupies, defaults filled in.
+        resources: what the whole job asks for; what is 0 it leaves to the backend.
     """
 
     uid: str

@@ -171,12 +171,14 @@ class _Attempt:
 
     async def _watch(self, report: Callable[[Report], Awaitable[None]]) -> None:
         """Keep `_now` up to date, whatever the API server does."""
+        told: Stage | None = None
         while True:
             try:
                 async with contextlib.aclosing(self._cluster.watch(self._name)) as states:
                     async for found in states:
-                        before, self._now = self._now, standing(found)
-                        if self._now.stage is not before.stage:
+                        self._now = standing(found)
+                        if self._now.stage is not told:
+                            told = self._now.stage
                             line = f"TrainJob {self._name}: {self._now.stage.value}"
                             await report(LogLine(severity="info", message=f"{line} {self._now.message}".rstrip()))
                         self._changed.set()
