@@ -37,7 +37,8 @@ _ALL = list(_commands(typer.main.get_command(app)))
 def test_every_command_of_the_issue_is_here() -> None:
     names = {path[0] for path, _ in _ALL}
     assert names == {
-        "init", "up", "down", "status", "apply", "demo", "train", "models", "datasets", "infer", "routes", "traces", "certs",
+        "init", "up", "down", "status", "apply", "demo", "train",
+        "studies", "jobs", "models", "datasets", "infer", "routes", "traces", "certs",
         "quota", "audit",
     }  # fmt: skip
 
