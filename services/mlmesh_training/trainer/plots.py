@@ -166,7 +166,6 @@ def _figure(*, width: float, height: float) -> Figure:
 
 def _png(draw: Callable[[], Figure]) -> bytes:
     import matplotlib as mpl  # noqa: PLC0415 - as above
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
 
     file = io.BytesIO()
     # A person's own settings have no part in it; a glyph that the font lacks is a box.
@@ -174,7 +173,8 @@ def _png(draw: Callable[[], Figure]) -> bytes:
         warnings.simplefilter("ignore")
         mpl.rcdefaults()
         mpl.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 11})
-        FigureCanvasAgg(draw()).print_png(file, metadata={"Software": None})  # type: ignore[no-untyped-call]
+        # Tight, for the layout leaves too little room beside an image with long names.
+        draw().savefig(file, format="png", metadata={"Software": None}, bbox_inches="tight", pad_inches=0.12)
     return file.getvalue()
 
 
