@@ -48,7 +48,7 @@ def main(folder: Path) -> None:
         schedule.load_state_dict(state["schedule"])
         start = state["epoch"]
     for epoch in range(start, epochs):
-        model.train()
+        model.train()  # type: ignore[no-untyped-call]
         for (rows,) in plan.order(seed=task.seed, epoch=epoch):
             part = loaded.train.rows(torch.tensor_split(rows, world)[rank])
             loss = nn.functional.cross_entropy(model(*part.inputs), part.targets)

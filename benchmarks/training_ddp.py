@@ -2,9 +2,9 @@
 
     python -m benchmarks training-ddp --rounds 3 --epochs 8
 
-Two processes fit the same network on the same batches over gloo: as a job of the service's local backend, and as a plain
-script under `torchrun`, in turn. The service's figures contain what the plain script does without: figures of every step
-from all processes, progress, flushed checkpoints of everything, validation by all processes.
+Two processes fit the same network on the same batches over gloo: as a job of the service's local backend, and as a
+plain script under `torchrun`, in turn. The service's figures contain what the plain script does without: figures of
+every step from all processes, progress, flushed checkpoints of everything, validation by all processes.
 
 - *examples a second*: between the end of the first and of the last epoch.
 - *until fitted*: from the start of the first process to the last checkpoint; most of it is loading torch.
