@@ -18,6 +18,7 @@ from mlmesh_cli.commands.infer import infer
 from mlmesh_cli.commands.jobs import jobs_app
 from mlmesh_cli.commands.lifecycle import down, init, status, up
 from mlmesh_cli.commands.models import models_app
+from mlmesh_cli.commands.optimize import optimize
 from mlmesh_cli.commands.quota import quota_app
 from mlmesh_cli.commands.routes import routes
 from mlmesh_cli.commands.studies import studies_app
@@ -63,6 +64,7 @@ app.command(rich_help_panel=_MESH)(status)
 app.command(rich_help_panel=_MESH)(apply)
 app.command(rich_help_panel=_MESH)(demo)
 app.add_typer(train_app, name="train", rich_help_panel=_WORK)
+app.command(rich_help_panel=_WORK)(optimize)
 app.add_typer(studies_app, name="studies", rich_help_panel=_WORK)
 app.add_typer(jobs_app, name="jobs", rich_help_panel=_WORK)
 app.add_typer(models_app, name="models", rich_help_panel=_WORK)

@@ -91,6 +91,22 @@ def evaluation_table(evaluation: pb.Evaluation) -> Table:
     return result
 
 
+def optimization_table(result: pb.OptimizationResult) -> Table:
+    """An optimised model under its source: quality, size, speed, and what was lost of what was allowed."""
+    found = table("", ">quality", ">size", ">alone", ">zero weights")
+    rows = (
+        (t.model_version(result.source), result.before, result.size_bytes_before, ""),
+        (result.technique, result.after, result.size_bytes_after, t.percent(result.sparsity)),
+    )
+    for name, measured, size, zero in rows:
+        alone = [f"{t.seconds(each.median) * 1e3:.3g} ms" for each in measured.latency if each.batch_size == 1]
+        found.add_row(name, quality(measured), t.size(size), alone[0] if alone else "-", zero)
+    allowed = result.quality_drop <= result.quality_drop_max
+    lost = Text(f"lost {result.quality_drop:.4f} of {result.quality_drop_max:g}", style="green" if allowed else "red")
+    found.add_row("", lost, f"x{result.size_bytes_after / max(1, result.size_bytes_before):.2f}", "", "")
+    return found
+
+
 def latency_text(evaluation: pb.Evaluation) -> Text:
     """How fast the exported model answers, in a line: "ONNX on the processor: 0.05 ms alone, 0.4 ms for 32"."""
     parts = []
@@ -132,6 +148,8 @@ def job_view(job: pb.Job) -> RenderableType:
     parts: list[RenderableType] = [head]
     if job.error:
         parts.append(Text(job.error, style="red"))
+    if job.HasField("optimization"):
+        parts.append(optimization_table(job.optimization))
     if job.HasField("evaluation"):
         parts.append(evaluation_table(job.evaluation))
         if job.evaluation.latency:
