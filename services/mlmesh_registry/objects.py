@@ -12,7 +12,9 @@ import logging
 import re
 import secrets
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
@@ -78,24 +80,36 @@ class ObjectBlobs:
         self._mark()
         found: list[Found] = []
 
-        def checked() -> Iterator[bytes]:
+        def checked(staged: Iterator[bytes]) -> Iterator[bytes]:
             held = b""
-            for part in parts:
+            for data in staged:
                 if held:
                     yield held
-                held = self._part(upload, part)
+                held = data
                 inspection.feed(held)
             found.append(inspection.check(upload.sha256))
             yield held
 
         key = _key(upload.sha256, upload.id)
-        if upload.size_bytes <= _PART_BYTES:
-            self._put(key, b"".join(checked()))
-        else:
-            with self._translated():
+        # Read by a thread of its own: obstore cannot be asked for anything by what it is being given. It reads ahead.
+        with ThreadPoolExecutor(1, thread_name_prefix="staged") as reader, self._translated():
+            staged = self._staged(reader, upload, parts)
+            if upload.size_bytes <= _PART_BYTES:
+                self._put(key, b"".join(checked(staged)))
+            else:
                 # Another attempt may have been as far: it looked at the same bytes, and the store swaps whole ones.
-                obstore.put(self._store, key, checked(), chunk_size=_PART_BYTES, max_concurrency=_PARTS_AT_ONCE)
+                whole = checked(staged)
+                obstore.put(self._store, key, whole, chunk_size=_PART_BYTES, max_concurrency=_PARTS_AT_ONCE)
         return found[0]
+
+    def _staged(self, reader: ThreadPoolExecutor, upload: Upload, parts: Sequence[Part]) -> Iterator[bytes]:
+        ahead: deque[Future[bytes]] = deque()
+        for part in parts:
+            ahead.append(reader.submit(self._part, upload, part))
+            if len(ahead) > 1:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
 
     def _part(self, upload: Upload, part: Part) -> bytes:
         try:

@@ -17,7 +17,7 @@ from mlmesh_registry import tables, uploading
 from mlmesh_registry.artifacts import Artifacts
 from mlmesh_registry.config import RegistrySettings
 from mlmesh_registry.database import Write
-from mlmesh_registry.ledger import Blob
+from mlmesh_registry.ledger import Blob, Upload
 from mlmesh_registry.names import VersionName
 from mlmesh_registry.registry import Registry, open_registry
 from mlmesh_runtime.chunks import CHUNK_BYTES, Chunk
@@ -201,6 +201,25 @@ async def test_what_was_already_sent_is_refused_and_changes_nothing(registry: Re
         with pytest.raises(Conflict):
             await append(registry, upload, wrong)
     assert (await registry.artifacts.upload(upload.id)).committed_bytes == CHUNK_BYTES
+
+
+async def test_more_than_is_stored_in_one_go(registry: Registry, place: Place) -> None:
+    data = some_bytes("large", 20 * CHUNK_BYTES + 7)
+    pieces = [chunk(data[at : at + CHUNK_BYTES], at) for at in range(0, len(data), CHUNK_BYTES)]
+    upload = await start(registry, data)
+    await append(registry, upload, *pieces)
+    await registry.artifacts.finish(upload.id)
+    assert sha256(await read(registry, sha256(data))) == sha256(data)
+    assert await read(registry, sha256(data), 9 * CHUNK_BYTES - 1, 2) == data[9 * CHUNK_BYTES - 1 :][:2]
+    # What is found out at the very end leaves nothing either.
+    other = sha256(b"other")
+    wrong = await registry.artifacts.start(other, len(data), request_id="", actor="")
+    assert isinstance(wrong, Upload)
+    await append(registry, wrong, *pieces)
+    with pytest.raises(Corrupt) as refused:
+        await registry.artifacts.finish(wrong.id)
+    assert refused.value.reason == "DIGEST_MISMATCH"
+    assert [each.sha256 for each in lying(place)] == [sha256(data)]
 
 
 async def test_wrong_bytes_are_discarded(registry: Registry, place: Place) -> None:

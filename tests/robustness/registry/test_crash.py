@@ -123,12 +123,11 @@ async def test_random_kills_of_a_serving_process_under_load(tmp_path: Path) -> N
             async with connected(address) as client:
                 await _everything_is_there(client, acknowledged)
                 published += 1
-                before = len(acknowledged)
+                first = asyncio.Event()
                 async with asyncio.TaskGroup() as group:
                     for worker in range(3):
-                        group.create_task(_publish_until_killed(client, worker, published, acknowledged))
-                    while len(acknowledged) == before:
-                        await asyncio.sleep(0.01)
+                        group.create_task(_publish_until_killed(client, worker, published, acknowledged, first))
+                    await first.wait()
                     await asyncio.sleep(chance.uniform(0, 0.3))
                     process.popen.kill()
                 assert await asyncio.to_thread(process.wait) == -9
@@ -138,7 +137,7 @@ async def test_random_kills_of_a_serving_process_under_load(tmp_path: Path) -> N
 
 
 async def _publish_until_killed(
-    client: Client, worker: int, round_: int, acknowledged: dict[str, pb.ModelVersion]
+    client: Client, worker: int, round_: int, acknowledged: dict[str, pb.ModelVersion], first: asyncio.Event
 ) -> None:
     model_id, count = f"w{worker}", 0
     try:
@@ -150,6 +149,7 @@ async def _publish_until_killed(
             blob = await client.put(data, request_id=request_id, chunk_bytes=60_000)
             version = await client.publish(blob.name, model_id, request_id=request_id)
             acknowledged[request_id] = version
+            first.set()
             # Told twice, done once.
             assert await client.publish(blob.name, model_id, request_id=request_id) == version
     except grpc.aio.AioRpcError as error:
