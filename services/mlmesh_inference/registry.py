@@ -19,6 +19,10 @@ DOWNLOAD_DEADLINE_S: Final = 600.0
 """Bound on one DownloadBlob; a fetch that is cut goes on from where it was."""
 
 
+NOT_SERVED = (".safetensors", ".png")
+"""Weights that training starts from, and pictures: as large as the model, and never needed to answer."""
+
+
 class RegistryClient:
     """Reads the registry over a channel. Errors are MeshError, as the registry meant them."""
 
@@ -84,6 +88,7 @@ def _published(version: pb.ModelVersion, revision: int) -> Published:
                     path=artifact.path, sha256=artifact.blob.removeprefix("blobs/sha256-"), size=artifact.size_bytes
                 )
                 for artifact in version.artifacts
+                if not artifact.path.endswith(NOT_SERVED)
             ),
             signature=_signature(version.signature) if version.HasField("signature") else None,
             labels=dict(version.labels),
