@@ -172,7 +172,7 @@ async def serving(
     registry: Registry | None = None,
     jobs_max: int = 1,
     studies_max: int = 16,
-    queued_jobs_max: int = 1000,
+    events_max: int = 100_000,
     crash: Crash | None = None,
     running: bool = True,
 ) -> AsyncIterator[Service]:
@@ -202,7 +202,7 @@ async def serving(
             ledger.transaction,
             clock=clock,
             on_commit=lambda uid, _sequence: wakeups.announce(f"studies/{uid}"),
-            limits=StudyLimits(studies_max=studies_max),
+            limits=StudyLimits(studies_max=studies_max, events_per_study_max=events_max),
         )
         capacity = Capacity(total=Resources(cpus=4.0, memory_bytes=1 << 40), jobs_max=jobs_max)
         queue = JobQueue(

@@ -55,15 +55,14 @@ def metric_label(spec: pb.StudySpec) -> str:
 
 def studies_table(studies: Iterable[pb.Study], now: datetime) -> RenderableType:
     """One row a study, newest first."""
-    result = table("study", "state", "recipe", "data", ">trials", ">best", "version", "started")
+    result = table("study", "state", "what", ">trials", ">best", "version", "started")
     for study in studies:
         counts, best = study.counts, study.best_trial
         done = counts.complete + counts.pruned + counts.failed
         result.add_row(
-            study.name,
+            t.last(study.name),
             study_state_text(study.state),
-            study.spec.job.recipe,
-            study.spec.job.dataset,
+            f"{study.spec.job.recipe} on {study.spec.job.dataset}",
             f"{done}/{trials_in_all(study.spec)}",
             f"{best.value:.4g}" if study.HasField("best_trial") else "-",
             t.model_version(study.model_version) or "-",

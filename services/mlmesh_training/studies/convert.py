@@ -35,7 +35,7 @@ def study(value: Study) -> pb.Study:
     """A study as the contract shows it."""
     message = pb.Study(
         name=value.name,
-        spec=_spec(value.spec),
+        spec=_spec(value),
         state=pb.StudyState.Value(f"STUDY_STATE_{value.state}"),
         counts=pb.TrialCounts(
             running=value.counts.running,
@@ -95,8 +95,9 @@ def trials_token(key: int | None) -> str:
     return "" if key is None else f"after-{key}"
 
 
-def _spec(value: StudySpec) -> pb.StudySpec:
-    """A spec as it was asked; what was not set there is set to what it means."""
+def _spec(known: Study) -> pb.StudySpec:
+    """What was asked, with what the choices mean that were left open."""
+    value = known.spec
     return pb.StudySpec(
         job=convert.spec_message(value.job),
         dimensions=[
@@ -112,8 +113,8 @@ def _spec(value: StudySpec) -> pb.StudySpec:
         ],
         sampler=pb.Sampler.Value(f"SAMPLER_{value.sampler}"),
         pruner=pb.Pruner.Value(f"PRUNER_{value.pruner}"),
-        metric=value.metric,
-        direction=pb.Direction.Value(f"DIRECTION_{value.direction or 'UNSPECIFIED'}"),
+        metric=known.metric,
+        direction=pb.Direction.Value(f"DIRECTION_{known.direction}"),
         trials_max=value.trials_max,
         parallel_max=value.parallel_max,
         seed=value.seed,

@@ -286,7 +286,8 @@ class SqlStudyLedger:
                 .limit(limit)
             ).all()
         reached = found[-1].sequence if found else start - 1
-        return [_event(entry) for entry in found], row.state in FINAL and reached == row.last_sequence
+        study = json.loads(row.document)
+        return [_event(entry, study) for entry in found], row.state in FINAL and reached == row.last_sequence
 
     def _write(
         self,
@@ -411,7 +412,9 @@ def _trial(row: sa.Row[Any]) -> Trial:
     return documents.read_trial(json.loads(row.document))
 
 
-def _event(row: sa.Row[Any]) -> Event:
+def _event(row: sa.Row[Any], study: Mapping[str, Any]) -> Event:
     return Event(
-        sequence=row.sequence, time=read_time(row.time), body=documents.read_body(row.kind, json.loads(row.document))
+        sequence=row.sequence,
+        time=read_time(row.time),
+        body=documents.read_body(row.kind, json.loads(row.document), study),
     )

@@ -25,6 +25,7 @@ from tests.support.training_process import Client, connected, refused, running, 
 
 RATES = pb.SearchDimension(name="learning_rate", min_value=1e-4, max_value=1e-1, log_scale=True)
 WIDTHS = pb.SearchDimension(name="width", values=[8, 16])
+HUGE = pb.SearchDimension(name="width", values=[9e9])
 PUBLICATION = pb.Publication(model="models/searched", aliases=["best"], description="found by a study")
 FINAL = {pb.STUDY_STATE_SUCCEEDED, pb.STUDY_STATE_FAILED, pb.STUDY_STATE_STOPPED}
 # Beside each other on two processors, one thread each.
@@ -101,6 +102,8 @@ async def test_a_grid_is_searched_side_by_side_and_the_best_is_published_with_it
     asked = study_spec(publish=True, sampler=pb.SAMPLER_GRID, dimensions=[rates, WIDTHS], parallel_max=2)
     accepted = await create(client, asked, "grid")
     assert (accepted.state, accepted.last_sequence) == (pb.STUDY_STATE_RUNNING, 1)
+    filled = {"pruner": pb.PRUNER_NONE, "metric": "validation_accuracy", "direction": pb.DIRECTION_MAXIMIZE}
+    assert accepted.spec == pb.StudySpec(**filled, **{field.name: value for field, value in asked.ListFields()})
     events = await end(client, accepted.name)
     done = events[-1].study
     assert done.state == pb.STUDY_STATE_SUCCEEDED, done.error
@@ -183,7 +186,7 @@ async def test_a_bad_trial_is_pruned_by_the_figures_of_its_training(client: Clie
         ({"dimensions": [pb.SearchDimension(name="depht")]}, "spec.dimensions[0].name", "INVALID_FIELD"),
         ({"dimensions": [RATES, RATES]}, "spec.dimensions[1].name", "INVALID_FIELD"),
         ({"sampler": pb.SAMPLER_GRID}, "spec.dimensions[0].step", "INVALID_FIELD"),
-        ({"dimensions": [pb.SearchDimension(name="width", values=[9e9])]}, "spec.dimensions[0].values[0]", "INVALID_FIELD"),
+        ({"dimensions": [HUGE]}, "spec.dimensions[0].values[0]", "INVALID_FIELD"),
         ({"trials_max": -1}, "spec.trials_max", "INVALID_FIELD"),
         ({"job": {"recipe": "transformer"}}, "spec.job.recipe", "UNKNOWN_RECIPE"),
         ({"job": {"dataset": "imagenet"}}, "spec.job.dataset", "UNKNOWN_DATASET"),

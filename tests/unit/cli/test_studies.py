@@ -124,8 +124,8 @@ def test_a_study_says_where_it_stands() -> None:
     ):
         assert wanted in text
     assert "registered as models/m/versions/2" in text
-    listed = text_of(view.studies_table([known], NOW), width=100)
-    for wanted in ("studies/mlp-1", "succeeded", "7/40", "0.9753", "m/2", "1 min ago"):
+    listed = text_of(view.studies_table([known], NOW), width=80)
+    for wanted in ("mlp-1", "mlp on digits", "succeeded", "7/40", "0.9753", "m/2", "1 min ago"):
         assert wanted in listed
 
 
@@ -214,7 +214,7 @@ def test_list_get_stop_and_trials(mesh: FakeMesh) -> None:
         return pb.ListTrialsResponse(trials=[trial(0)], next_page_token="next")
 
     mesh.training["ListTrials"] = trials
-    assert "studies/mlp-1" in mesh.run("studies", "list", "-n", "3").stdout
+    assert "mlp on digits" in mesh.run("studies", "list", "-n", "3").stdout
     assert "trial 1" in mesh.run("studies", "get", "studies/mlp-1").stdout
     assert "running" in mesh.run("studies", "stop", "mlp-1").stdout
     shown = mesh.run("studies", "trials", "mlp-1").stdout
