@@ -10,7 +10,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
@@ -83,36 +83,34 @@ class Write:
             self.connection.execute(tables.changes.insert(), values)
 
     def audit(self, method: str, resource: str, detail: Mapping[str, object]) -> None:
-        """Write what was changed to the audit log: plain JSON values, never bytes or secrets.
+        """Write what was changed to the audit log: plain JSON values, never bytes or secrets."""
+        self.audit_all([(method, resource, detail)])
+
+    def audit_all(self, changed: Sequence[tuple[str, str, Mapping[str, object]]]) -> None:
+        """Write methods, resources and details to the audit log, in this order.
 
         The head's row is the one that revisions are taken from, so entries are chained in commit order.
         """
+        if not changed:
+            return
         head = tables.log_head
-        taken = head.update().values(audit_sequence=head.c.audit_sequence + 1)
-        before = self.connection.execute(taken.returning(head.c.audit_sequence, head.c.audit_digest)).one()
-        entry = chained(
-            sequence=before.audit_sequence,
-            time=self.now,
-            actor=self.actor,
-            method=method,
-            resource=resource,
-            detail=detail,
-            previous_digest=before.audit_digest,
-        )
-        self.connection.execute(
-            tables.audit_entries.insert().values(
-                sequence=entry.sequence,
-                time=to_micros(entry.time),
-                actor=entry.actor,
-                method=entry.method,
-                resource=entry.resource,
-                root=root(entry.resource),
-                detail=entry.detail,
-                previous_digest=entry.previous_digest,
-                digest=entry.digest,
+        taken = head.update().values(audit_sequence=head.c.audit_sequence + len(changed))
+        last = self.connection.execute(taken.returning(head.c.audit_sequence, head.c.audit_digest)).one()
+        digest, values = last.audit_digest, []
+        for sequence, (method, resource, detail) in enumerate(changed, last.audit_sequence - len(changed) + 1):
+            entry = chained(
+                sequence=sequence,
+                time=self.now,
+                actor=self.actor,
+                method=method,
+                resource=resource,
+                detail=detail,
+                previous_digest=digest,
             )
-        )
-        self.connection.execute(head.update().values(audit_digest=entry.digest))
+            digest = entry.digest
+            values.append({**asdict(entry), "time": to_micros(entry.time), "root": root(entry.resource)})
+        self.connection.execute(tables.audit_entries.insert(), values)
+        self.connection.execute(head.update().values(audit_digest=digest))
 
 
 class Database:

@@ -80,7 +80,7 @@ class Lifecycle:
             cleared = before.corrupt_time is not None and before.corrupt_time <= began
             corrupt_time = None if cleared else before.corrupt_time
             after = replace(before, verify_time=write.now, corrupt_time=corrupt_time)
-            rows.update_version(write, after, standing=False)
+            rows.verified(write, after)
             write.audit("VerifyModelVersion", after.name, {"digest": after.digest, "whole": True})
             return after
 
@@ -198,21 +198,30 @@ def _quarantine(
 ) -> tuple[Sequence[Version], tuple[str, int] | None]:
     """One step: the versions that it changed, and behind which the next begins; None when there is none."""
     users = rows.versions_with(write.connection, sha256, after, _BATCH)
-    changed = [_quarantined(write, user, sha256, reason) for user in users if user.corrupt_time is None]
+    found = [user for user in users if user.corrupt_time is None]
+    served = [user for user in found if user.stage != "QUARANTINED"]
+    revisions = dict(zip((user.revision for user in served), write.next_revisions(len(served)), strict=True))
+    changed = [
+        replace(user, corrupt_time=write.now, stage="QUARANTINED", stage_reason=reason, meta_revision=revision)
+        if (revision := revisions.get(user.revision))
+        else replace(user, corrupt_time=write.now)
+        for user in found
+    ]
+    rows.quarantine(write, changed)
+    told = [user for user in changed if user.revision in revisions]
+    # To those who follow, a deleted version is gone; its return will tell the stage.
+    write.record_all([(user.meta_revision, _deleted(user) if user.delete_time else _bare(user)) for user in told])
+    write.audit_all(
+        [
+            (
+                "Quarantine",
+                now.name,
+                {"blob": blob_name(sha256), "from": was.stage, "reason": reason, "revision": now.meta_revision},
+            )
+            for was, now in zip(found, changed, strict=True)
+        ]
+    )
     return changed, (users[-1].model, users[-1].number) if len(users) == _BATCH else None
-
-
-def _quarantined(write: Write, before: Version, sha256: str, reason: str) -> Version:
-    after = replace(before, corrupt_time=write.now)
-    new = before.stage != "QUARANTINED"
-    if new:
-        after = replace(after, stage="QUARANTINED", stage_reason=reason, meta_revision=write.next_revision())
-        # To those who follow, a deleted version is gone; its return will tell the stage.
-        write.record(after.meta_revision, _deleted(after) if after.delete_time else _bare(after))
-    rows.update_version(write, after, standing=new)
-    detail = {"blob": blob_name(sha256), "from": before.stage, "reason": reason, "revision": after.meta_revision}
-    write.audit("Quarantine", after.name, detail)
-    return after
 
 
 def _bare(version: Version) -> Version:

@@ -130,21 +130,54 @@ def insert_version(write: Write, new: Version) -> None:
     indexing.index_version(write, new)
 
 
-def update_version(write: Write, after: Version, *, standing: bool = True) -> None:
-    """Replace what may change of a version; with `standing` also who changed its stage or deletion, and when."""
-    values: dict[str, Any] = {
-        "stage": after.stage,
-        "stage_reason": after.stage_reason,
-        "verify_time": _micros(after.verify_time),
-        "corrupt_time": _micros(after.corrupt_time),
-        "delete_time": _micros(after.delete_time),
-        "purge_time": _micros(after.purge_time),
-    }
-    if standing:
-        values |= {"meta_revision": after.meta_revision, "meta_time": to_micros(write.now), "meta_actor": write.actor}
+def update_version(write: Write, after: Version) -> None:
+    """Replace the stage or the deletion of a version, which is a change that watchers are told."""
     write.connection.execute(
-        tables.versions.update().where(tables.versions.c.revision == after.revision).values(**values)
+        tables.versions.update()
+        .where(tables.versions.c.revision == after.revision)
+        .values(
+            stage=after.stage,
+            stage_reason=after.stage_reason,
+            delete_time=_micros(after.delete_time),
+            purge_time=_micros(after.purge_time),
+            meta_revision=after.meta_revision,
+            meta_time=to_micros(write.now),
+            meta_actor=write.actor,
+        )
     )
+
+
+def verified(write: Write, after: Version) -> None:
+    """Replace what verifications found out; watchers are not told."""
+    write.connection.execute(
+        tables.versions.update()
+        .where(tables.versions.c.revision == after.revision)
+        .values(verify_time=_micros(after.verify_time), corrupt_time=_micros(after.corrupt_time))
+    )
+
+
+def quarantine(write: Write, found: Sequence[Version]) -> None:
+    """Replace the stages of versions whose bytes were found corrupt; of some only that they were has changed."""
+    if not found:
+        return
+    column = tables.versions.c
+    moved = column.meta_revision != sa.bindparam("new_revision")
+    statement = (
+        tables.versions.update()
+        .where(column.revision == sa.bindparam("which"))
+        .values(
+            corrupt_time=to_micros(write.now),
+            stage="QUARANTINED",
+            stage_reason=sa.bindparam("reason"),
+            meta_revision=sa.bindparam("new_revision"),
+            meta_time=sa.case((moved, to_micros(write.now)), else_=column.meta_time),
+            meta_actor=sa.case((moved, write.actor), else_=column.meta_actor),
+        )
+    )
+    values = [
+        {"which": each.revision, "reason": each.stage_reason, "new_revision": each.meta_revision} for each in found
+    ]
+    write.connection.execute(statement, values)
 
 
 def live_versions(connection: sa.Connection, model_id: str, limit: int | None) -> Sequence[Any]:
