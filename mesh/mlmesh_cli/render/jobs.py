@@ -12,7 +12,7 @@ from rich.text import Text
 from mlmesh.training.v1 import training_pb2 as pb
 from mlmesh_cli.render import text as t
 from mlmesh_cli.render.status import table
-from mlmesh_cli.render.training import job_view, phase_name, quality, state_text
+from mlmesh_cli.render.training import FINAL_STATES, job_view, phase_name, quality, state_text
 
 
 def queue_table(jobs: Iterable[pb.Job], now: datetime) -> RenderableType:
@@ -39,7 +39,7 @@ def standing(job: pb.Job) -> str:
     if job.state == pb.JOB_STATE_QUEUED:
         return f"{job.queue_position} ahead" if job.queue_position else "next"
     parts = [phase_name(job.phase)]
-    if job.attempts > 1:
+    if job.attempts > 1 and job.state not in FINAL_STATES:
         parts.append(f"attempt {job.attempts}")
     return ", ".join(part for part in parts if part)
 
