@@ -338,7 +338,7 @@ async def test_a_full_queue_refuses_and_two_services_do_not_share_a_folder(tmp_p
 def test_the_service_and_its_unit_tests_need_no_torch() -> None:
     program = (
         "import sys, mlmesh_training.__main__, mlmesh_training.evaluate; "
-        "print(sorted({'torch', 'onnx', 'onnxruntime', 'sklearn'} & set(sys.modules)))"
+        "print(sorted({'torch', 'onnx', 'onnxruntime', 'sklearn', 'optuna'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

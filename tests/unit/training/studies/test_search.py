@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -201,9 +199,3 @@ def test_a_bad_trial_is_given_up_and_a_good_one_is_not(pruner: Pruner) -> None:
         search.tell(Trial(number=number, hyperparameters=point, create_time=START, state=state, value=0.9))
     # Hyperband's brackets look at a trial at different epochs, and compare it with those of its own bracket.
     assert given_up == [3, 7] if pruner is Pruner.MEDIAN else given_up and set(given_up) <= {3, 7}
-
-
-def test_the_service_starts_without_optuna() -> None:
-    program = "import sys, mlmesh_training.__main__; print('optuna' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
