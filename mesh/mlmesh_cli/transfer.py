@@ -6,12 +6,11 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
-from uuid import uuid4
 
 import grpc
 
 from mlmesh.registry.v1 import registry_pb2 as pb
-from mlmesh_cli.errors import CliError
+from mlmesh_cli.errors import CliError, rpc_failure
 from mlmesh_runtime.chunks import VerifyingWriter, read_chunks, sha256_of
 
 if TYPE_CHECKING:
@@ -35,32 +34,42 @@ _TRANSFER_DEADLINE_S = 3600.0
 async def upload(stub: ModelRegistryServiceAsyncStub, path: Path, progress: Progress = _quiet) -> pb.Blob:
     """Uploads a file unless the registry has its bytes already.
 
+    The upload is known by the file's digest: repeated after the command was killed, it goes on where it ended, and two
+    that upload the same bytes at once do so together.
+
     Returns:
         The blob.
 
     Raises:
         CliError: the file changed while it was sent.
-        grpc.aio.AioRpcError: the registry refused, or was cut off more than five times.
+        grpc.aio.AioRpcError: the registry refused, or was cut off more than five times without getting on.
     """
     digest, size = await asyncio.to_thread(sha256_of, path)
-    started = await stub.StartUpload(pb.StartUploadRequest(size_bytes=size, sha256=digest, request_id=uuid4().hex))
+    request = pb.StartUploadRequest(size_bytes=size, sha256=digest, request_id=f"upload-{digest}")
+    started = await stub.StartUpload(request)
     if started.HasField("blob"):
         progress(size, size)
         return started.blob
-    name, committed = started.upload.name, started.upload.committed_bytes
-    for cut in range(_CUTS_MAX + 1):
+    name, committed, cuts = started.upload.name, started.upload.committed_bytes, 0
+    while committed < size:
+        before = committed
         try:
             call = stub.UploadChunks(_chunks(name, path, committed, size, progress), timeout=_TRANSFER_DEADLINE_S)
             committed = (await call).upload.committed_bytes
-            break
+            if committed < size:
+                raise CliError(f"{path} changed while it was sent", "upload it again", reason="FILE_CHANGED")
         except grpc.aio.AioRpcError as error:
-            if error.code() not in _CUT or cut == _CUTS_MAX:
+            if not _goes_on(error) or cuts == _CUTS_MAX:
                 raise
             await asyncio.sleep(_PAUSE_S)
             committed = (await stub.GetUpload(pb.GetUploadRequest(name=name))).upload.committed_bytes
-    if committed != size:
-        raise CliError(f"{path} changed while it was sent", "upload it again", reason="FILE_CHANGED")
+            cuts = 0 if committed > before else cuts + 1
     return (await stub.FinishUpload(pb.FinishUploadRequest(name=name))).blob
+
+
+def _goes_on(error: grpc.aio.AioRpcError) -> bool:
+    # Somebody else who sends the same bytes was faster: there is less left to do.
+    return error.code() in _CUT or rpc_failure(error).reason == "UPLOAD_OFFSET_MISMATCH"
 
 
 async def _chunks(

@@ -96,6 +96,44 @@ async def test_an_upload_goes_on_where_it_was_cut(mesh: FakeMesh, source: Path, 
     assert done[-1] == len(_BYTES)
 
 
+async def test_an_upload_of_a_killed_command_goes_on(mesh: FakeMesh, source: Path) -> None:
+    registry = Registry(mesh)
+    registry.bytes = _BYTES[: 1 << 20]
+    _, done = await _upload(mesh, source)
+    assert registry.bytes == _BYTES
+    assert done[0] == 2 << 20
+    assert [request.request_id for request in mesh.registry.requests["StartUpload"]] == [f"upload-{_SHA}"]
+
+
+async def test_an_answer_that_is_lost_at_the_end_costs_nothing(mesh: FakeMesh, source: Path) -> None:
+    registry = Registry(mesh)
+    whole = registry.UploadChunks
+
+    def lose(requests: Iterator[pb.UploadChunksRequest], context: Any) -> None:
+        whole(requests, context)
+        abort(context, grpc.StatusCode.UNAVAILABLE, "cut")
+
+    mesh.registry["UploadChunks"] = lose
+    blob, _ = await _upload(mesh, source)
+    assert blob.name == f"blobs/sha256-{_SHA}"
+    assert len(mesh.registry.requests["UploadChunks"]) == 1
+
+
+async def test_two_that_send_the_same_bytes_do_so_together(mesh: FakeMesh, source: Path) -> None:
+    registry = Registry(mesh)
+    whole = registry.UploadChunks
+
+    def late(requests: Iterator[pb.UploadChunksRequest], context: Any) -> Any:
+        if not registry.bytes:
+            registry.bytes = _BYTES[: 2 << 20]
+            abort(context, grpc.StatusCode.ABORTED, "another offset", reason="UPLOAD_OFFSET_MISMATCH")
+        return whole(requests, context)
+
+    mesh.registry["UploadChunks"] = late
+    await _upload(mesh, source)
+    assert registry.bytes == _BYTES
+
+
 async def test_bytes_that_are_there_already_are_not_sent(mesh: FakeMesh, source: Path) -> None:
     Registry(mesh, known=True)
     blob, done = await _upload(mesh, source)
