@@ -30,6 +30,8 @@ from mlmesh_training.trainer.run import load
 from tests.support.fitting import DIGITS, Listener, Memory, digits, run, same, task
 from tests.support.training import spec
 
+WORLD = 3
+"""Two would hide in which order their numbers are added."""
 RANDOM = {"batch_norm": 1.0, "dropout": 0.2, "noise": 0.1}
 CURVES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -54,11 +56,11 @@ RESUMED: dict[str, dict[str, Any]] = {
 
 @functools.cache
 def found() -> dict[str, Any]:
-    """What two processes found, by strategy and scenario; run once."""
+    """What these processes found, by strategy and scenario; run once."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "found.pt")
         subprocess.run(
-            [sys.executable, "-m", "tests.support.fitting_group", str(out), "2"],
+            [sys.executable, "-m", "tests.support.fitting_group", str(out), str(WORLD)],
             check=True,
             cwd=Path(__file__).parents[2],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -69,7 +71,7 @@ def found() -> dict[str, Any]:
 
 
 def job(uid: str, strategy: Strategy) -> TrainingTask:
-    """A job of two processes with batch normalisation, dropout and augmentation: all that a restart could get wrong.
+    """A job of so many processes, with batch norm, dropout and augmentation: all that a restart could get wrong.
 
     24 steps, six an epoch, the last of each epoch with 15 examples; a checkpoint every five steps.
     """
@@ -81,7 +83,7 @@ def job(uid: str, strategy: Strategy) -> TrainingTask:
         hyperparameters=recipes.resolve(spec(recipe="mlp", hyperparameters=asked)),
         seed=7,
         fit=FitOptions(checkpoint_steps=5),
-        distribution=Distribution(processes=2, strategy=strategy),
+        distribution=Distribution(processes=WORLD, strategy=strategy),
         threads=1,
     )
 

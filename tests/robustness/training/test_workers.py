@@ -1,4 +1,4 @@
-"""Jobs of two processes, killed, paused and hung in many ways: they end with the very weights of an undisturbed one."""
+"""Jobs of several processes, killed, paused and hung in many ways: they end with the weights of an undisturbed one."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ async def test_a_ddp_job_survives_kills_a_pause_and_a_process_that_hangs(make: C
     outcome = await third(asked, hang)
     assert isinstance(outcome, Finished), (outcome, third.lines())
     (hung,) = [line for line in third.lines() if "start again" in line]
-    assert hung.startswith("rank 1: another process has not answered for 6 s; all processes start again")
+    assert "another process has not answered for 6 s; all processes start again" in hung
 
     assert same(learnt(backend, asked), fitting_group.found()["DDP job"])
     assert not [name for name in os.listdir("/dev/shm") if "disturbed" in name]

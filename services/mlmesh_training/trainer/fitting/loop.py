@@ -16,7 +16,7 @@ from mlmesh_training.jobs import Checkpoint, LogLine, Metrics, Progress
 from mlmesh_training.options import Precision, Schedule
 from mlmesh_training.trainer.definition import Definition, Loaded, Part
 from mlmesh_training.trainer.fitting import sharing
-from mlmesh_training.trainer.fitting.batches import Plan, share
+from mlmesh_training.trainer.fitting.batches import LEAST, Plan, share
 from mlmesh_training.trainer.fitting.figures import Figures, Meter
 from mlmesh_training.trainer.fitting.pausing import ASKED, Flag, PauseRequested
 from mlmesh_training.trainer.fitting.ranks import ALONE, Ranks
@@ -76,6 +76,8 @@ class Fit:
         self._scaler = torch.amp.GradScaler(ranks.device.type, enabled=options.precision is Precision.FP16)
         # A step that the scaler skips comes before the schedule's all the same; torch warns of that order.
         warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
+        if isinstance(self.shared, sharing.Copied):
+            self._rehearse()
 
     @property
     def progress(self) -> Progress:
@@ -165,6 +167,26 @@ class Fit:
         self._augmenting.set_state(state["random"]["augmenting"][self.ranks.rank])
         if self.ranks.device.type == "cuda":
             torch.cuda.set_rng_state(state["random"]["cuda"][self.ranks.rank], self.ranks.device)
+
+    def _rehearse(self) -> None:
+        """One backward pass that changes nothing.
+
+        DDP groups gradients into messages anew after the first pass that it sees. Without this, a fitting that goes on
+        in the middle would send its first step's in another grouping, and three or more processes would add them up in
+        another order.
+        """
+        buffers = [(each, each.clone()) for each in self.shared.plain.buffers()]
+        cuda = [self.ranks.device] if self.ranks.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=cuda):
+            part = self._loaded.train.rows(torch.arange(min(LEAST, len(self._loaded.train))))
+            (targets,) = self._moved((part.targets,))
+            with self._cast():
+                outputs = self.shared.model(*self._moved(part.inputs)).float()
+            self._definition.loss(outputs, targets, self.settings).backward()  # type: ignore[no-untyped-call]
+        self._optimizer.zero_grad()
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
 
     def _keep(self, weights: sharing.State | None) -> None:
         """Keep the best weights, once for all processes."""
