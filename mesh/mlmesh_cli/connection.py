@@ -187,3 +187,8 @@ def duration(seconds: float) -> Duration:
     result = Duration()
     result.FromNanoseconds(round(seconds * 1e9))
     return result
+
+
+def environment() -> Mapping[str, str]:
+    """The environment of this process, for commands that are told the names of variables."""
+    return os.environ

@@ -23,6 +23,12 @@ ENVIRONMENT = {
     "mesh/mlmesh_local/__main__.py",
     "mesh/mlmesh_cli/app.py",
     "mesh/mlmesh_cli/connection.py",
+    # Processes of a training: torch elastic tells each by variables who it is, and reads others instead of arguments.
+    "services/mlmesh_training/trainer/__main__.py",
+    "services/mlmesh_training/trainer/fitting/agent.py",
+    "services/mlmesh_training/trainer/fitting/ranks.py",
+    "services/mlmesh_training/trainer/fitting/start.py",
+    "services/mlmesh_training/trainer/fitting/worker.py",
 }
 # About 400 is the aim; this is where a module must be split.
 LINES_MAX = 600
@@ -73,7 +79,9 @@ def test_modules_and_functions_can_be_read() -> None:
             continue
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                lines = (node.end_lineno or node.lineno) - node.lineno + 1
+                # The options of a command are a table, one row each; what it does with them must fit a screen.
+                first = node.body[0].lineno if "commands" in path.parts else node.lineno
+                lines = (node.end_lineno or node.lineno) - first + 1
                 if lines > FUNCTION_LINES_MAX:
                     large.append(f"{_at(path, node)} {node.name} has {lines} lines")
     assert large == []

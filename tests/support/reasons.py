@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mlmesh_runtime import errors
@@ -26,10 +26,12 @@ def _strings(node: ast.expr) -> Iterator[str]:
         yield from _strings(node.orelse)
 
 
-def raised(package: Path) -> dict[str, str]:
-    """Reason to a place that raises it, for every MeshError that a package makes."""
+def raised(package: Path, wanted: Callable[[str], bool] = lambda _: True) -> dict[str, str]:
+    """Reason to a place that raises it, for every MeshError that the wanted modules (relative paths) make."""
     found: dict[str, str] = {}
     for path in sorted(package.rglob("*.py")):
+        if not wanted(path.relative_to(package).as_posix()):
+            continue
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.Call):
                 continue

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from datetime import UTC, datetime
 from typing import Annotated
 
@@ -44,17 +43,18 @@ def import_version(
     async def main() -> None:
         import asyncio  # noqa: PLC0415  keeps `mlmesh --help` quick
 
-        from mlmesh_cli.connection import Connection  # noqa: PLC0415
+        from mlmesh_cli.connection import Connection, environment  # noqa: PLC0415
         from mlmesh_cli.importing import Source, prepare, run_import  # noqa: PLC0415
         from mlmesh_cli.mlflow import MlflowServer  # noqa: PLC0415
         from mlmesh_cli.names import parse_model  # noqa: PLC0415
         from mlmesh_cli.render.imports import import_value, import_view, imported_view  # noqa: PLC0415
 
+        environ = environment()
         mlflow = MlflowServer(
             server,
-            token=os.environ.get(token_variable, ""),
-            user=os.environ.get("MLFLOW_TRACKING_USERNAME", ""),
-            password=os.environ.get("MLFLOW_TRACKING_PASSWORD", ""),
+            token=environ.get(token_variable, ""),
+            user=environ.get("MLFLOW_TRACKING_USERNAME", ""),
+            password=environ.get("MLFLOW_TRACKING_PASSWORD", ""),
         )
         target = parse_model(model).model if model else ""
         wanted = await asyncio.to_thread(prepare, mlflow, Source.parse(source), target)
