@@ -287,6 +287,7 @@ def test_evaluations_are_kept_with_the_version(undisturbed: tuple[Path, Listener
         "statistics.json",
         "training.json",
         *(f"plots/{name}.png" for name in PLOTS),
+        "weights.safetensors",
         "labels.txt",
     ]
     stored = documents.read_evaluation(json.loads((folder / "evaluation.json").read_bytes()))
