@@ -140,7 +140,7 @@ def registered(job: Job, version: str) -> Decision:
 
 def succeeded(job: Job, now: datetime) -> Decision:
     """All that was asked is done."""
-    return _moved(job, JobState.SUCCEEDED, phase=JobPhase.NONE, error="", end_time=now)
+    return _moved(_attempt_ended(job, now), JobState.SUCCEEDED, phase=JobPhase.NONE, error="", end_time=now)
 
 
 def failed(job: Job, reason: str, now: datetime, *, charged: bool = False) -> Decision:
