@@ -23,8 +23,8 @@ SHORT_LISTS = {
 }
 VERBS = (
     "Add", "Apply", "Cancel", "Collect", "Create", "Delete", "Download", "Finish", "Get", "Issue", "List", "Pause",
-    "Report", "Restart", "Resume", "Retry", "Rotate", "Set", "Shutdown", "Start", "Stop", "Undelete", "Update", "Upload",
-    "Verify", "Watch",
+    "Report", "Restart", "Resume", "Retry", "Rotate", "Set", "Shutdown", "Start", "Stop", "Undelete", "Update",
+    "Upload", "Verify", "Watch",
 )  # fmt: skip
 
 
