@@ -2,6 +2,7 @@
 
 from mlmesh.registry.v1 import registry_pb2, registry_pb2_grpc
 from mlmesh_registry.config import RegistrySettings
+from mlmesh_registry.memory import keep_some
 from mlmesh_registry.registry import open_registry
 from mlmesh_registry.servicer import RegistryServicer
 from mlmesh_runtime.config import Settings
@@ -32,4 +33,5 @@ async def serve(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
+    keep_some()
     run(serve, service="registry")

@@ -85,8 +85,8 @@ class Artifacts:
         Errors: NotFound (UPLOAD_NOT_FOUND).
         """
         if upload_id in self._live:
-            async with self.appending(upload_id) as live:
-                await live.commit()
+            async with self._joined(upload_id) as live:
+                await live.commit(mine=False)
         return await self._ledger.get(upload_id, self._clock())
 
     @contextlib.asynccontextmanager
@@ -96,16 +96,22 @@ class Artifacts:
         Several may work on one upload at a time, also in other processes: every chunk says where it belongs, so at
         most one of them fits.
         """
+        async with self._joined(upload_id) as live:
+            try:
+                yield live
+                await live.commit()
+            except BaseException:
+                # The first error is the one to tell; that the rest was committed is a kindness to whoever resumes.
+                with contextlib.suppress(MeshError, OSError):
+                    await live.commit()
+                raise
+
+    @contextlib.asynccontextmanager
+    async def _joined(self, upload_id: str) -> AsyncIterator[LiveUpload]:
         live = self._live.setdefault(upload_id, LiveUpload(upload_id, self._place))
         live.users += 1
         try:
             yield live
-            await live.commit()
-        except BaseException:
-            # The first error is the one to tell; that the rest was committed is a kindness to whoever resumes.
-            with contextlib.suppress(MeshError, OSError):
-                await live.commit()
-            raise
         finally:
             live.users -= 1
             if live.users == 0:
@@ -120,12 +126,12 @@ class Artifacts:
         those announced, InvalidInput (FORMAT_NOT_ALLOWED) when they are none of the formats; of the last two nothing is
         kept. NotFound (UPLOAD_NOT_FOUND), Overloaded (DISK_FULL), NotReady (STORAGE_UNAVAILABLE).
         """
-        async with self.appending(upload_id) as live:
+        async with self._joined(upload_id) as live:
             return await live.finish(actor)
 
     async def cancel(self, upload_id: str, *, actor: str = "") -> None:
         """Discard an upload, if there is one; a blob that it became stays."""
-        async with self.appending(upload_id) as live:
+        async with self._joined(upload_id) as live:
             await live.cancel(actor)
 
     async def blob(self, sha256: str) -> Blob:

@@ -1,7 +1,7 @@
 """One upload that is being worked on: its steps in order, none left half done by a caller who goes away.
 
-Bytes are written, looked at and synced at the same time, each on a thread, none further ahead of the others than a
-bound: while a chunk is hashed the next is written, and a sync goes on while both do.
+While a chunk is written and looked at on a thread the next one is received, and a sync goes on beside both: what is
+wrong with a chunk is told by the step after it, which does nothing then.
 """
 
 import asyncio
@@ -51,13 +51,14 @@ class Place:
 
 @dataclass(slots=True, kw_only=True)
 class _Session:
-    """An upload that is open for writing. `syncing` and `looking` are what goes on beside the next write."""
+    """An upload that is open for writing, up to `expected`, where the next chunk starts."""
 
     upload: Upload
     staging: Staging
     inspection: Inspection | None
+    expected: int
+    taking: "asyncio.Task[None] | None" = None
     syncing: "asyncio.Task[None] | None" = None
-    looking: "asyncio.Task[None] | None" = None
 
 
 class LiveUpload:
@@ -75,17 +76,17 @@ class LiveUpload:
         self._session: _Session | None = None
 
     async def append(self, chunk: Chunk) -> None:
-        """Add a chunk where the last ended. A refused chunk changes nothing.
+        """Add a chunk where the last ended. A refused chunk changes nothing, and nothing follows it.
 
-        Errors: InvalidInput (INVALID_FIELD, UPLOAD_TOO_LARGE), Conflict (UPLOAD_OFFSET_MISMATCH), Corrupt
-        (CHUNK_CHECKSUM_MISMATCH).
+        Errors, of this chunk or of the one before: InvalidInput (INVALID_FIELD, UPLOAD_TOO_LARGE), Conflict
+        (UPLOAD_OFFSET_MISMATCH), Corrupt (CHUNK_CHECKSUM_MISMATCH).
         """
         await whole(self._locked(self._append, chunk))
 
-    async def commit(self) -> None:
-        """Put what was appended on disk, then record it."""
+    async def commit(self, *, mine: bool = True) -> None:
+        """Put what was appended on disk, then record it. That somebody else's chunk was refused is theirs to hear."""
         if self._session is not None:
-            await whole(self._locked(self._commit))
+            await whole(self._locked(self._commit, mine))
 
     async def finish(self, actor: str) -> Blob:
         """See Artifacts.finish."""
@@ -105,38 +106,54 @@ class LiveUpload:
 
     async def _append(self, chunk: Chunk) -> None:
         session = self._session or await self._open()
-        staging, upload = session.staging, session.upload
-        _check(chunk, staging.written, upload.size_bytes)
-        await run_blocking(self._place.disk, _write, staging, chunk)
+        _check(chunk, session.expected, session.upload.size_bytes)
+        await self._taken(session)
+        staging = session.staging
+        if staging.written - staging.committed >= self._place.commit_bytes:
+            await self._begin_sync(session)
+        session.expected += len(chunk.data)
+        work = run_blocking(self._place.disk, _take, staging, session.inspection, chunk)
+        session.taking = asyncio.ensure_future(work)
+
+    async def _taken(self, session: _Session) -> None:
+        """Wait for the chunk before. One that was refused is as if it never came."""
+        taking, session.taking = session.taking, None
+        if taking is not None:
+            try:
+                await taking
+            except BaseException:
+                session.expected = session.staging.written
+                raise
+
+    async def _commit(self, mine: bool) -> None:
+        if (session := self._session) is None:
+            return
         try:
-            await self._look(session, chunk.data)
-            if staging.written - staging.committed >= self._place.commit_bytes:
-                await self._begin_sync(session)
+            if mine:
+                await self._taken(session)
+            elif session.taking is not None:
+                await asyncio.wait({session.taking})
+        finally:
+            await self._synced(session)
+
+    async def _synced(self, session: _Session) -> None:
+        try:
+            if session.syncing is not None:
+                await session.syncing
+            if session.staging.written > session.staging.committed:
+                await self._sync(session)
         except (MeshError, OSError):
             # What was not committed may be there or not: whoever goes on begins at what was.
             await self._close()
             raise
 
-    async def _look(self, session: _Session, data: bytes) -> None:
-        """Begin to look at bytes, after those before them."""
-        if session.inspection is not None:
-            if session.looking is not None:
-                await session.looking
-            session.looking = asyncio.ensure_future(run_blocking(self._place.disk, session.inspection.feed, data))
-
-    async def _commit(self) -> None:
-        if (session := self._session) is not None:
-            try:
-                await _end_of(session)
-                if session.staging.written > session.staging.committed:
-                    await self._sync(session)
-            except (MeshError, OSError):
-                await self._close()
-                raise
-
     async def _begin_sync(self, session: _Session) -> None:
-        if session.syncing is not None:
-            await session.syncing
+        try:
+            if session.syncing is not None:
+                await session.syncing
+        except (MeshError, OSError):
+            await self._close()
+            raise
         session.syncing = asyncio.ensure_future(self._sync(session))
 
     async def _sync(self, session: _Session) -> None:
@@ -157,7 +174,7 @@ class LiveUpload:
 
     async def _finish(self, actor: str) -> Blob:
         place = self._place
-        await self._commit()
+        await self._commit(mine=True)
         upload, parts = await self._known()
         if upload.finished:
             return await place.ledger.blob(upload.sha256)
@@ -216,7 +233,8 @@ class LiveUpload:
             inspection = Inspection(upload.size_bytes)
         if inspection is not None and inspection.position != upload.committed_bytes:
             inspection = None
-        self._session = _Session(upload=upload, staging=staging, inspection=inspection)
+        expected = upload.committed_bytes
+        self._session = _Session(upload=upload, staging=staging, inspection=inspection, expected=expected)
         return self._session
 
     async def _close_unused(self) -> None:
@@ -227,8 +245,10 @@ class LiveUpload:
         session, self._session = self._session, None
         if session is None:
             return
-        with contextlib.suppress(MeshError, OSError):
-            await _end_of(session)
+        for task in (session.taking, session.syncing):
+            if task is not None:
+                with contextlib.suppress(MeshError, OSError):
+                    await task
         await run_blocking(self._place.disk, session.staging.close)
         inspection = session.inspection
         if inspection is not None and inspection.position == session.staging.committed:
@@ -244,16 +264,6 @@ async def remove_unknown(place: Place, sha256: str) -> None:
             await run_blocking(place.disk, place.blobs.remove, each)
 
 
-async def _end_of(session: _Session) -> None:
-    """Wait for what goes on beside; the first error of it."""
-    tasks = [task for task in (session.looking, session.syncing) if task is not None]
-    if tasks:
-        await asyncio.wait(tasks)
-    for task in tasks:
-        if (error := task.exception()) is not None:
-            raise error
-
-
 def _check(chunk: Chunk, expected: int, size_bytes: int) -> None:
     length = len(chunk.data)
     if length > CHUNK_BYTES:
@@ -265,11 +275,13 @@ def _check(chunk: Chunk, expected: int, size_bytes: int) -> None:
         raise InvalidInput(text, field="data", reason="UPLOAD_TOO_LARGE")
 
 
-def _write(staging: Staging, chunk: Chunk) -> None:
+def _take(staging: Staging, inspection: Inspection | None, chunk: Chunk) -> None:
     if crc32c(chunk.data) != chunk.crc32c:
         text = f"the chunk of {len(chunk.data)} bytes at {chunk.offset} fails its CRC-32C"
         raise Corrupt(text, reason="CHUNK_CHECKSUM_MISMATCH")
     staging.write(chunk.data)
+    if inspection is not None:
+        inspection.feed(chunk.data)
 
 
 async def whole(step: Coroutine[Any, Any, T]) -> T:

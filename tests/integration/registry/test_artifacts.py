@@ -160,14 +160,14 @@ async def test_a_cancelled_append_leaves_only_after_its_write(
 ) -> None:
     upload = await start(registry, DATA)
     entered, proceed = threading.Event(), threading.Event()
-    write_for_real = uploading._write
+    take_for_real = uploading._take
 
     def held_back(*arguments: Any) -> None:
         entered.set()
         proceed.wait(10)
-        write_for_real(*arguments)
+        take_for_real(*arguments)
 
-    monkeypatch.setattr(uploading, "_write", held_back)
+    monkeypatch.setattr(uploading, "_take", held_back)
     task = asyncio.ensure_future(append(registry, upload, PIECES[0]))
     await asyncio.to_thread(entered.wait)
     for _ in range(3):
@@ -192,6 +192,20 @@ async def test_asking_commits_what_a_stream_that_hangs_has_sent(registry: Regist
             await old.append(PIECES[1])
         assert late.value.reason == "UPLOAD_OFFSET_MISMATCH"
         assert late.value.metadata["expected_offset"] == str(2 * CHUNK_BYTES)
+
+
+async def test_who_sent_a_bad_chunk_hears_of_it_and_nobody_else(registry: Registry) -> None:
+    upload = await start(registry, DATA)
+    async with registry.artifacts.appending(upload.id) as live:
+        await live.append(PIECES[0])
+        await live.append(PIECES[1]._replace(crc32c=PIECES[1].crc32c ^ 1))
+        assert (await registry.artifacts.upload(upload.id)).committed_bytes == CHUNK_BYTES
+        with pytest.raises(Corrupt) as bad:
+            await live.append(PIECES[2]._replace(offset=2 * CHUNK_BYTES))
+        assert bad.value.reason == "CHUNK_CHECKSUM_MISMATCH"
+        # It is as if it never came.
+        await live.append(PIECES[1])
+    assert (await registry.artifacts.upload(upload.id)).committed_bytes == 2 * CHUNK_BYTES
 
 
 async def test_what_was_already_sent_is_refused_and_changes_nothing(registry: Registry) -> None:
