@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -25,7 +26,7 @@ from mlmesh_training.backends.kubernetes.cluster import Cluster
 from mlmesh_training.backends.kubernetes.hub import WorkerHub
 from mlmesh_training.backends.kubernetes.objects import Placement, job_name, train_job
 from mlmesh_training.jobs import Checkpoint, JobPhase, LogLine, Metrics
-from mlmesh_training.options import Resources
+from mlmesh_training.options import Distribution, Resources
 from mlmesh_training.worker_servicer import TOKEN_HEADER, WorkerServicer
 from tests.support.kubernetes import NAMESPACE, ApiServer, Nodes, api_server
 from tests.support.server import serving
@@ -188,6 +189,16 @@ async def test_a_service_that_comes_back_goes_on_with_the_same_pods(attempts: At
     assert isinstance(outcome, Finished), outcome
     assert len(attempts.nodes.started) == 1
     assert epochs_of(attempts.reports) == list(range(1, 61))
+
+
+async def test_two_machines_fit_one_model(attempts: Attempts) -> None:
+    wanted = dataclasses.replace(task(epochs=4), distribution=Distribution(processes=2, nodes=2))
+    outcome = await attempts.run(wanted)
+    assert isinstance(outcome, Finished), outcome
+    assert outcome.model.evaluation.accuracy > 0.8
+    # Both pods took part, and one of them spoke.
+    assert sorted(rank for _, rank in attempts.nodes.started) == [0, 1]
+    assert epochs_of(attempts.reports) == [1, 2, 3, 4]
 
 
 async def test_stop_deletes_the_trainjob_and_its_pods(attempts: Attempts) -> None:
