@@ -9,7 +9,7 @@ from pathlib import Path
 
 import typer
 
-from benchmarks import paths, registry_search, registry_watch, registry_write, training_ddp
+from benchmarks import paths, registry_search, registry_transfer, registry_watch, registry_write, training_ddp
 
 RESULTS = Path("benchmarks/results")
 
@@ -23,8 +23,9 @@ def runtime_overhead(arguments: list[str]) -> None:
     print(done.stdout)
 
 
-BENCHMARKS = {"paths": paths.main, "runtime": runtime_overhead, "search": registry_search.main}
+BENCHMARKS = {"paths": paths.main, "runtime": runtime_overhead, "registry-search": registry_search.main}
 BENCHMARKS |= {"registry-watch": registry_watch.main, "registry-write": registry_write.main}
+BENCHMARKS |= {"transfer": registry_transfer.main}
 BENCHMARKS |= {"training-ddp": training_ddp.main}
 
 

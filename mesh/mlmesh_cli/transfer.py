@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -99,12 +99,26 @@ async def download(
         for cut in range(_CUTS_MAX + 1):
             request = pb.DownloadBlobRequest(name=artifact.blob, offset=writer.committed)
             try:
-                async for chunk in stub.DownloadBlob(request, timeout=_TRANSFER_DEADLINE_S):
-                    await asyncio.to_thread(writer.write, chunk.offset, chunk.data, chunk.crc32c)
-                    progress(writer.committed, artifact.size_bytes)
+                chunks = stub.DownloadBlob(request, timeout=_TRANSFER_DEADLINE_S)
+                await _write(writer, chunks, artifact.size_bytes, progress)
                 break
             except grpc.aio.AioRpcError as error:
                 if error.code() not in _CUT or cut == _CUTS_MAX:
                     raise
                 await asyncio.sleep(_PAUSE_S)
         await asyncio.to_thread(writer.finish)
+
+
+async def _write(
+    writer: VerifyingWriter, chunks: AsyncIterable[pb.DownloadBlobResponse], size: int, progress: Progress
+) -> None:
+    """Writes chunks as they come; while one is written the next is received."""
+    writing: asyncio.Future[int] | None = None
+    try:
+        async for chunk in chunks:
+            if writing is not None:
+                progress(await writing, size)
+            writing = asyncio.ensure_future(asyncio.to_thread(writer.write, chunk.offset, chunk.data, chunk.crc32c))
+    finally:
+        if writing is not None:
+            progress(await writing, size)
