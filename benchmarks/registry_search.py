@@ -8,7 +8,7 @@ the versions cost nothing.
 
 Asked with SQLite and, where the distribution's PostgreSQL is installed, with that.
 
-    python -m benchmarks search --versions 100000 --rounds 9
+    python -m benchmarks registry-search --versions 100000 --rounds 9
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _WORDS = ("vision", "text", "quantised", "distilled", "nightly", "release", "bas
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """What is asked. `deep` asks for the page behind half of the list."""
+    """What is asked: `deep` for the page behind half of the list, `watch` for a page of a watch's present state."""
 
     name: str
     model: str | None = None
@@ -51,6 +51,7 @@ class Question:
     order_by: str = ""
     deep: bool = False
     size: int = 50
+    watch: bool = False
 
 
 def questions(versions: int) -> Sequence[Question]:
@@ -80,6 +81,8 @@ def questions(versions: int) -> Sequence[Question]:
         Question(name="time", filter="create_time < 2026-01-01T00:10:00Z"),
         Question(name="oldest first", order_by="create_time"),
         Question(name="oldest first, deep page", order_by="create_time", deep=True),
+        Question(name="a watch's present state, 500 from the middle on", watch=True),
+        Question(name="a watch's present state of one model, 500", watch=True, model=one),
         Question(name="word that a quarter has", filter="nightly"),
         Question(name="word that nobody has (every description is read)", filter="nowhere"),
         Question(name="label that is not (every version is read)", filter="-labels:team", size=50),
@@ -122,7 +125,7 @@ def fill_with(backend: Backend, count: int) -> None:
                 "version": 1,
                 "update_time": 0,
                 "updater": "",
-                "revision": -n - 1,
+                "revision": models + count + n + 1,
             }
             for n in range(models)
         ]
@@ -135,6 +138,8 @@ def fill_with(backend: Backend, count: int) -> None:
 
 def asker(backend: Backend, question: Question) -> Callable[[], int]:
     """A function that asks once and gives how many versions were answered."""
+    if question.watch:
+        return _watcher(backend, question.model)
     wanted = plan(version_schema(question.model), question.filter, question.order_by, show_deleted=False)
     asked = Asked(size=question.size, filter=question.filter, order_by=question.order_by)
     if question.deep:
@@ -144,6 +149,15 @@ def asker(backend: Backend, question: Question) -> Callable[[], int]:
         with backend.read_engine.begin() as connection:
             keys, _ = page(connection, "list", wanted, asked)
             return len(rows.versions_of(connection, keys))
+
+    return ask
+
+
+def _watcher(backend: Backend, model_id: str | None) -> Callable[[], int]:
+    def ask() -> int:
+        with backend.read_engine.begin() as connection:
+            head = connection.execute(sa.select(tables.log_head.c.revision)).scalar_one()
+            return len(rows.present(connection, model_id, 0 if model_id else head // 2, head, 500))
 
     return ask
 

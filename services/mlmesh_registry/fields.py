@@ -157,9 +157,9 @@ class Term:
         if restriction.operator == HAS and self.absent is None:
             restriction = replace(restriction, operator="=")
         term, other, indexed = self.table.alias(), self.table.alias(), self.table.alias()
-        where: Clause = sa.exists().where(*self._owned(term), *_value_clauses(term, restriction))
+        where: Clause = _some(*self._owned(term), *_value_clauses(term, restriction))
         if self.absent is not None and text_holds(self.absent, restriction):
-            return Match(where=sa.or_(where, ~sa.exists().where(*self._owned(other))))
+            return Match(where=sa.or_(where, ~_some(*self._owned(other))))
         keys = sa.select(_owner(indexed)).where(indexed.c.field == self.name, *_value_clauses(indexed, restriction))
         return Match(where=where, keys=keys)
 
@@ -202,9 +202,7 @@ class Figure:
     def match(self, restriction: Restriction) -> Match:
         """See Field."""
         metric, indexed = self.table.alias(), self.table.alias()
-        where = sa.exists().where(
-            metric.c.revision == self.key, metric.c.name == self.name, self.compared(metric, restriction)
-        )
+        where = _some(metric.c.revision == self.key, metric.c.name == self.name, self.compared(metric, restriction))
         keys = sa.select(indexed.c.revision).where(
             *self.scope(indexed), indexed.c.name == self.name, self.compared(indexed, restriction)
         )
@@ -245,10 +243,10 @@ class NamesOf:
         row, indexed = self.table.alias(), self.table.alias()
         if restriction.value.anything:
             named = sa.func.substr(row.c[self.column], 1, len(self.prefix)) == self.prefix
-            return Match(where=sa.exists().where(_owner(row) == self.key, named))
+            return Match(where=_some(_owner(row) == self.key, named))
         name = self.prefix + restriction.value.name
         return Match(
-            where=sa.exists().where(_owner(row) == self.key, row.c[self.column] == name),
+            where=_some(_owner(row) == self.key, row.c[self.column] == name),
             keys=sa.select(_owner(indexed)).where(indexed.c[self.column] == name),
         )
 
@@ -274,7 +272,7 @@ class Aliases:
         allow(restriction, HAS)
         equal = replace(restriction, operator="=")
         alias, indexed, version = self.aliases.alias(), self.aliases.alias(), self.versions.alias()
-        where = sa.exists().where(
+        where = _some(
             alias.c.model == self.versions.c.model,
             alias.c.version == self.versions.c.number,
             text_clause(alias.c.alias, equal),
@@ -304,9 +302,9 @@ class Prose:
         value = replace(restriction.value, text=folded(restriction.value.text))
         restriction = replace(restriction, value=value)
         row, other = self.table.alias(), self.table.alias()
-        where: Clause = sa.exists().where(_owner(row) == self.key, text_clause(row.c.folded, restriction))
+        where: Clause = _some(_owner(row) == self.key, text_clause(row.c.folded, restriction))
         if text_holds("", restriction):
-            where = sa.or_(where, ~sa.exists().where(_owner(other) == self.key))
+            where = sa.or_(where, ~_some(_owner(other) == self.key))
         return Match(where=where)
 
     def word(self, word: Word) -> Match:
@@ -315,7 +313,7 @@ class Prose:
         if not text:
             return Match(where=sa.true())
         row = self.table.alias()
-        inside = sa.exists().where(_owner(row) == self.key, Position(row.c.folded, sa.literal(text)) > 0)
+        inside = _some(_owner(row) == self.key, Position(row.c.folded, sa.literal(text)) > 0)
         return Match(where=sa.or_(inside, *(Position(Unindexed(c), sa.literal(text)) > 0 for c in self.also)))
 
     def sort(self) -> Sort | None:
@@ -330,6 +328,16 @@ def _value_clauses(term: sa.FromClause, restriction: Restriction) -> Sequence[Cl
     if exact and len(value.text) < START_CHARS:
         return starts
     return *starts, text_clause(term.c.value, restriction)
+
+
+def _some(*where: Clause) -> Clause:
+    """Whether some row meets this, looked up for one row of the list at a time.
+
+    The offset keeps PostgreSQL from joining whole tables instead: it takes conditions for independent of the order, and
+    so for quicker to find out for all rows at once, where a page is full after a few.
+    """
+    found: Clause = sa.select(sa.literal(1)).where(*where).offset(0).exists()
+    return found
 
 
 def _owner(rows: sa.FromClause) -> sa.ColumnElement[Any]:
