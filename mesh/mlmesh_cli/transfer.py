@@ -64,7 +64,8 @@ async def upload(stub: ModelRegistryServiceAsyncStub, path: Path, progress: Prog
             await asyncio.sleep(_PAUSE_S)
             committed = (await stub.GetUpload(pb.GetUploadRequest(name=name))).upload.committed_bytes
             cuts = 0 if committed > before else cuts + 1
-    return (await stub.FinishUpload(pb.FinishUploadRequest(name=name))).blob
+    # In an object store the whole is put together now.
+    return (await stub.FinishUpload(pb.FinishUploadRequest(name=name), timeout=_TRANSFER_DEADLINE_S)).blob
 
 
 def _goes_on(error: grpc.aio.AioRpcError) -> bool:

@@ -90,7 +90,7 @@ class RegistryPublisher:
             if upload.committed_bytes < file.size_bytes:
                 chunks = self._chunks(self._folder(job.uid) / file.path, upload.name, upload.committed_bytes)
                 await self._stub.UploadChunks(chunks, timeout=UPLOAD_S)
-            await self._stub.FinishUpload(pb.FinishUploadRequest(name=upload.name))
+            await self._stub.FinishUpload(pb.FinishUploadRequest(name=upload.name), timeout=UPLOAD_S)
         except grpc.aio.AioRpcError as error:
             failure = mesh_error(error)
             if isinstance(failure, NotFound | Corrupt):
