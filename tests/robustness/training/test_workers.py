@@ -6,8 +6,9 @@ import asyncio
 import dataclasses
 import os
 import signal
+import socket
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from mlmesh_runtime.executors import Executors  # noqa: E402
 from mlmesh_training.backends.base import Died, Finished, Outcome, Paused, Report, TrainingTask  # noqa: E402
 from mlmesh_training.backends.local import LocalBackend, LocalLimits  # noqa: E402
 from mlmesh_training.jobs import Checkpoint, LogLine, Metrics  # noqa: E402
-from mlmesh_training.options import Strategy  # noqa: E402
+from mlmesh_training.options import Distribution, Strategy  # noqa: E402
 from mlmesh_training.trainer import checkpoint  # noqa: E402
 from tests.support import dying_worker, fitting_group  # noqa: E402
 from tests.support.fitting import same  # noqa: E402
@@ -58,7 +59,7 @@ class Attempt:
         async with asyncio.timeout(180):
             outcome = await self._backend.run(asked, report=report, stop=asyncio.Event(), pause=self.pause)
         assert self._next is None, "all that was planned has happened"
-        for pid in (self.trainer, *self.workers):
+        for pid in (self.trainer, *self.workers) if self.workers else ():
             await becomes(lambda pid=pid: not alive(pid))
         return outcome
 
@@ -101,9 +102,11 @@ def learnt(backend: LocalBackend, asked: TrainingTask) -> dict[str, Any]:
 async def make(tmp_path: Path) -> AsyncIterator[Callable[..., LocalBackend]]:
     async with Executors({"disk": 2}) as executors:
 
-        def backend(*, pace_s: float = 0.0, **limits: float) -> LocalBackend:
+        def backend(
+            *, pace_s: float = 0.0, name: str = "jobs", environ: Mapping[str, str] | None = None, **limits: float
+        ) -> LocalBackend:
             return LocalBackend(
-                tmp_path / "jobs",
+                tmp_path / name,
                 executor=executors["disk"],
                 environ={
                     **os.environ,
@@ -111,6 +114,7 @@ async def make(tmp_path: Path) -> AsyncIterator[Callable[..., LocalBackend]]:
                     "OMP_NUM_THREADS": "1",
                     "PYTHONUNBUFFERED": "1",
                     dying_worker.PACE: str(pace_s),
+                    **(environ or {}),
                 },
                 limits=LocalLimits(**limits),  # type: ignore[arg-type]
                 command=(sys.executable, "-m", "tests.support.dying_trainer"),
@@ -196,6 +200,25 @@ async def test_workers_say_why_they_cannot_go_on_and_what_they_print_is_told_wit
     assert outcome.permanent
     assert "lower learning_rate" in outcome.reason
     assert not any("start again" in line for line in attempt.lines())
+
+
+async def test_two_machines_meet_and_the_first_one_goes_on(make: Callable[..., LocalBackend]) -> None:
+    """Two agents of one worker each, as Kubeflow Trainer starts them in two pods."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    told = {"PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": str(port)}
+    attempts = [Attempt(make(name=f"pod-{n}", environ={**told, "PET_NODE_RANK": str(n)})) for n in range(2)]
+    asked = dataclasses.replace(job("several", Strategy.DDP), distribution=Distribution(processes=2, nodes=2))
+    async with asyncio.TaskGroup() as group:
+        running = [group.create_task(attempt(asked)) for attempt in attempts]
+    first, second = (each.result() for each in running)
+    assert isinstance(first, Finished), first
+    assert attempts[0].checkpoints() == [5, 10, 15, 20, 24]
+    # It ended well, and left the rest to the first.
+    assert isinstance(second, Died)
+    assert "result.json" in second.reason
+    assert not [report for report in attempts[1].reports if isinstance(report, Metrics | Checkpoint)]
 
 
 def listening(pids: list[int]) -> set[str]:

@@ -30,8 +30,11 @@ def reserve(folder: Path) -> None:
     What multiprocessing keeps in the file system is named so that it is found again when all of this was killed.
     """
     config: dict[str, Any] = process.current_process()._config  # type: ignore[attr-defined]
-    config["semprefix"] = semaphore_prefix(folder.name)
-    if len(bytes(folder / "listener-12345678")) < _SOCKET_BYTES_MAX:
-        config["tempdir"] = str(folder)
-    multiprocessing.set_forkserver_preload(PRELOADED)
+    if config.get("semprefix") != (prefix := semaphore_prefix(folder.name)):
+        config["semprefix"] = prefix
+        for left in folder.glob("listener-*"):
+            left.unlink(missing_ok=True)
+        if len(bytes(folder / "listener-12345678")) < _SOCKET_BYTES_MAX:
+            config["tempdir"] = str(folder)
+        multiprocessing.set_forkserver_preload(PRELOADED)
     forkserver.ensure_running()
