@@ -100,23 +100,20 @@ class Agent(LocalElasticAgent):
         self.reason = ""
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        self.reason = self._found_dead() or self.reason
+        dead = self._found_dead()
         result: RunResult = super()._monitor_workers(worker_group)
         self._exchange.flush()
-        if (died := self._exchange.died) is not None:
+        died = self._exchange.died
+        if died is not None and died.permanent:
+            raise PermanentError(died.reason)
+        if result.state in {WorkerState.FAILED, WorkerState.UNHEALTHY}:
+            # What a process said before it ended tells more than how it ended.
+            self.reason = died.reason if died is not None else dead or "its processes failed"
             self._exchange.died = None
-            self.reason = died.reason
-            if died.permanent:
-                raise PermanentError(died.reason)
-        if result.state in {WorkerState.FAILED, WorkerState.UNHEALTHY} and self._remaining_restarts > 0:
-            left = self._remaining_restarts - 1
-            self._reporter.send(
-                LogLine(
-                    severity="warning",
-                    message=f"{self.reason}; all processes start again from the last checkpoint "
-                    f"({left} more such {'restart' if left == 1 else 'restarts'})",
-                )
-            )
+            if (left := self._remaining_restarts - 1) >= 0:
+                more = f"{left} more such {'restart' if left == 1 else 'restarts'}"
+                message = f"{self.reason}; all processes start again from the last checkpoint ({more})"
+                self._reporter.send(LogLine(severity="warning", message=message))
         return result
 
     def _found_dead(self) -> str:
