@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 SCHEMES = ("s3", "gs", "az")
 _STAGING, _BLOBS, _MARKER = "staging", "sha256", "mlmesh-registry"
 _PART_BYTES = 8 << 20
-_PARTS_AT_ONCE = 3
+_PARTS_AT_ONCE = 2
 _BLOB_KEY = re.compile(rf"{_BLOBS}/[0-9a-f]{{2}}/([0-9a-f]{{64}})/([0-9a-z-]{{1,64}})")
 _STAGED_KEY = re.compile(rf"{_STAGING}/([0-9a-z-]{{1,64}})/[0-9]+\.[0-9a-z]+")
 _PAGE = 1000
@@ -242,6 +242,7 @@ class _StagedObjects:
         """See Staging: as one object."""
         held, self._held = self._held, []
         data = b"".join(held)
+        del held
         return self._blobs.stage_part(self._upload_id, self.committed, data)
 
     def close(self) -> None:
