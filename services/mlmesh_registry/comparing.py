@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from mlmesh_registry.events import to_micros
 from mlmesh_registry.filter import Literal, Restriction, refuse, shown
-from mlmesh_registry.sql import START_CHARS, ByCharacter, Position, after_all
+from mlmesh_registry.sql import START_CHARS, Position, after_all
 
 Clause = sa.ColumnElement[bool]
 Column = sa.ColumnElement[Any]
@@ -49,7 +49,7 @@ def text_clause(text: Column, restriction: Restriction) -> Clause:
             return text != ""
         return Position(text, sa.literal(value.text)) > 0 if value.text else sa.true()
     _closed(value, restriction.operator)
-    found: Clause = _ORDERINGS[restriction.operator](ByCharacter(text), value.text)
+    found: Clause = _ORDERINGS[restriction.operator](text, value.text)
     return found
 
 

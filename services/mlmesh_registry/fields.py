@@ -22,7 +22,7 @@ from mlmesh_registry.comparing import (
     time_clause,
 )
 from mlmesh_registry.filter import Restriction, Word, refuse, shown
-from mlmesh_registry.sql import START_CHARS, ByCharacter, Position, Unindexed, folded
+from mlmesh_registry.sql import START_CHARS, Position, Unindexed, folded
 
 Keys = sa.Select[Any]
 
@@ -87,7 +87,7 @@ class TextColumn:
 
     def sort(self) -> Sort | None:
         """See Field."""
-        return Sort(value=ByCharacter(self.column), kind=str)
+        return Sort(value=self.column, kind=str)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +133,7 @@ class EnumColumn:
 
     def sort(self) -> Sort | None:
         """See Field."""
-        return Sort(value=ByCharacter(self.column), kind=str)
+        return Sort(value=self.column, kind=str)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

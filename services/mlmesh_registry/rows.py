@@ -22,14 +22,6 @@ def model(connection: sa.Connection, model_id: str) -> Model | None:
     return None if row is None else _model(row)
 
 
-def models(connection: sa.Connection, after: tuple[Any, ...] | None, limit: int) -> Sequence[Model]:
-    """Models by id, behind one."""
-    query = tables.models.select().order_by(tables.models.c.id).limit(limit)
-    if after is not None:
-        query = query.where(tables.models.c.id > after[0])
-    return [_model(row) for row in connection.execute(query)]
-
-
 def models_of(connection: sa.Connection, ids: Iterable[str]) -> Sequence[Model]:
     """Models by id, in no order."""
     return [_model(row) for row in connection.execute(tables.models.select().where(tables.models.c.id.in_([*ids])))]
@@ -80,19 +72,6 @@ def version(connection: sa.Connection, model_id: str, number: int) -> Version | 
     query = tables.versions.select().where(column.model == model_id, column.number == number)
     found = _versions(connection, connection.execute(query))
     return found[0] if found else None
-
-
-def versions(
-    connection: sa.Connection, model_id: str | None, before: tuple[Any, ...] | None, limit: int
-) -> Sequence[Version]:
-    """Versions, newest first, older than a revision."""
-    column = tables.versions.c
-    query = tables.versions.select().order_by(column.revision.desc()).limit(limit)
-    if model_id is not None:
-        query = query.where(column.model == model_id)
-    if before is not None:
-        query = query.where(column.revision < before[0])
-    return _versions(connection, connection.execute(query))
 
 
 def versions_of(connection: sa.Connection, revisions: Iterable[int]) -> Sequence[Version]:

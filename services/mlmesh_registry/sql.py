@@ -37,13 +37,6 @@ class Unindexed(FunctionElement[Any]):
         self.type = column.type
 
 
-class ByCharacter(FunctionElement[str]):
-    """Text that is ordered character by character, whatever language the database was set up for."""
-
-    inherit_cache = True
-    type = sa.Text()
-
-
 class Position(FunctionElement[int]):
     """Where a text holds another, from 1; 0 where it does not."""
 
@@ -56,7 +49,6 @@ def _arguments(element: FunctionElement[Any], compiler: SQLCompiler, **kwargs: A
 
 
 @compiles(Unindexed)
-@compiles(ByCharacter)
 def _plain(element: FunctionElement[Any], compiler: SQLCompiler, **kwargs: Any) -> str:
     return f"({_arguments(element, compiler, **kwargs)})"
 
@@ -64,11 +56,6 @@ def _plain(element: FunctionElement[Any], compiler: SQLCompiler, **kwargs: Any) 
 @compiles(Unindexed, "sqlite")
 def _unindexed(element: Unindexed, compiler: SQLCompiler, **kwargs: Any) -> str:
     return f"+({_arguments(element, compiler, **kwargs)})"
-
-
-@compiles(ByCharacter, "postgresql")
-def _by_character(element: ByCharacter, compiler: SQLCompiler, **kwargs: Any) -> str:
-    return f'({_arguments(element, compiler, **kwargs)} COLLATE "C")'
 
 
 @compiles(Position)

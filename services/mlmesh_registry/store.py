@@ -24,7 +24,6 @@ from mlmesh_registry.ledger import FORMAT_NONE
 from mlmesh_registry.lifecycle import Lifecycle
 from mlmesh_registry.lookups import check_etag, live_model, model_of, version_of
 from mlmesh_registry.names import AliasName, VersionName
-from mlmesh_registry.paging import make_token, page_size, read_token
 from mlmesh_registry.requests import first_answer, remember
 from mlmesh_registry.versions import (
     Content,
@@ -106,13 +105,6 @@ class SqlModelStore(Aliases, Lifecycle, Accounts):
     async def get_model(self, model_id: str) -> Model:
         """Read one model, deleted or not."""
         return await self._database.read(lambda connection: model_of(connection, model_id))
-
-    async def list_models(self, *, size: int, token: str) -> tuple[Sequence[Model], str]:
-        """One page by name, and the token of the next ("" on the last page)."""
-        size, after = page_size(size), read_token(token, "models", str)
-        found = await self._database.read(lambda connection: rows.models(connection, after, size + 1))
-        more = make_token("models", found[size - 1].id) if len(found) > size else ""
-        return found[:size], more
 
     async def update_model(
         self,
@@ -196,20 +188,6 @@ class SqlModelStore(Aliases, Lifecycle, Accounts):
             return version_of(connection, VersionName(model=name.model, number=alias.version))
 
         return await self._database.read(transact)
-
-    async def list_versions(self, model_id: str | None, *, size: int, token: str) -> tuple[Sequence[Version], str]:
-        """One page, newest first, of a model or (None) of all."""
-        query = f"versions of {model_id or '-'}"
-        size, after = page_size(size), read_token(token, query, int)
-
-        def transact(connection: sa.Connection) -> Sequence[Version]:
-            if model_id is not None:
-                model_of(connection, model_id)
-            return rows.versions(connection, model_id, after, size + 1)
-
-        found = await self._database.read(transact)
-        more = make_token(query, found[size - 1].revision) if len(found) > size else ""
-        return found[:size], more
 
     async def head(self) -> int:
         """Revision of the last change, 0 before the first."""

@@ -221,9 +221,6 @@ requests = Table(
 # What is searched: values taken out of manifests when a version or a model is written, so that filters and orders have
 # indexes. A version is meant by its revision, which is unique and never changes.
 
-# Compared character by character on either database, whatever language PostgreSQL was set up for.
-_COMPARED = Text().with_variant(Text(collation="C"), "postgresql")
-
 for _columns in (
     (versions.c.create_time, versions.c.revision),
     (versions.c.model, versions.c.create_time, versions.c.revision),
@@ -255,8 +252,8 @@ version_terms = Table(
     Column("revision", BigInteger, ForeignKey("versions.revision", ondelete="CASCADE"), primary_key=True),
     Column("field", Text, primary_key=True),
     Column("position", BigInteger, primary_key=True, autoincrement=False),
-    Column("start", _COMPARED, nullable=False),
-    Column("value", _COMPARED, nullable=False),
+    Column("start", Text, nullable=False),
+    Column("value", Text, nullable=False),
     Index(None, "field", "start", "revision"),
 )
 
@@ -265,7 +262,7 @@ version_texts = Table(
     "version_texts",
     metadata,
     Column("revision", BigInteger, ForeignKey("versions.revision", ondelete="CASCADE"), primary_key=True),
-    Column("folded", _COMPARED, nullable=False),
+    Column("folded", Text, nullable=False),
 )
 
 model_terms = Table(
@@ -274,8 +271,8 @@ model_terms = Table(
     Column("model", Text, ForeignKey("models.id", ondelete="CASCADE"), primary_key=True),
     Column("field", Text, primary_key=True),
     Column("position", BigInteger, primary_key=True, autoincrement=False),
-    Column("start", _COMPARED, nullable=False),
-    Column("value", _COMPARED, nullable=False),
+    Column("start", Text, nullable=False),
+    Column("value", Text, nullable=False),
     Index(None, "field", "start", "model"),
 )
 
@@ -283,7 +280,7 @@ model_texts = Table(
     "model_texts",
     metadata,
     Column("model", Text, ForeignKey("models.id", ondelete="CASCADE"), primary_key=True),
-    Column("folded", _COMPARED, nullable=False),
+    Column("folded", Text, nullable=False),
 )
 
 # Signatures over versions; digest is the bundle's, so that the same bundle is stored once.

@@ -88,3 +88,15 @@ def test_refusal_names_the_field(platform: Platform) -> None:
 def test_lists_models_without_a_request(platform: Platform) -> None:
     called = grpcurl(platform, "registry-0", "mlmesh.registry.v1.ModelRegistryService/ListModels")
     assert {model["name"] for model in json.loads(called.stdout)["models"]} >= {"models/mnist"}
+
+
+def test_a_search_by_hand(platform: Platform) -> None:
+    """What a person types who looks for a version, and reads who typed it wrong."""
+    search = ("registry-0", "mlmesh.registry.v1.ModelRegistryService/ListModelVersions")
+    asked = {"parent": "models/-", "filter": "model = mnist AND number = 1", "order_by": "create_time desc"}
+    found = grpcurl(platform, *search, data=json.dumps(asked))
+    assert [version["name"] for version in json.loads(found.stdout)["modelVersions"]] == ["models/mnist/versions/1"]
+    wrong = grpcurl(platform, *search, data=json.dumps({"parent": "models/-", "filter": "model == mnist"}))
+    assert "InvalidArgument" in wrong.stderr
+    assert "at character 8" in wrong.stderr
+    assert "INVALID_FILTER" in wrong.stderr

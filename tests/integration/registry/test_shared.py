@@ -19,6 +19,7 @@ from mlmesh_registry.database import ATTEMPTS_MAX, Database, Write
 from mlmesh_registry.events import Bookmark, Change
 from mlmesh_registry.postgresql import PostgresBackend, parse_url
 from mlmesh_registry.registry import Registry, open_registry, utc_now
+from mlmesh_registry.search import Asked
 from mlmesh_runtime.config import ConfigError
 from mlmesh_runtime.errors import NotReady, RevisionLost
 from mlmesh_runtime.executors import Executors
@@ -174,7 +175,7 @@ async def test_text_is_ordered_by_its_bytes_whatever_the_database_says(
     async with open_registry(tmp_path / "data", settings) as registry:
         for name in ("a-b", "aa", "a1"):
             await create_model(registry, name)
-        models, _ = await registry.store.list_models(size=0, token="")
+        models, _ = await registry.search.list_models(Asked())
     assert [model.id for model in models] == sorted(["a-b", "aa", "a1"])
     left = "SELECT * FROM information_schema.columns WHERE table_schema = 'public' AND data_type = 'text'"
     tables = "AND collation_name IS NULL AND table_name <> 'alembic_version'"

@@ -13,6 +13,7 @@ from alembic.migration import MigrationContext
 from mlmesh_registry import tables
 from mlmesh_registry.postgresql import PostgresBackend, parse_url
 from mlmesh_registry.registry import Registry
+from mlmesh_registry.search import Asked
 from mlmesh_registry.sqlite import SqliteBackend
 from mlmesh_registry.versions import Artifact, Content
 from mlmesh_runtime.config import ConfigError
@@ -150,7 +151,7 @@ async def test_what_is_not_there_says_which_part(registry: Registry, blob: str) 
     for missing in (
         store.get_model("m"),
         store.get_version(number(1)),
-        store.list_versions("m", size=0, token=""),
+        registry.search.list_versions("m", Asked()),
         store.list_aliases("m", size=0, token=""),
         store.set_alias(alias("a"), number(1), etag="", actor=""),
         store.delete_alias(alias("a"), etag="x", actor=""),
@@ -181,7 +182,7 @@ async def test_pages_are_whole_and_stay_so_while_things_are_added(registry: Regi
     seen: list[str] = []
     token, added = "", False
     while True:
-        page, token = await registry.store.list_versions(None, size=5, token=token)
+        page, token = await registry.search.list_versions(None, Asked(size=5, token=token))
         seen += [version.name for version in page]
         if not added:
             added = True
@@ -193,9 +194,9 @@ async def test_pages_are_whole_and_stay_so_while_things_are_added(registry: Regi
     rest, end = await registry.store.list_aliases(None, size=7, token=token)
     assert [each.name for each in (*first, *rest)] == [f"models/{n}/aliases/v{c}" for n in "abc" for c in range(1, 5)]
     assert end == ""
-    models, token = await registry.store.list_models(size=2, token="")
+    models, token = await registry.search.list_models(Asked(size=2))
     assert [model.id for model in models] == ["a", "b"]
-    models, token = await registry.store.list_models(size=2, token=token)
+    models, token = await registry.search.list_models(Asked(size=2, token=token))
     assert ([model.id for model in models], token) == (["c"], "")
 
 
@@ -204,11 +205,11 @@ async def test_a_token_is_good_for_its_own_list_only(registry: Registry, blob: s
         await create_model(registry, name)
         for _ in range(2):
             await publish(registry, blob, name)
-    _, token = await registry.store.list_versions("a", size=1, token="")
+    _, token = await registry.search.list_versions("a", Asked(size=1))
     with pytest.raises(InvalidInput):
-        await registry.store.list_versions("b", size=1, token=token)
+        await registry.search.list_versions("b", Asked(size=1, token=token))
     with pytest.raises(InvalidInput):
-        await registry.store.list_models(size=1, token=token)
+        await registry.search.list_models(Asked(size=1, token=token))
 
 
 async def test_everything_is_there_after_a_restart(open_here: Opener) -> None:

@@ -24,6 +24,7 @@ from mlmesh_registry.database import Write
 from mlmesh_registry.events import Bookmark, to_micros
 from mlmesh_registry.ledger import Blob
 from mlmesh_registry.registry import Registry, open_registry
+from mlmesh_registry.search import Asked
 from mlmesh_runtime.errors import Conflict, Corrupt, InvalidInput, NotFound, NotReady
 from tests.support.registry import alias, chunk, number, publish, read, sha256, some_bytes
 
@@ -131,8 +132,8 @@ async def check(registry: Registry, data_dir: Path, acknowledged: list[list[Any]
                 await registry.artifacts.upload(facts[0])
         elif kind == "alias":
             assert (await registry.store.get_version(alias("stable"))).number >= facts[0]
-    models, _ = await registry.store.list_models(size=0, token="")
-    versions, _ = await registry.store.list_versions(None, size=0, token="")
+    models, _ = await registry.search.list_models(Asked())
+    versions, _ = await registry.search.list_versions(None, Asked())
     assert [version.number for version in versions] == list(range(len(versions), 0, -1))
     assert [model.latest_version for model in models] == ([len(versions)] if models else [])
     for version in versions:

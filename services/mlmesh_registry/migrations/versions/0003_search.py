@@ -12,7 +12,6 @@ down_revision = "0002"
 branch_labels = None
 depends_on = None
 
-_COMPARED = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
 _INDEXES = (
     ("versions", ["create_time", "revision"]),
     ("versions", ["model", "create_time", "revision"]),
@@ -45,7 +44,7 @@ def upgrade() -> None:
     version_texts = op.create_table(
         "version_texts",
         sa.Column("revision", sa.BigInteger(), nullable=False),
-        sa.Column("folded", _COMPARED, nullable=False),
+        sa.Column("folded", sa.Text(), nullable=False),
         _owner("version_texts", "revision", "versions.revision"),
         sa.PrimaryKeyConstraint("revision", name=op.f("pk_version_texts")),
     )
@@ -53,7 +52,7 @@ def upgrade() -> None:
     model_texts = op.create_table(
         "model_texts",
         sa.Column("model", sa.Text(), nullable=False),
-        sa.Column("folded", _COMPARED, nullable=False),
+        sa.Column("folded", sa.Text(), nullable=False),
         _owner("model_texts", "model", "models.id"),
         sa.PrimaryKeyConstraint("model", name=op.f("pk_model_texts")),
     )
@@ -103,8 +102,8 @@ def _terms_table(name: str, key: sa.Column[Any]) -> sa.Table:
         key,
         sa.Column("field", sa.Text(), nullable=False),
         sa.Column("position", sa.BigInteger(), autoincrement=False, nullable=False),
-        sa.Column("start", _COMPARED, nullable=False),
-        sa.Column("value", _COMPARED, nullable=False),
+        sa.Column("start", sa.Text(), nullable=False),
+        sa.Column("value", sa.Text(), nullable=False),
         _owner(name, key.name, "versions.revision" if key.name == "revision" else "models.id"),
         sa.PrimaryKeyConstraint(key.name, "field", "position", name=op.f(f"pk_{name}")),
     )
