@@ -21,7 +21,7 @@ from mlmesh_runtime.executors import Executors  # noqa: E402
 from mlmesh_training.backends.base import Died, Finished, Outcome, Paused, Report, TrainingTask  # noqa: E402
 from mlmesh_training.backends.local import LocalBackend, LocalLimits  # noqa: E402
 from mlmesh_training.jobs import Checkpoint, LogLine, Metrics  # noqa: E402
-from mlmesh_training.options import Distribution, Strategy  # noqa: E402
+from mlmesh_training.options import Distribution, EarlyStopping, FitOptions, Strategy  # noqa: E402
 from mlmesh_training.trainer import checkpoint  # noqa: E402
 from tests.support import dying_worker, fitting_group  # noqa: E402
 from tests.support.fitting import same  # noqa: E402
@@ -188,37 +188,26 @@ async def test_an_fsdp_job_whose_workers_die_within_checkpoints(make: Callable[.
     assert same(learnt(backend, asked), fitting_group.found()["FSDP2 job"])
 
 
-async def test_workers_say_why_they_cannot_go_on_and_what_they_print_is_told_with_their_rank(
-    make: Callable[..., LocalBackend],
-) -> None:
-    backend = make()
-    asked = job("diverging", Strategy.DDP)
-    values = {**asked.hyperparameters, "learning_rate": 1e30, "weight_decay": 1e30}
-    attempt = Attempt(backend)
-    outcome = await attempt(dataclasses.replace(asked, hyperparameters=values))
-    assert isinstance(outcome, Died)
-    assert outcome.permanent
-    assert "lower learning_rate" in outcome.reason
-    assert not any("start again" in line for line in attempt.lines())
-
-
-async def test_two_machines_meet_and_the_first_one_goes_on(make: Callable[..., LocalBackend]) -> None:
+async def test_workers_of_two_machines_meet_and_say_why_they_cannot_go_on(make: Callable[..., LocalBackend]) -> None:
     """Two agents of one worker each, as Kubeflow Trainer starts them in two pods."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     told = {"PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": str(port)}
     attempts = [Attempt(make(name=f"pod-{n}", environ={**told, "PET_NODE_RANK": str(n)})) for n in range(2)]
-    asked = dataclasses.replace(job("several", Strategy.DDP), distribution=Distribution(processes=2, nodes=2))
+    asked = dataclasses.replace(
+        job("several", Strategy.DDP),
+        distribution=Distribution(processes=2, nodes=2),
+        fit=FitOptions(checkpoint_steps=5, early_stopping=EarlyStopping(metric="f1")),
+    )
     async with asyncio.TaskGroup() as group:
         running = [group.create_task(attempt(asked)) for attempt in attempts]
-    first, second = (each.result() for each in running)
-    assert isinstance(first, Finished), first
-    assert attempts[0].checkpoints() == [5, 10, 15, 20, 24]
-    # It ended well, and left the rest to the first.
-    assert isinstance(second, Died)
-    assert "result.json" in second.reason
-    assert not [report for report in attempts[1].reports if isinstance(report, Metrics | Checkpoint)]
+    for outcome in (each.result() for each in running):
+        assert isinstance(outcome, Died), outcome
+        assert outcome.permanent, "another attempt would end in the same way"
+        assert "early stopping watches 'f1', which is not measured" in outcome.reason
+    assert [attempt.checkpoints() for attempt in attempts] == [[5], []], "the first reports and writes for all"
+    assert not any("start again" in line for attempt in attempts for line in attempt.lines())
 
 
 def listening(pids: list[int]) -> set[str]:
