@@ -77,9 +77,15 @@ async def _chunks(
     upload_name: str, path: Path, offset: int, size: int, progress: Progress
 ) -> AsyncIterator[pb.UploadChunksRequest]:
     chunks = read_chunks(path, offset=offset)
-    while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
-        yield pb.UploadChunksRequest(upload=upload_name, offset=chunk.offset, data=chunk.data, crc32c=chunk.crc32c)
-        progress(chunk.offset + len(chunk.data), size)
+    reading = asyncio.ensure_future(asyncio.to_thread(next, chunks, None))
+    try:
+        while (chunk := await reading) is not None:
+            # While this one is sent the next is read.
+            reading = asyncio.ensure_future(asyncio.to_thread(next, chunks, None))
+            yield pb.UploadChunksRequest(upload=upload_name, offset=chunk.offset, data=chunk.data, crc32c=chunk.crc32c)
+            progress(chunk.offset + len(chunk.data), size)
+    finally:
+        await asyncio.wait({reading})
 
 
 async def download(
