@@ -161,6 +161,7 @@ def hostile(canary: str) -> dict[str, tuple[bytes, str]]:
         "elf": (Path(sys.executable).resolve().read_bytes()[:2000], "ELF"),
         "script": (b"#!/bin/sh\nrm -rf /\n", "script"),
         "engine": (b"ftrt" + bytes(100), "TensorRT"),
+        "engine of TensorRT for RTX": (b"vtrt" + bytes(100), "TensorRT"),
         "noise": (os.urandom(5000), "not text"),
         "zeros": (bytes(5000), "control character"),
         "latin-1": ("Größe".encode("latin-1") * 10, "UTF-8"),
