@@ -29,7 +29,7 @@ def running(
     data_dir: Path, *, env: Mapping[str, str] | None = None, python: Sequence[str] = (sys.executable, "-u")
 ) -> Iterator[tuple[Process, str]]:
     """`python -m mlmesh_registry` that listens; the process and its address. Killed at the end."""
-    variables = {"MLMESH_LISTEN": "127.0.0.1:0", "MLMESH_DATA_DIR": str(data_dir), "MLMESH_GRACE_S": "1", **(env or {})}
+    variables = {"MLMESH_LISTEN": "127.0.0.1:0", "MLMESH_DATA_DIR": str(data_dir), "MLMESH_GRACE_S": "5", **(env or {})}
     with spawn("-m", "mlmesh_registry", env=variables, python=python) as process:
         yield process, process.listening()
 
