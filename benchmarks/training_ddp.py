@@ -1,6 +1,6 @@
 """What does the service add to distributed training, and how fast does it train again after a kill?
 
-    python -m benchmarks training-ddp --rounds 3 --epochs 8
+    python -m benchmarks training-ddp --rounds 3 --epochs 30
 
 Two processes fit the same network on the same batches over gloo: as a job of the service's local backend, and as a
 plain script under `torchrun`, in turn. The service's figures contain what the plain script does without: figures of
@@ -207,7 +207,7 @@ def main(argv: list[str]) -> None:
     """Measure, write JSON, print a table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks training-ddp", description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args(argv)
     results = asyncio.run(measure(arguments.rounds, arguments.epochs))

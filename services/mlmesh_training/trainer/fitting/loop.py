@@ -208,18 +208,28 @@ class Fit:
         """One optimizer step; whether all should pause after it."""
         examples = sum(len(rows) for rows in batches)
         for index, rows in enumerate(batches):
+            last = index + 1 == len(batches)
             mine = share(rows, rank=self.ranks.rank, world=self.ranks.world)
-            with self.shared.accumulating(index + 1 < len(batches)):
+            with self.shared.accumulating(not last):
                 part = self._loaded.train.rows(mine.rows)
                 inputs = self._definition.augment(part.inputs, self.settings, self._augmenting)
                 (targets,) = self._moved((part.targets,))
                 with self._cast():
                     outputs = self.shared.model(*self._moved(inputs)).float()
                 loss = self._definition.loss(outputs, targets, self.settings)
+                self._figures.add(outputs.detach(), targets, loss, mine.counted)
+                if last:
+                    # On its way while the gradients are computed.
+                    message = self._figures.message(asked=pause.value)
+                    finish = sharing.averaging(message, self._buffers, self.ranks)
                 # Gradients are averaged over processes: weighted so, that is the mean over all examples of the step.
                 weight = mine.counted * self.ranks.world / examples
                 self._scaler.scale(loss * weight).backward()  # type: ignore[no-untyped-call]
-            self._figures.add(outputs, targets, loss, mine.counted)
+        self._update()
+        finish()
+        return self._look(message, meter)
+
+    def _update(self) -> None:
         if clip := self.task.fit.clip_norm:
             self._scaler.unscale_(self._optimizer)
             nn.utils.clip_grad_norm_(self.shared.model.parameters(), clip)
@@ -229,12 +239,9 @@ class Fit:
         self._schedule.step()
         self.step += 1
         self.position += 1
-        return self._look(meter, pause)
 
-    def _look(self, meter: Meter, pause: Flag) -> bool:
-        """Bring the processes together after a step; on the CPU each time, on a GPU from time to time, look at it."""
-        message = self._figures.message(asked=pause.value)
-        sharing.average(message, self._buffers, self.ranks)
+    def _look(self, message: Tensor, meter: Meter) -> bool:
+        """Take in what all processes told in a step; on the CPU each time, on a GPU from time to time, look at it."""
         due = self.ranks.device.type == "cpu" or self.step % LOOK_STEPS_GPU == 0 or self._boundary()
         figures, asked = self._figures.take(message, look=due)
         if figures is None:

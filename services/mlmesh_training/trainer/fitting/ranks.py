@@ -8,6 +8,7 @@ speed; an operation that has no deterministic form raises an error that names it
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +40,18 @@ class Ranks:
         """Replace values by their sum over all processes; in the same order of additions every time."""
         if not self.alone:
             dist.all_reduce(values)
+
+    def adding(self, values: Tensor) -> Callable[[], None]:
+        """Begin to `add`; the function that is returned waits for the end."""
+        if self.alone:
+            return lambda: None
+        work = dist.all_reduce(values, async_op=True)
+
+        def wait() -> None:
+            if work is not None:
+                work.wait()
+
+        return wait
 
     def all(self, said: bool) -> bool:
         """Whether all processes say so."""

@@ -10,7 +10,7 @@ without them, those of one process and a batch of b.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, cast
 
 import torch
@@ -192,14 +192,22 @@ def statistics(model: nn.Module) -> list[Tensor]:
 
 
 @torch.no_grad()
-def average(totals: Tensor, buffers: list[Tensor], ranks: Ranks) -> None:
-    """Sum `totals`, FP64 [n], over the processes and average the buffers, in one message."""
+def averaging(totals: Tensor, buffers: list[Tensor], ranks: Ranks) -> Callable[[], None]:
+    """Begin to sum `totals`, FP64 [n], over the processes and to average the buffers, in one message.
+
+    Nobody may change either before the function that is returned has been called: it waits and takes the result over.
+    """
     if ranks.alone:
-        return
+        return lambda: None
     message = torch.cat([totals, *(each.flatten().double() for each in buffers)])
-    ranks.add(message)
-    sizes = [len(totals), *(each.numel() for each in buffers)]
-    first, *rest = torch.split(message, sizes)
-    totals.copy_(first)
-    for buffer, total in zip(buffers, rest, strict=True):
-        buffer.copy_((total / ranks.world).reshape(buffer.shape))
+    wait = ranks.adding(message)
+
+    @torch.no_grad()
+    def finish() -> None:
+        wait()
+        first, *rest = torch.split(message, [len(totals), *(each.numel() for each in buffers)])
+        totals.copy_(first)
+        for buffer, total in zip(buffers, rest, strict=True):
+            buffer.copy_((total / ranks.world).reshape(buffer.shape))
+
+    return finish
