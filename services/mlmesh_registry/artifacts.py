@@ -37,7 +37,8 @@ class Artifacts:
     """Uploads and blobs of one registry.
 
     Args:
-        disk: executor for file work.
+        disk: executor for short work on files or objects.
+        bulk: executor for work that goes through all of a blob, which may take minutes.
         clock: the present time, timezone-aware UTC.
         blob_bytes_max: largest blob.
         commit_bytes: a stream is synced and recorded at least once per this many bytes, and when it ends or is cut.
@@ -50,6 +51,7 @@ class Artifacts:
         ledger: SqlBlobLedger,
         *,
         disk: BoundedExecutor,
+        bulk: BoundedExecutor,
         clock: Callable[[], datetime],
         blob_bytes_max: int,
         commit_bytes: int,
@@ -58,10 +60,11 @@ class Artifacts:
         self._blobs = blobs
         self._ledger = ledger
         self._disk = disk
+        self._bulk = bulk
         self._clock = clock
         self._blob_bytes_max = blob_bytes_max
         commit_bytes = min(commit_bytes, blobs.commit_bytes_max)
-        self._place = Place(blobs=blobs, ledger=ledger, disk=disk, clock=clock, commit_bytes=commit_bytes)
+        self._place = Place(blobs=blobs, ledger=ledger, disk=disk, bulk=bulk, clock=clock, commit_bytes=commit_bytes)
         self._live: dict[str, LiveUpload] = {}
         self._quarantine = quarantine
 
@@ -195,7 +198,7 @@ class Artifacts:
         if count <= 0:
             return b""
         if (known := await self._ledger.digests(blob, first, count)) is None:
-            found = await run_blocking(self._disk, self._inspect, blob)
+            found = await run_blocking(self._bulk, self._inspect, blob)
             if found is None:
                 raise corrupt(blob, "the stored bytes have another digest")
             await self._ledger.examined(blob, found)
@@ -228,7 +231,7 @@ class Artifacts:
         """
         blob = await self._ledger.blob(sha256)
         try:
-            found = await run_blocking(self._disk, self._inspect, blob)
+            found = await run_blocking(self._bulk, self._inspect, blob)
         except Corrupt:
             found = None
         if found is None:

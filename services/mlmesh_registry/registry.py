@@ -36,8 +36,8 @@ from mlmesh_runtime.executors import BoundedExecutor, Executors, run_blocking
 
 log = logging.getLogger(__name__)
 
-# SQLite has one writer; more threads would only wait for it.
-_THREADS = {"sql-write": 1, "sql-read": 4, "disk": 8}
+# SQLite has one writer; more threads would only wait for it. An object store answers late, so many ask it at a time.
+_THREADS = {"sql-write": 1, "sql-read": 4, "disk": 16, "bulk": 4}
 _UPKEEP_S_MAX = 600.0
 # How long a start waits for a database that does not answer yet.
 START_S = 10.0
@@ -117,6 +117,7 @@ async def open_registry(
             await run_blocking(pools["disk"], open_blobs, settings.blobs_url, folder / "blobs"),
             SqlBlobLedger(database, upload_ttl_s=settings.upload_ttl_s, new_id=new_id),
             disk=pools["disk"],
+            bulk=pools["bulk"],
             clock=clock,
             blob_bytes_max=settings.blob_bytes_max,
             commit_bytes=settings.commit_bytes,
@@ -187,6 +188,8 @@ async def _upkeep(
                 await garbage.collect(grace=None, dry_run=False)
         except (MeshError, OSError):
             log.warning("upkeep failed; it is tried again", exc_info=True)
+            # What it could not remove has no row any more.
+            swept = False
         await asyncio.sleep(min(_UPKEEP_S_MAX, settings.upload_ttl_s / 4))
 
 

@@ -32,6 +32,7 @@ class Place:
     blobs: Blobs
     ledger: SqlBlobLedger
     disk: BoundedExecutor
+    bulk: BoundedExecutor
     clock: Callable[[], datetime]
     commit_bytes: int
     inspections: OrderedDict[str, Inspection] = field(default_factory=OrderedDict)
@@ -185,7 +186,7 @@ class LiveUpload:
         await self._close()
         inspection = place.inspections.pop(self._id, None) or Inspection(upload.size_bytes)
         try:
-            found = await run_blocking(place.disk, place.blobs.admit, upload, parts, inspection)
+            found = await run_blocking(place.bulk, place.blobs.admit, upload, parts, inspection)
         except (Corrupt, InvalidInput):
             await place.discard(self._id)
             raise

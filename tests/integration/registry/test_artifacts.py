@@ -493,6 +493,7 @@ async def _another(registry: Registry, place: Place) -> AsyncIterator[Artifacts]
         await asyncio.to_thread(place.blobs),
         first._ledger,
         disk=first._disk,
+        bulk=first._bulk,
         clock=first._clock,
         blob_bytes_max=first._blob_bytes_max,
         commit_bytes=1 << 24,
@@ -546,6 +547,43 @@ async def test_what_has_no_row_any_more_is_removed_and_what_comes_again_stays(re
     await registry.artifacts.remove([digest])
     assert await read(registry, digest) == b"to go"
     assert [each.upload_id for each in lying(place)] == [again.id] == [blob.location]
+
+
+async def test_a_blob_of_before_is_looked_at_when_it_is_needed(
+    open_here: Opener, place: Place, stores: tuple[str, str]
+) -> None:
+    """Older releases kept no digests of blocks, no formats, and blobs under their digest alone, in a folder."""
+    if not isinstance(place, FolderPlace):
+        pytest.skip("older releases knew folders only")
+    noise = bytes(range(256)) * 8192
+
+    def as_before(write: Write) -> None:
+        write.connection.execute(tables.blob_blocks.delete())
+        write.connection.execute(tables.blobs.update().values(format="", location=""))
+
+    async with open_here() as registry:
+        digest = await _stored(registry)
+        small = await put(registry, b"small")
+        await registry.artifacts._ledger._database.write(as_before)
+        for sha in (digest, small):
+            (place.folder / only(place, sha)).rename(place.folder / "sha256" / sha[:2] / sha)
+        # Nobody asked then what it was.
+        (place.folder / "sha256" / sha256(noise)[:2]).mkdir(exist_ok=True)
+        place.write(f"sha256/{sha256(noise)[:2]}/{sha256(noise)}", noise)
+        row = {"sha256": sha256(noise), "size_bytes": len(noise), "create_time": 0, "unused_since": None}
+        await registry.artifacts._ledger._database.write(
+            lambda write: write.connection.execute(tables.blobs.insert().values(row)).close()
+        )
+    async with open_here() as registry:
+        assert await read(registry, digest, 5, 10) == DATA[5:15]
+        assert await read(registry, sha256(noise), CHUNK_BYTES, 5) == noise[:5]
+        await registry.artifacts.examine()
+        formats = [(await registry.artifacts.blob(sha)).format for sha in (digest, small, sha256(noise))]
+        assert formats == ["safetensors", "text", "none"]
+        assert await registry.artifacts.verify(digest)
+        place.write(only(place, digest), DATA[:-1] + b"?")
+        with pytest.raises(Corrupt):
+            await read(registry, digest, len(DATA) - 1)
 
 
 async def test_a_version_keeps_its_bytes_whatever_happens_to_the_upload(registry: Registry, clock: Any) -> None:
