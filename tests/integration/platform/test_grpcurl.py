@@ -95,7 +95,7 @@ def test_a_search_by_hand(platform: Platform) -> None:
     search = ("registry-0", "mlmesh.registry.v1.ModelRegistryService/ListModelVersions")
     asked = {"parent": "models/-", "filter": "model = mnist AND number = 1", "order_by": "create_time desc"}
     found = grpcurl(platform, *search, data=json.dumps(asked))
-    assert [version["name"] for version in json.loads(found.stdout)["modelVersions"]] == ["models/mnist/versions/1"]
+    assert [version["name"] for version in json.loads(found.stdout)["model_versions"]] == ["models/mnist/versions/1"]
     wrong = grpcurl(platform, *search, data=json.dumps({"parent": "models/-", "filter": "model == mnist"}))
     assert "InvalidArgument" in wrong.stderr
     assert "at character 8" in wrong.stderr
