@@ -25,7 +25,7 @@ def runtime_overhead(arguments: list[str]) -> None:
 
 BENCHMARKS = {"paths": paths.main, "runtime": runtime_overhead, "registry-search": registry_search.main}
 BENCHMARKS |= {"registry-watch": registry_watch.main, "registry-write": registry_write.main}
-BENCHMARKS |= {"transfer": registry_transfer.main}
+BENCHMARKS |= {"registry-transfer": registry_transfer.main}
 BENCHMARKS |= {"training-ddp": training_ddp.main}
 
 

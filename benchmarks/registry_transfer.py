@@ -1,6 +1,6 @@
 """How fast do bytes go in and out of the registry, and what memory does that take?
 
-    python -m benchmarks transfer --mib 256 --rounds 3 --memory-mib 2048
+    python -m benchmarks registry-transfer --mib 256 --rounds 3 --memory-mib 2048
 
 Speed, each with the product's own client from and to a file, the same new bytes for everybody in a round:
 
@@ -309,8 +309,8 @@ def show(summary: Mapping[str, Any], held: Mapping[str, Any], console: Console) 
 
 
 def main(arguments: list[str]) -> None:
-    """Measure, print, write benchmarks/results/transfer.json."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks transfer", description=__doc__)
+    """Measure, print, write benchmarks/results/registry_transfer.json."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks registry-transfer", description=__doc__)
     parser.add_argument("--mib", type=int, default=256, help="size of a file whose transfer is timed")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory-mib", type=int, default=2048, help="size of the file for memory; 0: not measured")
@@ -321,4 +321,4 @@ def main(arguments: list[str]) -> None:
         held = asyncio.run(memories(Path(folder), options.memory_mib)) if options.memory_mib else {}
     show(summary, held, Console())
     results = {"mib": options.mib, "speed": summary, "memory_mib": options.memory_mib, "memory": held}
-    write_results(Path("benchmarks/results/transfer.json"), results)
+    write_results(Path("benchmarks/results/registry_transfer.json"), results)

@@ -231,16 +231,20 @@ class _StagedObjects:
         self._blobs = blobs
         self._upload_id = upload.id
         self._held: list[bytes] = []
+        # Bytes are written while those before them are synced.
+        self._holding = threading.Lock()
         self.written = self.committed = upload.committed_bytes
 
     def write(self, data: bytes) -> None:
         """See Staging: held until it is synced."""
-        self._held.append(data)
-        self.written += len(data)
+        with self._holding:
+            self._held.append(data)
+            self.written += len(data)
 
     def sync(self) -> Part:
         """See Staging: as one object."""
-        held, self._held = self._held, []
+        with self._holding:
+            held, self._held = self._held, []
         data = b"".join(held)
         del held
         return self._blobs.stage_part(self._upload_id, self.committed, data)

@@ -52,12 +52,16 @@ class Place:
 
 @dataclass(slots=True, kw_only=True)
 class _Session:
-    """An upload that is open for writing, up to `expected`, where the next chunk starts."""
+    """An upload that is open for writing.
+
+    The next chunk starts at `expected`; what is before `syncing_to` is committed, or `syncing` is at it.
+    """
 
     upload: Upload
     staging: Staging
     inspection: Inspection | None
     expected: int
+    syncing_to: int
     taking: "asyncio.Task[None] | None" = None
     syncing: "asyncio.Task[None] | None" = None
 
@@ -110,7 +114,7 @@ class LiveUpload:
         _check(chunk, session.expected, session.upload.size_bytes)
         await self._taken(session)
         staging = session.staging
-        if staging.written - staging.committed >= self._place.commit_bytes:
+        if staging.written - session.syncing_to >= self._place.commit_bytes:
             await self._begin_sync(session)
         session.expected += len(chunk.data)
         work = run_blocking(self._place.disk, _take, staging, session.inspection, chunk)
@@ -155,6 +159,7 @@ class LiveUpload:
         except (MeshError, OSError):
             await self._close()
             raise
+        session.syncing_to = session.staging.written
         session.syncing = asyncio.ensure_future(self._sync(session))
 
     async def _sync(self, session: _Session) -> None:
@@ -234,8 +239,10 @@ class LiveUpload:
             inspection = Inspection(upload.size_bytes)
         if inspection is not None and inspection.position != upload.committed_bytes:
             inspection = None
-        expected = upload.committed_bytes
-        self._session = _Session(upload=upload, staging=staging, inspection=inspection, expected=expected)
+        begin = upload.committed_bytes
+        self._session = _Session(
+            upload=upload, staging=staging, inspection=inspection, expected=begin, syncing_to=begin
+        )
         return self._session
 
     async def _close_unused(self) -> None:

@@ -549,12 +549,10 @@ async def test_what_has_no_row_any_more_is_removed_and_what_comes_again_stays(re
     assert [each.upload_id for each in lying(place)] == [again.id] == [blob.location]
 
 
-async def test_a_blob_of_before_is_looked_at_when_it_is_needed(
-    open_here: Opener, place: Place, stores: tuple[str, str]
-) -> None:
+@pytest.mark.parametrize("stores", STORES[:2], indirect=True, ids="-".join)
+async def test_a_blob_of_before_is_looked_at_when_it_is_needed(open_here: Opener, place: Place) -> None:
     """Older releases kept no digests of blocks, no formats, and blobs under their digest alone, in a folder."""
-    if not isinstance(place, FolderPlace):
-        pytest.skip("older releases knew folders only")
+    assert isinstance(place, FolderPlace)
     noise = bytes(range(256)) * 8192
 
     def as_before(write: Write) -> None:
