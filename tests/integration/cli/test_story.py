@@ -216,6 +216,19 @@ def test_models_go_round(shell: Shell) -> None:
 
 
 @pytest.mark.slow
+def test_models_are_searched_promoted_and_audited_through_the_mesh(shell: Shell) -> None:
+    found = shell.json("models", "versions", "--filter", "model = digits AND aliases:stable")["model_versions"]
+    assert [version["name"] for version in found] == ["models/digits/versions/1"]
+    assert shell.json("models", "promote", "digits", "candidate", "2", "--reason", "a try")["moved"]
+    move = shell.json("models", "history", "digits@candidate")["moves"][0]
+    assert move["actor"].startswith("spiffe://cluster.local/ns/mlmesh/sa/")
+    assert shell.json("models", "verify", "digits/1")["corrupt_paths"] == []
+    assert shell.json("quota", "show")["versions_used"] != "0"
+    assert shell.json("audit", "verify")["intact"]
+    shell.run("models", "alias", "delete", "digits", "candidate")
+
+
+@pytest.mark.slow
 def test_certificates_for_tools(shell: Shell) -> None:
     before = {c["instance"]: c["serial"] for c in shell.json("certs", "list")["certificates"]}
     assert shell.json("certs", "issue", "inference")["identity"] == "spiffe://cluster.local/ns/mlmesh/sa/inference"
