@@ -20,7 +20,7 @@ from typing import IO, cast
 from mlmesh_training.backends.base import Died
 from mlmesh_training.backends.lines import LineSplitter
 from mlmesh_training.backends.reports import read_report
-from mlmesh_training.jobs import LOG_LINE_BYTES_MAX
+from mlmesh_training.jobs import LOG_LINE_BYTES_MAX, LogLine
 from mlmesh_training.trainer.reporter import Reporter
 
 _MESSAGE_BYTES_MAX = 1 << 18
@@ -115,7 +115,10 @@ class Exchange:
             if message == _FLUSH:
                 self._flushed.set()
                 continue
-            report = read_report(message)
+            try:
+                report = read_report(message)
+            except ValueError as error:
+                report = LogLine(severity="warning", message=f"unreadable report of a worker: {error}")
             if isinstance(report, Died):
                 self.died = self.died if self.died and self.died.permanent else report
             else:
