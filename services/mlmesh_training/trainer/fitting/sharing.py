@@ -10,6 +10,7 @@ without them, those of one process and a batch of b.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, cast
 
@@ -23,6 +24,12 @@ from mlmesh_training.options import Strategy
 from mlmesh_training.trainer.fitting.ranks import Ranks
 
 State = dict[str, Any]
+
+# torch 2.15 has a new name for it, and warns of the old one.
+_NAMES = inspect.signature(DistributedDataParallel.__init__).parameters
+_BUFFERS: Mapping[str, Any] = {
+    "forward_sync_buffers" if "forward_sync_buffers" in _NAMES else "broadcast_buffers": False
+}
 
 
 class Shared(Protocol):
@@ -104,7 +111,7 @@ class Copied(Whole):
             model,
             device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
             # The running statistics are averaged instead, which uses what all processes saw.
-            forward_sync_buffers=False,
+            **_BUFFERS,
             gradient_as_bucket_view=True,
         )
         super().__init__(self._copied, model)
