@@ -77,6 +77,7 @@ def generate() -> None:
         out.mkdir()
         validate = Path(tmp) / "validate.binpb"
         validate.write_bytes(_validate_descriptors().SerializeToString())
+        _copy_operations(Path(tmp) / "include")
         sources = sorted(str(p.relative_to(PROTOS)) for p in (PROTOS / "mlmesh").rglob("*.proto"))
         oip = sorted(str(p.relative_to(PROTOS)) for p in (PROTOS / "open_inference").rglob("*.proto"))
         _protoc(sources, validate, out, grpc=True)
@@ -90,6 +91,14 @@ def generate() -> None:
             _replace(out / folder, PROTOS / folder)
     ENVOY_OUT.parent.mkdir(parents=True, exist_ok=True)
     _write(ENVOY_OUT, _envoy_descriptors().SerializeToString(deterministic=True))
+
+
+def _copy_operations(folder: Path) -> None:
+    """Lay out google/longrunning/operations.proto: its wheel ships it under another name than its own."""
+    source = Path(distribution("googleapis-common-protos").locate_file("google/longrunning/operations_proto.proto"))
+    target = folder / "google" / "longrunning" / "operations.proto"
+    target.parent.mkdir(parents=True)
+    shutil.copy(source, target)
 
 
 def _replace(made: Path, folder: Path) -> None:
@@ -128,6 +137,7 @@ def _run_protoc(arguments: list[str], descriptors: Path) -> None:
 
     includes = [
         f"-I{PROTOS}",
+        f"-I{descriptors.parent / 'include'}",
         f"-I{files('grpc_tools') / '_proto'}",
         f"-I{Path(distribution('googleapis-common-protos').locate_file(''))}",
     ]

@@ -132,4 +132,4 @@ async def serve(settings: Settings, *, source: Source | None = None, kinds: Sequ
             await server.serve_until_signal()
             loading.cancel()
         for ready in catalog.ready_models():
-            ready.batcher.abort()
+            ready.runner.abort()

@@ -6,7 +6,7 @@ slow model never stands in another's way.
 
 Rules:
 
-- A request whose future is done (cancelled by its caller) or whose deadline has passed is dropped before it reaches the
+- A request whose sink is done (cancelled by its caller) or whose deadline has passed is dropped before it reaches the
   engine.
 - Requests of one batch agree in every dimension but the first. Those that do not agree keep their place in the queue.
 - When a batch of several fails, each of its requests runs alone, so that only the one at fault fails.
@@ -21,7 +21,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Final, Protocol
@@ -29,6 +29,7 @@ from typing import Final, Protocol
 import numpy as np
 
 from mlmesh_inference.engines.base import Engine, EngineError
+from mlmesh_inference.running import Answer, Sink, Work, run
 from mlmesh_inference.tensors import Array, show
 from mlmesh_runtime.errors import InvalidInput, MeshError, NotReady, Overloaded, TimedOut
 
@@ -61,21 +62,14 @@ class BatchPolicy:
     queue_items_max: int = 256
 
 
-Outcome = asyncio.Future[list[Array]]
-
-
 @dataclass(slots=True, kw_only=True, eq=False)
 class Pending:
-    """A request that waits. Times are nanoseconds of the batcher's clock; deadline_ns 0 is none."""
+    """A request that waits. Times are nanoseconds of the batcher's clock."""
 
-    inputs: Mapping[str, Array]
-    outputs: tuple[str, ...]
-    rows: int
+    work: Work
+    sink: Sink
     shape_key: object
-    deadline_ns: int
     arrived_ns: int
-    outcome: Outcome
-    trace: object | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -114,7 +108,7 @@ class BatchQueue:
     def add(self, item: Pending) -> bool:
         """Queue a request; False when the queue is full of requests that still matter."""
         if len(self._items) >= self._policy.queue_items_max:
-            self._items = deque(waiting for waiting in self._items if not waiting.outcome.done())
+            self._items = deque(waiting for waiting in self._items if not waiting.sink.done())
             if len(self._items) >= self._policy.queue_items_max:
                 return False
         self._items.append(item)
@@ -128,16 +122,16 @@ class BatchQueue:
         rows, policy = 0, self._policy
         while self._items:
             item = self._items.popleft()
-            if item.outcome.done() or (item.deadline_ns and item.deadline_ns <= now_ns):
+            if item.sink.done() or (item.work.deadline_ns and item.work.deadline_ns <= now_ns):
                 dropped.append(item)
             elif not batch:
                 batch.append(item)
-                rows = item.rows
-            elif item.shape_key != batch[0].shape_key or rows + item.rows > policy.rows_max:
+                rows = item.work.rows
+            elif item.shape_key != batch[0].shape_key or rows + item.work.rows > policy.rows_max:
                 kept.append(item)
             else:
                 batch.append(item)
-                rows += item.rows
+                rows += item.work.rows
             if batch and (not policy.batches or rows >= policy.rows_preferred or len(batch) >= policy.rows_max):
                 break
         self._items.extendleft(reversed(kept))
@@ -191,30 +185,21 @@ class Batcher:
         """Requests that may wait."""
         return self._policy.queue_items_max
 
-    def submit(
-        self,
-        inputs: Mapping[str, Array],
-        outputs: tuple[str, ...],
-        *,
-        rows: int = 1,
-        deadline_ns: int = 0,
-        trace: object | None = None,
-    ) -> Outcome:
-        """Queue a checked request; the future gives one array an output, in that order.
+    decoupled = False
 
-        Cancel the future to withdraw. Raises NotReady while draining, TimedOut when the deadline has passed, Overloaded
-        (QUEUE_FULL). The future raises InvalidInput, TimedOut or InferenceError.
+    def submit(self, work: Work, sink: Sink) -> None:
+        """Queue a checked request; see running.Runner.
+
+        Raises NotReady while draining, TimedOut when the deadline has passed, Overloaded (QUEUE_FULL). The sink is told
+        InvalidInput, TimedOut or InferenceError.
         """
         now = self._clock()
+        deadline_ns = work.deadline_ns
         item = Pending(
-            inputs=inputs,
-            outputs=outputs,
-            rows=rows,
-            shape_key=(tuple((name, array.shape[1:]) for name, array in inputs.items()), outputs),
-            deadline_ns=deadline_ns,
+            work=work,
+            sink=sink,
+            shape_key=(tuple((name, array.shape[1:]) for name, array in work.inputs.items()), work.outputs),
             arrived_ns=now,
-            outcome=self._loop.create_future(),
-            trace=trace,
         )
         if self._draining:
             raise NotReady(f"model '{self._name}' is being unloaded", reason="MODEL_NOT_READY")
@@ -225,7 +210,10 @@ class Batcher:
             self._observer.dropped(item, "refused")
             raise self._full()
         self._wake()
-        return item.outcome
+
+    async def respond(self, work: Work) -> AsyncIterator[Answer]:
+        """The one answer; see running.Runner."""
+        yield Answer(outputs=work.outputs, arrays=await run(self, work))
 
     def _full(self) -> Overloaded:
         batches = self._policy.queue_items_max / (self._policy.rows_preferred if self._policy.batches else 1)
@@ -252,16 +240,16 @@ class Batcher:
             if batch:
                 self._free -= 1
                 self._idle.clear()
-                self._threads.submit(self._run, _Run(items=batch, formed_ns=now))
+                self._threads.submit(self._execute_batch, _Run(items=batch, formed_ns=now))
 
     def _drop(self, item: Pending) -> None:
-        if item.outcome.done():
+        if item.sink.done():
             self._observer.dropped(item, "cancelled")
         else:
             self._observer.dropped(item, "expired")
-            item.outcome.set_exception(_expired())
+            item.sink.fail(_expired())
 
-    def _run(self, run: _Run) -> None:
+    def _execute_batch(self, run: _Run) -> None:
         """On an engine thread. Whatever happens is handed back to the loop."""
         try:
             run.results = self._execute(run.items, run)
@@ -277,16 +265,16 @@ class Batcher:
             return
 
     def _execute(self, items: Sequence[Pending], run: _Run | None = None) -> list[Array]:
-        first = items[0]
+        first = items[0].work
         if len(items) == 1:
             inputs = first.inputs
         else:
-            inputs = {name: np.concatenate([item.inputs[name] for item in items]) for name in first.inputs}
+            inputs = {name: np.concatenate([item.work.inputs[name] for item in items]) for name in first.inputs}
         if run is not None:
             run.engine_start_ns = self._clock()
         results = self._engine.run(inputs, first.outputs)
         if self._policy.batches:
-            rows = sum(item.rows for item in items)
+            rows = sum(item.work.rows for item in items)
             for name, array in zip(first.outputs, results, strict=True):
                 if array.shape[:1] != (rows,):
                     raise EngineError(f"output '{name}' has shape {show(array.shape)} for a batch of {rows} rows")
@@ -294,7 +282,7 @@ class Batcher:
 
     def _execute_alone(self, item: Pending) -> list[Array] | Exception | None:
         """Results, the error, or None when nobody waits for it any more."""
-        if item.outcome.done() or (item.deadline_ns and item.deadline_ns <= self._clock()):
+        if item.sink.done() or (item.work.deadline_ns and item.work.deadline_ns <= self._clock()):
             return None
         try:
             return self._execute([item])
@@ -308,18 +296,18 @@ class Batcher:
         outcomes = run.alone if run.alone is not None else self._split(run)
         failed: list[Pending] = []
         for item, outcome in zip(run.items, outcomes, strict=True):
-            if item.outcome.done():
+            if item.sink.done():
                 continue
             if outcome is None:
-                item.outcome.set_exception(_expired())
+                item.sink.fail(_expired())
             elif isinstance(outcome, list):
-                item.outcome.set_result(outcome)
+                item.sink.answer(outcome)
             else:
                 failed.append(item)
-                item.outcome.set_exception(self._failure(outcome))
+                item.sink.fail(self._failure(outcome))
         took = run.engine_end_ns - run.engine_start_ns
         self._batch_ns += (took - self._batch_ns) // 8
-        rows = sum(item.rows for item in run.items)
+        rows = sum(item.work.rows for item in run.items)
         self._observer.batch_done(
             BatchReport(
                 items=run.items,
@@ -341,8 +329,8 @@ class Batcher:
             return [run.results]
         outcomes, start = [], 0
         for item in run.items:
-            outcomes.append([array[start : start + item.rows] for array in run.results])
-            start += item.rows
+            outcomes.append([array[start : start + item.work.rows] for array in run.results])
+            start += item.work.rows
         return outcomes
 
     def _failure(self, error: Exception) -> Exception:
@@ -374,8 +362,8 @@ class Batcher:
         while len(self._queue):
             batch, dropped = self._queue.take(self._clock())
             for item in (*batch, *dropped):
-                if not item.outcome.done():
-                    item.outcome.set_exception(error)
+                if not item.sink.done():
+                    item.sink.fail(error)
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 

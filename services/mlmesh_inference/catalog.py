@@ -14,7 +14,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from mlmesh_inference.batcher import Batcher, BatchPolicy
+from mlmesh_inference.batcher import BatchPolicy
+from mlmesh_inference.running import Runner
+from mlmesh_inference.serving import ServingConfig
 from mlmesh_inference.statistics import Statistics
 from mlmesh_inference.tensors import Signature, TensorSpec
 from mlmesh_runtime.errors import NotFound, NotReady, Overloaded
@@ -61,10 +63,11 @@ class ReadyModel:
     platform: str
     signature: Signature
     policy: BatchPolicy
-    batcher: Batcher
+    runner: Runner
     statistics: Statistics
     labels: tuple[str, ...] = ()
     concurrency: int = 1
+    config: ServingConfig = field(default_factory=ServingConfig)
     inputs: Mapping[str, TensorSpec] = field(init=False)
     outputs: Mapping[str, TensorSpec] = field(init=False)
     output_names: tuple[str, ...] = field(init=False)

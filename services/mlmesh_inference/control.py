@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Final
 
+from google.longrunning.operations_pb2 import Operation
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from mlmesh.inference.v1 import control_pb2 as pb
 from mlmesh.inference.v1 import control_pb2_grpc as stubs
 from mlmesh_inference.catalog import Catalog, Status
 from mlmesh_inference.engines.base import EngineKind
+from mlmesh_runtime.errors import NotFound, Unsupported
 
 WATCH_METHODS: Final = frozenset({"WatchServedVersions"})
 """RPCs that need no deadline."""
@@ -45,6 +47,26 @@ class InferenceControlServicer(stubs.InferenceControlServiceServicer):
             async for status in changes:
                 yield pb.WatchServedVersionsResponse(served_version=self._served(status))
 
+    async def GetServedVersion(
+        self,
+        request: pb.GetServedVersionRequest,
+        context: Any,  # noqa: ARG002
+    ) -> pb.GetServedVersionResponse:
+        """One version."""
+        _, model, _, number = request.name.split("/")
+        status = self._catalog.status(model, int(number))
+        if status is None:
+            raise NotFound(f"'{request.name}' is not known to this process", reason="MODEL_NOT_FOUND")
+        return pb.GetServedVersionResponse(served_version=self._served(status))
+
+    async def BuildEngine(self, request: pb.BuildEngineRequest, context: Any) -> Operation:  # noqa: ARG002
+        """Not implemented."""
+        raise Unsupported("BuildEngine is not implemented", reason="METHOD_NOT_IMPLEMENTED")
+
+    async def MoveStreams(self, request: pb.MoveStreamsRequest, context: Any) -> pb.MoveStreamsResponse:  # noqa: ARG002
+        """Not implemented."""
+        raise Unsupported("MoveStreams is not implemented", reason="METHOD_NOT_IMPLEMENTED")
+
     async def ListEngines(self, request: pb.ListEnginesRequest, context: Any) -> pb.ListEnginesResponse:  # noqa: ARG002
         """Engines in the order of preference."""
         response = pb.ListEnginesResponse()
@@ -71,7 +93,7 @@ class InferenceControlServicer(stubs.InferenceControlServiceServicer):
             served.batch_size_max = ready.policy.rows_max if ready.policy.batches else 1
             served.inference_count = ready.statistics.inference_count
             served.execution_count = ready.statistics.execution_count
-            served.queue_depth = ready.batcher.depth
+            served.queue_depth = ready.runner.depth
         return served
 
 

@@ -179,7 +179,7 @@ class Loader:
     async def _drain(self, ready: ReadyModel) -> None:
         key = (ready.name, ready.version)
         try:
-            await ready.batcher.drain()
+            await ready.runner.drain()
             await run_blocking(self._loading.disk, self._cache.remove, *key)
             await run_blocking(self._loading.disk, self._cache.sweep, self._digests_kept())
         except OSError as error:

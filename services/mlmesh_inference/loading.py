@@ -97,7 +97,7 @@ class Loading:
             platform=_PLATFORMS.get(engine.name, engine.name),
             signature=engine.signature,
             policy=policy,
-            batcher=batcher,
+            runner=batcher,
             statistics=statistics,
             labels=labels,
             concurrency=engine.concurrency,

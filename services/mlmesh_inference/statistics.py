@@ -129,7 +129,7 @@ class Statistics:
         self.execution_count += 1
         if failed:
             self._outcomes["failed"].inc(failed)
-        self.inference_count += report.rows - sum(item.rows for item in report.failed)
+        self.inference_count += report.rows - sum(item.work.rows for item in report.failed)
         before_ns, after_ns = report.engine_start_ns - report.formed_ns, report.done_ns - report.engine_end_ns
         self.input.add(before_ns * items, items)
         self.infer.add(engine_ns * items, items)
@@ -138,7 +138,7 @@ class Statistics:
         size.input.add(before_ns)
         size.infer.add(engine_ns)
         size.output.add(after_ns)
-        if self._tracer is not None and any(item.trace is not None for item in report.items):
+        if self._tracer is not None and any(item.work.trace is not None for item in report.items):
             self._tracer.batch(report, model=self.model, version=self.version)
 
     def _requests(self, items: Sequence[Pending], failed: Sequence[Pending], formed_ns: int, done_ns: int) -> None:

@@ -35,7 +35,7 @@ class SpanTracer:
     def batch(self, report: BatchReport, *, model: str, version: int) -> None:
         """See statistics.Tracer."""
         shift = self._wall_ns() - self._clock()
-        parents = [item.trace if isinstance(item.trace, Context) else None for item in report.items]
+        parents = [item.work.trace if isinstance(item.work.trace, Context) else None for item in report.items]
         spans = [None if parent is None else trace.get_current_span(parent).get_span_context() for parent in parents]
         attributes = {
             "mlmesh.model": model,

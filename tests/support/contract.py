@@ -51,6 +51,11 @@ def messages() -> dict[str, descriptor_pb2.DescriptorProto]:
     return {f".{f.package}.{m.name}": m for f in ours() for m in f.message_type}
 
 
+def _said(comment: str) -> str:
+    """A comment without its instructions for the linter."""
+    return "\n".join(line for line in comment.splitlines() if not line.strip().startswith("buf:lint:ignore"))
+
+
 def _comments(file: descriptor_pb2.FileDescriptorProto) -> dict[tuple[int, ...], str]:
     return {tuple(at.path): at.leading_comments for at in file.source_code_info.location}
 
@@ -66,7 +71,7 @@ def methods() -> Iterator[Method]:
                     package=file.package,
                     service=service.name,
                     name=method.name,
-                    comment=comments.get((_FILE_SERVICE, s, _SERVICE_METHOD, m), ""),
+                    comment=_said(comments.get((_FILE_SERVICE, s, _SERVICE_METHOD, m), "")),
                     descriptor=method,
                 )
 

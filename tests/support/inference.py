@@ -16,6 +16,7 @@ from mlmesh_inference.batcher import Batcher, BatchPolicy
 from mlmesh_inference.catalog import Catalog, ReadyModel
 from mlmesh_inference.engines.base import Engine, EngineError, EngineOptions
 from mlmesh_inference.engines.onnx import OnnxKind
+from mlmesh_inference.running import FutureSink, Runner, Work
 from mlmesh_inference.statistics import Statistics
 from mlmesh_inference.tensors import DATATYPES, Array, Signature, TensorSpec
 from mlmesh_runtime.errors import NotFound
@@ -100,7 +101,7 @@ def ready_model(
         platform=platform,
         signature=engine.signature,
         policy=bounds,
-        batcher=Batcher(engine, bounds, statistics, name=f"{name}/{version}"),
+        runner=Batcher(engine, bounds, statistics, name=f"{name}/{version}"),
         statistics=statistics,
         labels=labels,
         concurrency=engine.concurrency,
@@ -111,6 +112,15 @@ def onnx_engine(path: Path, model: bytes, **options: Any) -> Engine:
     """A real ONNX Runtime engine over a model made in the test."""
     path.write_bytes(model)
     return OnnxKind().build(path, EngineOptions(**options))
+
+
+def submitted(
+    to: Runner, inputs: Mapping[str, Array], outputs: tuple[str, ...] = ("y",), **fields: Any
+) -> asyncio.Future[list[Array]]:
+    """Submit a request; its answer as a future. `fields` are those of Work."""
+    sink = FutureSink()
+    to.submit(Work(inputs=inputs, outputs=outputs, **fields), sink)
+    return sink.future
 
 
 class NoRepository:
@@ -148,7 +158,7 @@ async def inference_server(
             yield server
         finally:
             for model in models:
-                model.batcher.abort()
+                model.runner.abort()
 
 
 async def eventually(condition: Callable[[], bool]) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from time import monotonic_ns
 
-from mlmesh_inference.batcher import Outcome
 from mlmesh_inference.catalog import Catalog, ReadyModel
 from mlmesh_inference.oip import replies, requests
+from mlmesh_inference.running import FutureSink, Work
+from mlmesh_inference.tensors import Array
 from mlmesh_inference.tracing import request_trace
 from mlmesh_runtime.calls import CURRENT
 from mlmesh_runtime.errors import NotReady
@@ -21,7 +23,7 @@ class Started:
     id: str
     model: ReadyModel
     request: requests.Request
-    outcome: Outcome
+    outcome: asyncio.Future[list[Array]]
 
     async def finish(self) -> pb.ModelInferResponse:
         """Wait for the engine and write the answer. Raises what the batcher says; a cancelled caller withdraws it."""
@@ -32,14 +34,16 @@ def start(catalog: Catalog, message: pb.ModelInferRequest) -> Started:
     """Check a request and queue it, without waiting. Raises any MeshError."""
     model = catalog.resolve(message.model_name, message.model_version)
     request = requests.read(message, model)
-    outcome = model.batcher.submit(
-        request.inputs,
-        request.outputs,
+    sink = FutureSink()
+    work = Work(
+        inputs=request.inputs,
+        outputs=request.outputs,
         rows=request.rows,
         deadline_ns=_deadline_ns(request.timeout_us),
         trace=request_trace(),
     )
-    return Started(id=message.id, model=model, request=request, outcome=outcome)
+    model.runner.submit(work, sink)
+    return Started(id=message.id, model=model, request=request, outcome=sink.future)
 
 
 def shutting_down() -> NotReady:

@@ -22,8 +22,8 @@ SHORT_LISTS = {
     "mlmesh.training.v1.TrainingService/ListRecipes",
 }
 VERBS = (
-    "Add", "Apply", "Cancel", "Collect", "Create", "Delete", "Download", "Finish", "Get", "Issue", "List", "Pause",
-    "Report", "Restart", "Resume", "Retry", "Rotate", "Set", "Shutdown", "Start", "Stop", "Undelete", "Update",
+    "Add", "Apply", "Build", "Cancel", "Collect", "Create", "Delete", "Download", "Finish", "Get", "Issue", "List",
+    "Move", "Pause", "Report", "Restart", "Resume", "Retry", "Rotate", "Set", "Shutdown", "Start", "Stop", "Undelete", "Update",
     "Upload", "Verify", "Watch",
 )  # fmt: skip
 

@@ -80,7 +80,7 @@ async def test_concurrent_calls_run_in_one_batch_and_get_their_own_rows(running:
     first = running.stub.ModelInfer(request(0.0), timeout=TIMEOUT_S)
     await running.engine.begun()
     calls = [running.stub.ModelInfer(request(float(n), name=str(n)), timeout=TIMEOUT_S) for n in range(1, 6)]
-    await eventually(lambda: running.catalog.resolve("m", "").batcher.depth == 5)
+    await eventually(lambda: running.catalog.resolve("m", "").runner.depth == 5)
     running.engine.open()
     responses = await asyncio.gather(first, *calls)
     assert [first_column(response) for response in responses] == [[2.0 * n] for n in range(6)]
@@ -94,7 +94,7 @@ async def test_one_wrong_request_does_not_hurt_its_batch_mates(running: Running)
     await running.engine.begun()
     values = [1.0, 13.0, 3.0]
     calls = [running.stub.ModelInfer(request(value), timeout=TIMEOUT_S) for value in values]
-    await eventually(lambda: running.catalog.resolve("m", "").batcher.depth == 3)
+    await eventually(lambda: running.catalog.resolve("m", "").runner.depth == 3)
     running.engine.open()
     await first
     results = await asyncio.gather(*calls, return_exceptions=True)
@@ -108,13 +108,13 @@ async def test_one_wrong_request_does_not_hurt_its_batch_mates(running: Running)
 async def test_a_cancelled_call_never_reaches_the_engine(running: Running) -> None:
     first = running.stub.ModelInfer(request(1.0), timeout=TIMEOUT_S)
     await running.engine.begun()
-    batcher = running.catalog.resolve("m", "").batcher
+    batcher = running.catalog.resolve("m", "").runner
     cancelled = running.stub.ModelInfer(request(2.0), timeout=TIMEOUT_S)
     kept = running.stub.ModelInfer(request(3.0), timeout=TIMEOUT_S)
     await eventually(lambda: batcher.depth == 2)
-    waiting = next(item for item in batcher._queue._items if item.inputs["x"][0, 0] == 2.0)
+    waiting = next(item for item in batcher._queue._items if item.work.inputs["x"][0, 0] == 2.0)
     cancelled.cancel()
-    await eventually(waiting.outcome.cancelled)
+    await eventually(waiting.sink.done)
     running.engine.open()
     await asyncio.gather(first, kept)
     assert running.engine.batches == [[1.0], [3.0]]
@@ -138,7 +138,7 @@ async def test_a_requests_own_timeout_holds_too(running: Running) -> None:
     hasty = request(2.0)
     hasty.parameters["timeout"].int64_param = 1000
     late = running.stub.ModelInfer(hasty, timeout=TIMEOUT_S)
-    await eventually(lambda: running.catalog.resolve("m", "").batcher.depth == 1)
+    await eventually(lambda: running.catalog.resolve("m", "").runner.depth == 1)
     await asyncio.sleep(0.002)  # the millisecond that the request allows itself
     running.engine.open()
     await first
@@ -154,7 +154,7 @@ async def test_a_full_queue_is_resource_exhausted_with_a_retry_hint(running: Run
     taken = [running.stub.ModelInfer(request(1.0), timeout=TIMEOUT_S)]
     await running.engine.begun()
     taken += [running.stub.ModelInfer(request(float(n)), timeout=TIMEOUT_S) for n in (2, 3)]
-    await eventually(lambda: running.catalog.resolve("m", "").batcher.depth == 2)
+    await eventually(lambda: running.catalog.resolve("m", "").runner.depth == 2)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await running.stub.ModelInfer(request(4.0), timeout=TIMEOUT_S)
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -268,18 +268,18 @@ async def test_a_reader_that_does_not_read_holds_back_only_itself(running: Runni
     response = await running.stub.ModelInfer(request(1.0), timeout=TIMEOUT_S)
     assert first_column(response) == [2.0]
     call.cancel()
-    await eventually(lambda: not wide.batcher.depth)
-    wide.batcher.abort()
+    await eventually(lambda: not wide.runner.depth)
+    wide.runner.abort()
 
 
 async def test_a_broken_off_stream_withdraws_what_waits(running: Running) -> None:
     call = running.stub.ModelStreamInfer(stream_of([request(float(n)) for n in range(5)]), timeout=TIMEOUT_S)
     await running.engine.begun()
-    batcher = running.catalog.resolve("m", "").batcher
+    batcher = running.catalog.resolve("m", "").runner
     await eventually(lambda: batcher.depth == 4)
     items = list(batcher._queue._items)
     call.cancel()
-    await eventually(lambda: all(item.outcome.cancelled() for item in items))
+    await eventually(lambda: all(item.sink.done() for item in items))
     running.engine.open()
     assert first_column(await running.stub.ModelInfer(request(9.0), timeout=TIMEOUT_S)) == [18.0]
     assert running.engine.batches == [[0.0], [9.0]]
@@ -323,7 +323,7 @@ async def test_a_swap_under_load_fails_nobody() -> None:
             await eventually(lambda: len(versions) >= 100)
             install(catalog, new)
             catalog.withdraw("m", 1)
-            await old.batcher.drain()
+            await old.runner.drain()
             so_far = len(versions)
             await eventually(lambda: len(versions) >= so_far + 100)
             stop = True
@@ -334,7 +334,7 @@ async def test_a_swap_under_load_fails_nobody() -> None:
             group.create_task(swap())
         assert set(versions) == {"1", "2"}
         assert versions[-1] == "2"
-        new.batcher.abort()
+        new.runner.abort()
 
 
 async def test_metadata_config_statistics_and_index(running: Running) -> None:

@@ -17,7 +17,7 @@ from mlmesh_inference.tracing import SpanTracer
 from mlmesh_runtime.telemetry import REGISTRY, Telemetry
 from open_inference import grpc_service_pb2 as pb
 from open_inference import grpc_service_pb2_grpc as stubs
-from tests.support.inference import GatedEngine, eventually, inference_server, ready_model, rows
+from tests.support.inference import GatedEngine, eventually, inference_server, ready_model, rows, submitted
 from tests.support.server import settings
 
 
@@ -56,7 +56,7 @@ async def test_sampled_requests_show_queue_batch_and_engine_and_their_batch_mate
         await engine.begun()
         calls = [stub.ModelInfer(request(n), timeout=10, metadata=traced(n, sampled=True)) for n in (1, 2)]
         calls.append(stub.ModelInfer(request(3.0), timeout=10, metadata=traced(3, sampled=False)))
-        await eventually(lambda: model.batcher.depth == 3)
+        await eventually(lambda: model.runner.depth == 3)
         engine.open()
         await asyncio.gather(first, *calls)
     by_trace: dict[int, dict[str, ReadableSpan]] = {}
@@ -99,11 +99,11 @@ async def test_numbers_of_a_version_come_and_go_with_it() -> None:
     def sample(name: str, **more: str) -> float | None:
         return REGISTRY.get_sample_value(f"mlmesh_inference_{name}", {**labels, **more})
 
-    assert (await model.batcher.submit({"x": rows(1.0, 2.0)}, ("y",), rows=2))[0].shape == (2, 4)
+    assert (await submitted(model.runner, {"x": rows(1.0, 2.0)}, rows=2))[0].shape == (2, 4)
     with pytest.raises(Exception, match="failed on the request"):
-        await model.batcher.submit({"x": rows(13.0)}, ("y",))
-    model.batcher.submit({"x": rows(1.0)}, ("y",)).cancel()
-    await model.batcher.drain()
+        await submitted(model.runner, {"x": rows(13.0)})
+    submitted(model.runner, {"x": rows(1.0)}).cancel()
+    await model.runner.drain()
     assert sample("requests_total", outcome="answered") == 1
     assert sample("requests_total", outcome="failed") == 1
     assert sample("requests_total", outcome="cancelled") == 1

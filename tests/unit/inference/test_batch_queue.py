@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlmesh_inference.batcher import BatchPolicy, BatchQueue, Pending
+from mlmesh_inference.running import Work
 
 
 @pytest.fixture(scope="module")
@@ -22,17 +23,14 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
 def pending(
     loop: asyncio.AbstractEventLoop, *, rows: int = 1, key: object = None, deadline_ns: int = 0, gone: bool = False
 ) -> Pending:
-    outcome: asyncio.Future[list[object]] = loop.create_future()
+    outcome: asyncio.Future[list[object]] = loop.create_future()  # a sink, as far as the queue asks
     if gone:
         outcome.cancel()
     return Pending(
-        inputs={},
-        outputs=("y",),
-        rows=rows,
+        work=Work(inputs={}, outputs=("y",), rows=rows, deadline_ns=deadline_ns),
+        sink=outcome,  # type: ignore[arg-type]
         shape_key=key,
-        deadline_ns=deadline_ns,
         arrived_ns=0,
-        outcome=outcome,  # type: ignore[arg-type]
     )
 
 
@@ -91,7 +89,7 @@ def test_the_bound_counts_only_who_still_waits(loop: asyncio.AbstractEventLoop) 
     assert queue.add(first)
     assert queue.add(second)
     assert not queue.add(pending(loop))
-    first.outcome.cancel()
+    first.sink.cancel()  # type: ignore[attr-defined]
     third = pending(loop)
     assert queue.add(third)
     assert queue.take(0)[0] == [second, third]
@@ -115,11 +113,11 @@ def test_every_request_leaves_once_and_the_oldest_is_never_passed_over(
     while len(queue):
         batch, dropped = queue.take(0)
         assert batch or dropped
-        assert sum(item.rows for item in batch) <= 8
+        assert sum(item.work.rows for item in batch) <= 8
         assert len({item.shape_key for item in batch}) <= 1
-        assert all(item.outcome.cancelled() for item in dropped)
+        assert all(item.sink.done() for item in dropped)
         if batch:
-            assert batch[0] is next(item for item in waiting if not item.outcome.cancelled())
+            assert batch[0] is next(item for item in waiting if not item.sink.done())
         for item in (*batch, *dropped):
             waiting.remove(item)
     assert waiting == []

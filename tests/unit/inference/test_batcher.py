@@ -10,7 +10,7 @@ import pytest
 
 from mlmesh_inference.batcher import Batcher, BatchPolicy, BatchReport, InferenceError, Pending
 from mlmesh_runtime.errors import InvalidInput, NotReady, Overloaded, TimedOut
-from tests.support.inference import GatedEngine, rows
+from tests.support.inference import GatedEngine, rows, submitted
 
 
 class Seen:
@@ -44,7 +44,7 @@ def batcher(engine: GatedEngine, seen: Seen | None = None, **arguments: Any) -> 
 
 
 def submit(to: Batcher, *values: float, **arguments: Any) -> asyncio.Future[Any]:
-    return to.submit({"x": rows(*values)}, ("y",), rows=len(values), **arguments)
+    return submitted(to, {"x": rows(*values)}, rows=len(values), **arguments)
 
 
 async def test_requests_of_one_turn_run_in_one_batch_and_get_their_own_rows() -> None:
@@ -90,7 +90,7 @@ async def test_a_single_request_reaches_the_engine_without_a_copy() -> None:
     engine.result = lambda x: given.append(x) or x  # type: ignore[func-returns-value]
     it = batcher(engine)
     array = rows(5.0)
-    await it.submit({"x": array}, ("y",), rows=1)
+    await submitted(it, {"x": array})
     assert given[0] is array
     await it.drain()
 
@@ -284,8 +284,8 @@ async def test_a_slow_model_does_not_stand_in_another_models_way() -> None:
 async def test_ragged_shapes_run_apart() -> None:
     engine = GatedEngine(is_open=True)
     it = batcher(engine)
-    wide = it.submit({"x": np.ones((1, 8), np.float32)}, ("y",), rows=1)
-    narrow = it.submit({"x": np.ones((1, 4), np.float32)}, ("y",), rows=1)
+    wide = submitted(it, {"x": np.ones((1, 8), np.float32)})
+    narrow = submitted(it, {"x": np.ones((1, 4), np.float32)})
     assert (await wide)[0].shape == (1, 8)
     assert (await narrow)[0].shape == (1, 4)
     assert len(engine.batches) == 2

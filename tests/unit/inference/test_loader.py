@@ -24,7 +24,7 @@ from mlmesh_inference.tensors import DATATYPES, Signature, TensorSpec
 from mlmesh_runtime.errors import NotFound, NotReady, WrongState
 from mlmesh_runtime.executors import Executors
 from tests.support import onnx_models
-from tests.support.inference import GatedEngine
+from tests.support.inference import GatedEngine, submitted
 from tests.support.registry_source import MemoryRegistry
 
 ADD_1 = onnx_models.add(plus=1.0)
@@ -79,7 +79,7 @@ class Loaded:
     async def plus(self, version: str = "", model: str = "m") -> float:
         """What the model adds."""
         ready = self.catalog.resolve(model, version)
-        outcome = ready.batcher.submit({"x": np.zeros((1, 4), np.float32)}, ("y",))
+        outcome = submitted(ready.runner, {"x": np.zeros((1, 4), np.float32)})
         return float((await outcome)[0][0, 0])
 
 
@@ -92,7 +92,7 @@ async def loader(source: MemoryRegistry, root: Path, selectors: str = "*@stable"
             yield it
             task.cancel()
         for ready in it.catalog.ready_models():
-            await ready.batcher.drain()
+            await ready.runner.drain()
 
 
 async def published(*versions: bytes) -> MemoryRegistry:
