@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import inspect
 import logging
 import time
@@ -22,10 +23,12 @@ import grpc
 
 from mlmesh_runtime import telemetry
 from mlmesh_runtime.calls import CURRENT
+from mlmesh_runtime.direct import DirectMethod
 from mlmesh_runtime.errors import InvalidInput, MeshError, Unsupported
+from mlmesh_runtime.lanes import StreamLane, UnaryCall
 from mlmesh_runtime.rpcs import Gate, Method, Rpc
 from mlmesh_runtime.status import InternalError, single_cause, to_status
-from mlmesh_runtime.streams import IdleWatch, Requests, StreamContext, decode, pump
+from mlmesh_runtime.streams import HandedOver, IdleWatch, Requests, StreamContext, decode, pump, receive
 
 logger = logging.getLogger(__name__)
 
@@ -39,11 +42,17 @@ class Wrapper:
     def wrap(self, method: Method, handler: Any) -> grpc.RpcMethodHandler[Any, Any]:
         """The same method with everything around it. Codecs are ours, so that their errors are too."""
         if handler.request_streaming and handler.response_streaming:
+            if method.direct is not None:
+                return grpc.stream_stream_rpc_method_handler(
+                    self._direct_stream(method, handler.stream_stream, method.direct)
+                )
             return grpc.stream_stream_rpc_method_handler(self._streaming(method, handler.stream_stream, requests=True))
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(self._streaming(method, handler.unary_stream, requests=False))
         if handler.request_streaming:
             return grpc.stream_unary_rpc_method_handler(self._stream_unary(method, handler.stream_unary))
+        if method.direct is not None:
+            return grpc.unary_unary_rpc_method_handler(self._direct_unary(method, handler.unary_unary, method.direct))
         return grpc.unary_unary_rpc_method_handler(self._unary_unary(method, handler.unary_unary))
 
     def _unary_unary(self, method: Method, behaviour: Callable[[Any, Any], Any]) -> Any:
@@ -62,6 +71,59 @@ class Wrapper:
                 self._close(rpc)
 
         return unary_unary
+
+    def _direct_unary(self, method: Method, behaviour: Callable[[Any, Any], Any], direct: DirectMethod) -> Any:
+        async def direct_unary(raw: bytes, context: Any) -> bytes:
+            rpc = self._open(method, context)
+            try:
+                self._admit(rpc)
+                call = UnaryCall(rpc, raw)
+                direct((call,))
+                answer = await call.outcome
+                if isinstance(answer, MeshError):
+                    raise answer
+                if answer is not None:
+                    return answer
+                response = behaviour(decode(method, raw), context)
+                if inspect.isawaitable(response):
+                    response = await response
+                return method.encode(response) if context.code() in _OK else b""
+            except BaseException as error:
+                await self._fail(rpc, error)
+                raise
+            finally:
+                self._close(rpc)
+
+        return direct_unary
+
+    def _direct_stream(self, method: Method, behaviour: Callable[[Any, Any], Any], direct: DirectMethod) -> Any:
+        async def direct_stream(_requests: Any, context: Any) -> None:
+            rpc = self._open(method, context)
+            try:
+                self._admit(rpc)
+                with self._idle_bound(rpc):
+                    await self._lane(rpc, behaviour, direct)
+            except BaseException as error:
+                await self._fail(rpc, error)
+                raise
+            finally:
+                self._close(rpc)
+
+        return direct_stream
+
+    async def _lane(self, rpc: Rpc, behaviour: Callable[[Any, Any], Any], direct: DirectMethod) -> None:
+        if self._gate.draining:
+            raise rpc.method.going_away()
+        read = rpc.call.context.read
+        lane = StreamLane(rpc, functools.partial(receive, rpc, read), direct)
+        self._gate.lanes[rpc] = lane.end
+        try:
+            first = await lane.run()
+        finally:
+            del self._gate.lanes[rpc]
+        if first is not None:
+            handed = HandedOver(rpc, first, read)
+            await pump(rpc, behaviour(handed, StreamContext(rpc, handed)))
 
     def _stream_unary(self, method: Method, behaviour: Callable[[Any, Any], Any]) -> Any:
         async def stream_unary(requests: AsyncIterator[bytes], context: Any) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 from mlmesh_runtime import telemetry
 from mlmesh_runtime.calls import Call
+from mlmesh_runtime.direct import DirectMethod
 from mlmesh_runtime.errors import MeshError, NotReady, Overloaded
 from mlmesh_runtime.identity import identity_of
 from mlmesh_runtime.limits import Limits
@@ -47,6 +49,8 @@ class Method:
         endless: a watch: it has no deadline, and is ended when the server drains.
         internal: health and reflection: outside of limits and traces, so that they answer on a full server.
         check: rules for requests, or None.
+        direct: what answers calls without a task of their own, or None.
+        going_away: what ends a direct stream when the server drains.
     """
 
     service: str
@@ -60,6 +64,8 @@ class Method:
     decode: Callable[[bytes], Any]
     encode: Callable[[Any], bytes]
     meters: Meters
+    direct: DirectMethod | None = None
+    going_away: Callable[[], MeshError] = dataclasses.field(default_factory=lambda: going_away)
 
 
 class Rpc:
@@ -95,6 +101,8 @@ class Gate:
         self.in_flight = 0
         self.streams: Counter[str] = Counter()
         self.endless: set[Rpc] = set()
+        self.lanes: dict[Rpc, Callable[[MeshError], None]] = {}
+        """Open direct streams, and how each is ended at a message boundary."""
         self.draining = False
 
     def admit(self, rpc: Rpc) -> None:
@@ -138,8 +146,10 @@ class Gate:
             self.endless.discard(rpc)
 
     def end_endless(self) -> None:
-        """End the RPCs that have no end of their own (watches): UNAVAILABLE, so that their clients go elsewhere."""
+        """End the RPCs that have no end of their own (watches, direct streams) so that their clients go elsewhere."""
         self.draining = True
+        for rpc, end in list(self.lanes.items()):
+            end(rpc.method.going_away())
         for rpc in list(self.endless):
             rpc.end(going_away())
 

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -18,12 +18,14 @@ from mlmesh_runtime import health as health_protocol
 from mlmesh_runtime import telemetry
 from mlmesh_runtime.channel import keepalive_options
 from mlmesh_runtime.config import ConfigError, Settings, split_address
+from mlmesh_runtime.direct import DirectMethod
+from mlmesh_runtime.errors import MeshError
 from mlmesh_runtime.handlers import Wrapper
 from mlmesh_runtime.health import HealthServicer, HealthStatuses
 from mlmesh_runtime.limits import Limits
 from mlmesh_runtime.process import Signals, run
 from mlmesh_runtime.reflection import DescriptorIndex, Protocol, ReflectionServicer
-from mlmesh_runtime.rpcs import Gate, Meters, Method
+from mlmesh_runtime.rpcs import Gate, Meters, Method, going_away
 from mlmesh_runtime.tls import RotatingCredentials
 
 __all__ = ["Server", "Service", "run"]
@@ -46,6 +48,9 @@ class Service:
         deadline_exempt: methods that may be called without a deadline: watches. They are ended, with UNAVAILABLE, when
             the server drains.
         deadline_optional: methods that clients of a public protocol call without a deadline. They end like any other.
+        direct: methods answered in bursts, without a task a call (`mlmesh_runtime.direct`); unary or bidirectional. The
+            servicer's method of the same name answers what such a method hands back.
+        going_away: the error that ends direct streams, at a message boundary, when the server drains.
     """
 
     add: Callable[[Any, Any], None]
@@ -54,6 +59,8 @@ class Service:
     validate: bool = True
     deadline_exempt: frozenset[str] | set[str] = field(default_factory=frozenset)
     deadline_optional: frozenset[str] | set[str] = field(default_factory=frozenset)
+    direct: Mapping[str, DirectMethod] = field(default_factory=dict)
+    going_away: Callable[[], MeshError] = going_away
 
 
 class Server:
@@ -274,7 +281,7 @@ def _add(server: Any, wrapper: Wrapper, service: Service, *, internal: bool) -> 
     if handlers is None:
         raise ValueError(f"{service.add.__name__} adds {sorted(collector.handlers)}, not {name}")
     without_deadline = service.deadline_exempt | service.deadline_optional
-    if unknown := set(without_deadline) - set(handlers):
+    if unknown := (set(without_deadline) | set(service.direct)) - set(handlers):
         raise ValueError(f"{name} has no method {sorted(unknown)}")
     check = None
     if service.validate:
@@ -283,6 +290,8 @@ def _add(server: Any, wrapper: Wrapper, service: Service, *, internal: bool) -> 
         check = checker([method.input_type for method in service.descriptor.methods])
     wrapped: dict[str, Any] = {}
     for method_name, handler in handlers.items():
+        if method_name in service.direct and handler.request_streaming != handler.response_streaming:
+            raise ValueError(f"{name}.{method_name} streams in one direction only: no direct method can answer it")
         kind = ("client_stream", "bidi_stream") if handler.request_streaming else ("unary", "server_stream")
         method = Method(
             service=name,
@@ -296,6 +305,8 @@ def _add(server: Any, wrapper: Wrapper, service: Service, *, internal: bool) -> 
             decode=handler.request_deserializer,
             encode=handler.response_serializer,
             meters=Meters(kind[handler.response_streaming], name, method_name),
+            direct=service.direct.get(method_name),
+            going_away=service.going_away,
         )
         wrapped[method_name] = wrapper.wrap(method, handler)
     server.add_registered_method_handlers(name, wrapped)

@@ -64,7 +64,8 @@ class Requests:
         return await _receive(self._rpc, self._next)
 
 
-async def _receive(rpc: Rpc, read: Callable[[], Awaitable[Any]]) -> Any:
+async def receive(rpc: Rpc, read: Callable[[], Awaitable[Any]]) -> Any:
+    """The next encoded request or gRPC's EOF: counted, and bounded in idleness."""
     rpc.reader = asyncio.current_task()
     try:
         raw = await read()
@@ -76,24 +77,56 @@ async def _receive(rpc: Rpc, read: Callable[[], Awaitable[Any]]) -> Any:
         raise
     finally:
         rpc.reader = None
-    if raw is _EOF:
-        return raw
-    rpc.touched = time.monotonic()
-    rpc.method.meters.received()
-    return decode(rpc.method, raw)
+    if raw is not _EOF:
+        rpc.touched = time.monotonic()
+        rpc.method.meters.received()
+    return raw
+
+
+async def _receive(rpc: Rpc, read: Callable[[], Awaitable[Any]]) -> Any:
+    raw = await receive(rpc, read)
+    return raw if raw is _EOF else decode(rpc.method, raw)
+
+
+class HandedOver:
+    """The requests of a stream from one that was read already on."""
+
+    __slots__ = ("_first", "_read", "_rpc")
+
+    def __init__(self, rpc: Rpc, first: bytes, read: Callable[[], Awaitable[Any]]) -> None:
+        self._rpc, self._read = rpc, read
+        self._first: bytes | None = first
+
+    def __aiter__(self) -> HandedOver:
+        return self
+
+    async def __anext__(self) -> Any:
+        if (message := await self.read()) is _EOF:
+            raise StopAsyncIteration
+        return message
+
+    async def read(self) -> Any:
+        """The next request, or grpc.aio.EOF."""
+        if self._first is None:
+            return await _receive(self._rpc, self._read)
+        first, self._first = self._first, None
+        return decode(self._rpc.method, first)
 
 
 class StreamContext:
     """gRPC's context, with `read` and `write` that decode and encode; the rest is gRPC's own."""
 
-    __slots__ = ("_context", "_rpc")
+    __slots__ = ("_context", "_handed", "_rpc")
 
-    def __init__(self, rpc: Rpc) -> None:
+    def __init__(self, rpc: Rpc, handed: HandedOver | None = None) -> None:
         self._rpc = rpc
         self._context = rpc.call.context
+        self._handed = handed
 
     async def read(self) -> Any:
         """The next request, or grpc.aio.EOF."""
+        if self._handed is not None:
+            return await self._handed.read()
         return await _receive(self._rpc, self._context.read)
 
     async def write(self, message: Any) -> None:
