@@ -23,8 +23,8 @@ SHORT_LISTS = {
 }
 VERBS = (
     "Add", "Apply", "Build", "Cancel", "Collect", "Create", "Delete", "Download", "Finish", "Get", "Issue", "List",
-    "Move", "Pause", "Report", "Restart", "Resume", "Retry", "Rotate", "Set", "Shutdown", "Start", "Stop", "Undelete", "Update",
-    "Upload", "Verify", "Watch",
+    "Move", "Pause", "Report", "Restart", "Resume", "Retry", "Rotate", "Set", "Shutdown", "Start", "Stop", "Undelete",
+    "Update", "Upload", "Verify", "Watch",
 )  # fmt: skip
 
 
