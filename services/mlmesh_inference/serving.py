@@ -19,13 +19,15 @@ CONFIG_FILE: Final = "config.pbtxt"
 class TensorConfig:
     """An input or output as the configuration declares it; `dims` leave the batch dimension out where there is one.
 
-    `datatype` is the protocol's name ("FP32", "BYTES"), "" when the file does not say.
+    `datatype` is the protocol's name ("FP32", "BYTES"), "" when the file does not say. `layout` tells clients how an
+    image lies in an input, "NHWC" or "NCHW"; nothing is changed by it.
     """
 
     name: str
     datatype: str = ""
     dims: tuple[int, ...] = ()
     optional: bool = False
+    layout: str = ""
     labels_file: str = ""
 
 
@@ -109,6 +111,43 @@ class Step:
     outputs: Mapping[str, str] = field(default_factory=dict)
 
 
+class Fill(enum.Enum):
+    """What an input of a warm-up sample holds."""
+
+    ZEROS = 0
+    RANDOM = 1
+    FILE = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleInput:
+    """An input of a warm-up sample. `dims` leave the batch dimension out; `file` is the version's, raw contents."""
+
+    name: str
+    datatype: str
+    dims: tuple[int, ...]
+    fill: Fill = Fill.ZEROS
+    file: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WarmupSample:
+    """A request that runs `count` times before the version is ready. `rows` is 0 for a model that does not batch."""
+
+    name: str
+    rows: int = 0
+    inputs: tuple[SampleInput, ...] = ()
+    count: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VersionPolicy:
+    """Which versions are served: the `latest` highest numbers, those of `numbers`, or all when neither is said."""
+
+    latest: int = 0
+    numbers: tuple[int, ...] = ()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServingConfig:
     """Everything a version may say about how it is served. 0, "" and empty mean: not said.
@@ -116,11 +155,12 @@ class ServingConfig:
     Attributes:
         name: of the model, when said. platform, backend: Triton's terms ("onnxruntime_onnx", "ensemble").
         rows_max: most rows of a batch (max_batch_size); None when not said, 0 for a model that does not batch.
-        instances: engine instances, the sum of instance_group counts.
+        versions: which versions an override of a load asks for; a version's own file may name itself only.
+        instances: engine instances, the sum of instance_group counts. device: "cpu" or "gpu" when they are bound to it.
         steps: of an ensemble. decoupled: any number of answers to a request.
         parameters: the file's own, as text; names under "mlmesh." are ours (engine, precision, tolerance).
         model_file: of default_model_filename.
-        warmups: how many samples the file asks to warm up with.
+        warmups: samples to warm up with, beside those that every model gets.
     """
 
     name: str = ""
@@ -133,10 +173,12 @@ class ServingConfig:
     sequence: SequenceConfig | None = None
     steps: tuple[Step, ...] = ()
     decoupled: bool = False
+    versions: VersionPolicy | None = None
     instances: int = 0
+    device: str = ""
     model_file: str = ""
     parameters: Mapping[str, str] = field(default_factory=dict)
-    warmups: int = 0
+    warmups: tuple[WarmupSample, ...] = ()
 
     def parameter(self, name: str) -> str:
         """Value of our own parameter "mlmesh.NAME", "" when the file does not say it."""
