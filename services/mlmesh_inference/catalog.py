@@ -66,6 +66,7 @@ class ReadyModel:
     runner: Runner
     statistics: Statistics
     labels: tuple[str, ...] = ()
+    output_labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     concurrency: int = 1
     config: ServingConfig = field(default_factory=ServingConfig)
     inputs: Mapping[str, TensorSpec] = field(init=False)
@@ -150,7 +151,9 @@ class Catalog:
         return self._defaults.get(model, 0)
 
     def begin(self, model: str, version: int, *, total_bytes: int, sha256: str) -> None:
-        """A version is on its way."""
+        """A version is on its way. One that answers already goes on answering, and nothing is told of it until then."""
+        if (model, version) in self._ready:
+            return
         self._put(Status(model=model, version=version, state=State.FETCHING, total_bytes=total_bytes, sha256=sha256))
 
     def progress(
@@ -158,7 +161,7 @@ class Catalog:
     ) -> None:
         """It went on: another state, more bytes, or a reason why it takes longer."""
         status = self._statuses.get((model, version))
-        if status is not None:
+        if status is not None and (model, version) not in self._ready:
             fetched = status.fetched_bytes if fetched_bytes is None else fetched_bytes
             self._put(replace(status, state=state, fetched_bytes=fetched, error=error))
 

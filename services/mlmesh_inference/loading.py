@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,20 +16,20 @@ from mlmesh_inference.batcher import Batcher, BatchPolicy
 from mlmesh_inference.cache import ModelCache
 from mlmesh_inference.catalog import Catalog, ReadyModel, State
 from mlmesh_inference.config import InferenceSettings
+from mlmesh_inference.configured import ConfigError, batched, read_labels, rows_bounds, sample, served_signature
 from mlmesh_inference.desired import ModelFile, VersionRecord, signature_mismatch
 from mlmesh_inference.engines.base import BuiltEngine, Engine, EngineError, EngineKind, EngineOptions, build_preferred
 from mlmesh_inference.follow import Backoff, Sleep, Source
+from mlmesh_inference.oip.model_config import read_text
+from mlmesh_inference.serving import CONFIG_FILE, ServingConfig
 from mlmesh_inference.statistics import Statistics, Tracer
-from mlmesh_inference.tensors import Array, TensorSpec, show
+from mlmesh_inference.tensors import Array, Signature, TensorSpec, show
 from mlmesh_runtime.errors import Corrupt, InvalidInput, MeshError, NotFound
 from mlmesh_runtime.executors import BoundedExecutor, run_blocking
 
 _LOG = logging.getLogger(__name__)
 
 CORRUPT_ATTEMPTS_MAX: Final = 3
-LABELS_FILE: Final = "labels.txt"
-"""File of a version with one label a line, for the classification parameter."""
-
 _PLATFORMS: Final = {"onnxruntime-cpu": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}
 
 
@@ -56,51 +56,72 @@ class Loading:
     tracer: Tracer | None = None
     sleep: Sleep = asyncio.sleep
 
-    async def load(self, record: VersionRecord, stalled: Callable[[], None]) -> None:
-        """Load a version and install it in the catalog, or mark it FAILED.
+    async def load(
+        self, record: VersionRecord, stalled: Callable[[], None], *, config: ServingConfig | None = None
+    ) -> str:
+        """Load a version and install it in the catalog, or mark it FAILED. Returns why it failed, "" when it answers.
 
-        What may pass is tried again for ever; `stalled` is called each time.
+        What may pass is tried again for ever; `stalled` is called each time. A version that answers already is loaded
+        anew beside itself: it goes on answering until the new one does, and for good when that fails.
+
+        Args:
+            config: how to serve it, instead of what its own config.pbtxt says.
         """
         model, version = record.model, record.version
         file = record.model_file
         self.catalog.begin(model, version, total_bytes=record.size, sha256=file.sha256 if file else "")
         try:
-            if file is None:
-                raise LoadError("it has no model.onnx and not exactly one other .onnx file")
             await self._fetch_until_here(record, stalled)
             folder = await run_blocking(self.disk, self.cache.lay_out, record)
+            if config is None:
+                config = await run_blocking(self.disk, read_config, folder, record)
+            path = folder / _model_path(record, config)
             self.catalog.progress(model, version, State.BUILDING)
-            built = await run_blocking(self.build, self._built, folder / file.path, record)
+            built = await run_blocking(self.build, self._built, path, record, config)
+            served = Served.of(config, built.engine, self.settings)
             self.catalog.progress(model, version, State.WARMING_UP)
-            await run_blocking(self.build, warm_up, built.engine, self._policy(built.engine))
-            labels = await run_blocking(self.disk, _labels, folder / LABELS_FILE)
-        except (LoadError, EngineError) as error:
-            self._failed(record, str(error))
+            await run_blocking(self.build, warm_up, built.engine, served.policy)
+            await run_blocking(self.build, run_samples, built.engine, config, served, folder)
+            labels = await run_blocking(self.disk, read_labels, folder, config)
+        except (LoadError, EngineError, ConfigError) as error:
+            return self._failed(record, str(error))
         except Exception as error:  # the other models must go on
             _LOG.exception("loading failed unexpectedly", extra={"model": model, "version": version})
-            self._failed(record, f"{type(error).__name__} while loading; the log says more")
-        else:
-            self._install(record, built, labels)
+            return self._failed(record, f"{type(error).__name__} while loading; the log says more")
+        self._install(record, built, served, config, labels)
+        return ""
 
-    def _failed(self, record: VersionRecord, error: str) -> None:
+    def _failed(self, record: VersionRecord, error: str) -> str:
         _LOG.error("model failed", extra={"model": record.model, "version": record.version, "error": error})
         self.catalog.fail(record.model, record.version, error)
+        return error
 
-    def _install(self, record: VersionRecord, built: BuiltEngine, labels: tuple[str, ...]) -> None:
-        engine, policy = built.engine, self._policy(built.engine)
-        statistics = Statistics(record.model, record.version, tracer=self.tracer)
-        batcher = Batcher(engine, policy, statistics, name=f"{record.model}/{record.version}")
+    def _install(
+        self,
+        record: VersionRecord,
+        built: BuiltEngine,
+        served: Served,
+        config: ServingConfig,
+        labels: Mapping[str, tuple[str, ...]],
+    ) -> None:
+        engine = built.engine
+        before = self.catalog.ready(record.model, record.version)
+        # A version that is loaded anew goes on counting where it was: its metrics have the same names.
+        statistics = before.statistics if before else Statistics(record.model, record.version, tracer=self.tracer)
+        batcher = Batcher(engine, served.policy, statistics, name=f"{record.model}/{record.version}")
         statistics.watch_depth(lambda: batcher.depth)
         ready = ReadyModel(
             name=record.model,
             version=record.version,
             platform=_PLATFORMS.get(engine.name, engine.name),
-            signature=engine.signature,
-            policy=policy,
+            signature=served.signature,
+            policy=served.policy,
             runner=batcher,
             statistics=statistics,
-            labels=labels,
+            labels=labels.get("", ()),
+            output_labels=labels,
             concurrency=engine.concurrency,
+            config=config,
         )
         self.catalog.install(ready, engine=engine.name, engine_reason=built.reason)
         _LOG.info(
@@ -108,23 +129,22 @@ class Loading:
             extra={"model": record.model, "version": record.version, "engine": engine.name, "why": built.reason},
         )
 
-    def _policy(self, engine: Engine) -> BatchPolicy:
-        return BatchPolicy(
-            batches=engine.signature.batches,
-            rows_max=self.settings.rows_max,
-            rows_preferred=self.settings.rows_preferred,
-            queue_items_max=self.settings.queue_items_max,
-        )
-
-    def _built(self, path: Path, record: VersionRecord) -> BuiltEngine:
+    def _built(self, path: Path, record: VersionRecord, config: ServingConfig) -> BuiltEngine:
         """Build, and hold the file against what the registry says of it. On the build executor."""
+        rows_max, rows_preferred = rows_bounds(
+            config, rows_max=self.settings.rows_max, rows_preferred=self.settings.rows_preferred
+        )
         options = EngineOptions(
             threads=self.settings.threads,
-            concurrency=self.settings.concurrency,
-            rows_max=self.settings.rows_max,
-            rows_preferred=self.settings.rows_preferred,
+            concurrency=config.instances or self.settings.concurrency,
+            rows_max=rows_max,
+            rows_preferred=rows_preferred,
         )
-        built = build_preferred(self.kinds, path, options)
+        kinds = [kind for kind in self.kinds if kind.name.startswith(config.engine)]
+        if not kinds:
+            names = ", ".join(kind.name for kind in self.kinds)
+            raise LoadError(f"the configuration asks for engine {config.engine[:64]!r}; there are {names}")
+        built = build_preferred(kinds, path, options)
         if record.signature is not None and (problem := signature_mismatch(record.signature, built.engine.signature)):
             built.engine.close()
             raise LoadError(problem)
@@ -171,6 +191,77 @@ class Loading:
             await asyncio.shield(run_blocking(self.disk, writer.close))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """A model as its configuration lets it be served."""
+
+    signature: Signature
+    policy: BatchPolicy
+
+    @classmethod
+    def of(cls, config: ServingConfig, engine: Engine, settings: InferenceSettings) -> Served:
+        """Hold the configuration against the engine. Closes the engine and raises ConfigError where they differ."""
+        try:
+            rows_max, rows_preferred = rows_bounds(
+                config, rows_max=settings.rows_max, rows_preferred=settings.rows_preferred
+            )
+            queued = config.batching.queue.items_max if config.batching else 0
+            policy = BatchPolicy(
+                batches=batched(config, engine.signature),
+                rows_max=rows_max,
+                rows_preferred=rows_preferred,
+                queue_items_max=min(queued or settings.queue_items_max, settings.queue_items_max),
+            )
+            return cls(signature=served_signature(config, engine.signature), policy=policy)
+        except ConfigError:
+            engine.close()
+            raise
+
+
+def read_config(folder: Path, record: VersionRecord) -> ServingConfig:
+    """What the version's own config.pbtxt says; without one, nothing. Blocking. Raises LoadError."""
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        return ServingConfig()
+    try:
+        config = read_text(path.read_bytes())
+    except MeshError as error:
+        raise LoadError(f"{CONFIG_FILE}: {error.message}") from error
+    check_config(config, record)
+    if config.versions is not None and config.versions.numbers != (record.version,):
+        raise LoadError(f"{CONFIG_FILE}: version_policy is for the registry's aliases and MLMESH_SERVE: leave it out")
+    return config
+
+
+def check_config(config: ServingConfig, record: VersionRecord) -> None:
+    """Whether a configuration is for this model. Raises LoadError."""
+    if config.name not in {"", record.model}:
+        raise LoadError(f"the configuration's name is '{config.name[:128]}', the model's is '{record.model}'")
+
+
+def _model_path(record: VersionRecord, config: ServingConfig) -> str:
+    check_config(config, record)
+    if config.model_file:
+        if config.model_file not in {file.path for file in record.files}:
+            raise LoadError(f"default_model_filename: the version has no file {config.model_file!r}")
+        return config.model_file
+    if record.model_file is None:
+        raise LoadError("it has no model.onnx and not exactly one other .onnx file")
+    return record.model_file.path
+
+
+def run_samples(engine: Engine, config: ServingConfig, served: Served, folder: Path) -> None:
+    """Run the warm-up samples of the configuration. Blocking. Raises EngineError, ConfigError."""
+    names = [spec.name for spec in engine.signature.outputs]
+    for said in config.warmups:
+        inputs = sample(said, engine.signature, folder, batches=served.policy.batches)
+        for _ in range(said.count):
+            try:
+                engine.run(inputs, names)
+            except EngineError as error:
+                raise EngineError(f"model_warmup '{said.name}': {error}") from error
+
+
 def warm_up(engine: Engine, policy: BatchPolicy) -> None:
     """Run zeros of the real signature, at one row and at the usual and the largest batch. Blocking.
 
@@ -211,7 +302,3 @@ def _check_output(spec: TensorSpec, array: Array, rows: int | None) -> None:
             f"output '{spec.name}' is {array.dtype}{show(array.shape)}, the signature says "
             f"{spec.datatype.name}{show(said)}"
         )
-
-
-def _labels(path: Path) -> tuple[str, ...]:
-    return tuple(path.read_text().splitlines()) if path.exists() else ()

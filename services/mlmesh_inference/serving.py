@@ -180,6 +180,15 @@ class ServingConfig:
     parameters: Mapping[str, str] = field(default_factory=dict)
     warmups: tuple[WarmupSample, ...] = ()
 
+    @property
+    def engine(self) -> str:
+        """Engine asked for ("onnxruntime", "openvino", "torch", "tensorrt"), by our parameter or by Triton's backend.
+
+        "" leaves the choice to the policy. A backend that is not one of them stays as it is, to be refused by name.
+        """
+        said = self.parameter("engine") or self.backend or self.platform.partition("_")[0]
+        return {"auto": "", "pytorch": "torch", "ensemble": ""}.get(said, said)
+
     def parameter(self, name: str) -> str:
         """Value of our own parameter "mlmesh.NAME", "" when the file does not say it."""
         return self.parameters.get(f"mlmesh.{name}", "")
