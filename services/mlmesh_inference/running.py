@@ -40,7 +40,9 @@ class Work:
     Attributes:
         inputs: arrays by name, of the signature's dtypes and shapes. outputs: names wanted, in that order.
         rows: size of the batch dimension, 1 for a model without one.
-        deadline_ns: of the monotonic clock, 0 for none.
+        deadline_ns: of the monotonic clock, 0 for none: when the caller stops waiting.
+        timeout_us: longest wait in the queue that the request itself asks for (the protocol's `timeout`), 0 for none;
+            whether it counts is the queue policy's to say, so it is not part of `deadline_ns`.
         priority: 1 is the most urgent, 0 the model's default level.
         tenant: identity of the caller (a SPIFFE id), "" when unknown; what fairness is between.
         sequence: of a stateful model. parameters: the request's own, those that the protocol reserves left out.
@@ -51,6 +53,7 @@ class Work:
     outputs: tuple[str, ...]
     rows: int = 1
     deadline_ns: int = 0
+    timeout_us: int = 0
     priority: int = 0
     tenant: str = ""
     sequence: SequenceControl | None = None
