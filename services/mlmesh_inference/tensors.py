@@ -138,11 +138,14 @@ def show(shape: Sequence[int]) -> str:
     return "[" + ",".join(map(str, shape)) + "]"
 
 
-def decode_raw(kind: Datatype, shape: Sequence[int], raw: bytes, *, tensor: str, model: str) -> Array:
-    """Array over raw contents (row-major, little-endian, no padding). Read-only and without a copy, BYTES apart."""
+def decode_raw(kind: Datatype, shape: Sequence[int], raw: bytes | memoryview, *, tensor: str, model: str) -> Array:
+    """Array over raw contents (row-major, little-endian, no padding), aligned.
+
+    Without a copy, apart from BYTES and a memoryview that does not begin where the datatype must; over bytes read-only.
+    """
     count = element_count(shape, tensor=tensor)
     if kind.itemsize == 0:
-        return _decode_raw_bytes(shape, count, raw, tensor=tensor, model=model)
+        return _decode_raw_bytes(shape, count, bytes(raw), tensor=tensor, model=model)
     expected = count * kind.itemsize
     if len(raw) != expected:
         raise InvalidInput(
@@ -152,7 +155,8 @@ def decode_raw(kind: Datatype, shape: Sequence[int], raw: bytes, *, tensor: str,
         )
     if count == 0:
         return np.empty(tuple(shape), kind.dtype)
-    return np.frombuffer(raw, kind.dtype).reshape(shape)
+    array = np.frombuffer(raw, kind.dtype).reshape(shape)
+    return array if array.flags.aligned else array.copy()
 
 
 def _decode_raw_bytes(shape: Sequence[int], count: int, raw: bytes, *, tensor: str, model: str) -> Array:

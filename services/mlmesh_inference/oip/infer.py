@@ -1,10 +1,16 @@
-"""One request: look the model up, check, queue, answer. Unary RPCs and streams share it."""
+"""One request: look the model up, check, queue, answer. Unary RPCs and streams share it.
+
+`prepare` is the one place where a request becomes a Work. `start` queues it and gives a future, for who wants to await;
+`mlmesh_inference.oip.direct` answers without one.
+"""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 from time import monotonic_ns
+from typing import Final
 
 from mlmesh_inference.catalog import Catalog, ReadyModel
 from mlmesh_inference.oip import replies, requests
@@ -12,8 +18,29 @@ from mlmesh_inference.running import FutureSink, Work
 from mlmesh_inference.tensors import Array
 from mlmesh_inference.tracing import request_trace
 from mlmesh_runtime.calls import CURRENT
-from mlmesh_runtime.errors import NotReady
+from mlmesh_runtime.errors import MeshError, NotReady, Unauthenticated, Unsupported
+from mlmesh_runtime.identity import current_identity
 from open_inference import grpc_service_pb2 as pb
+
+DECOUPLED: Final = "ModelInfer RPC doesn't support models with decoupled transaction policy"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A request in order, and the work that it is.
+
+    Attributes:
+        id: as the caller gave it. request: how the answer is to look.
+    """
+
+    id: str
+    model: ReadyModel
+    request: requests.Request
+    work: Work
+
+    def reply(self, arrays: Sequence[Array], *, final: bool | None = None) -> pb.ModelInferResponse:
+        """The answer; `final` as replies.write has it."""
+        return replies.write(self.id, self.request, self.model, arrays, final=final)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -30,32 +57,61 @@ class Started:
         return replies.write(self.id, self.request, self.model, await self.outcome)
 
 
-def start(catalog: Catalog, message: pb.ModelInferRequest) -> Started:
-    """Check a request and queue it, without waiting. Raises any MeshError."""
+def prepare(catalog: Catalog, message: pb.ModelInferRequest, *, regions: requests.Regions | None = None) -> Prepared:
+    """Check a request of the RPC being handled. Raises any MeshError. `regions`: registered shared memory, if any."""
+    call = CURRENT.get()
+    deadline = 0 if call is None or call.deadline is None else int(call.deadline * 1e9)
     model = catalog.resolve(message.model_name, message.model_version)
-    request = requests.read(message, model)
+    request = requests.read(message, model, regions)
+    try:
+        tenant = current_identity()
+    except Unauthenticated:
+        tenant = ""
+    work = work_of(request, deadline_ns=deadline, tenant=tenant)
+    return Prepared(id=message.id, model=model, request=request, work=work)
+
+
+def start(catalog: Catalog, message: pb.ModelInferRequest, *, regions: requests.Regions | None = None) -> Started:
+    """Check a request and queue it, without waiting. Raises any MeshError: Unsupported for a decoupled model."""
+    prepared = prepare(catalog, message, regions=regions)
+    if prepared.model.runner.decoupled:
+        raise Unsupported(DECOUPLED)
     sink = FutureSink()
-    work = Work(
+    prepared.model.runner.submit(prepared.work, sink)
+    return Started(id=prepared.id, model=prepared.model, request=prepared.request, outcome=sink.future)
+
+
+def work_of(request: requests.Request, *, deadline_ns: int, tenant: str) -> Work:
+    """What a runner is given of a request; `deadline_ns` is the call's own, 0 for none."""
+    options = request.options
+    return Work(
         inputs=request.inputs,
         outputs=request.outputs,
         rows=request.rows,
-        deadline_ns=_deadline_ns(request.timeout_us),
+        deadline_ns=earlier(deadline_ns, options.timeout_us) if options.timeout_us else deadline_ns,
+        priority=options.priority,
+        tenant=tenant,
+        sequence=options.sequence,
+        parameters=options.own,
         trace=request_trace(),
     )
-    model.runner.submit(work, sink)
-    return Started(id=message.id, model=model, request=request, outcome=sink.future)
+
+
+def earlier(deadline_ns: int, timeout_us: int) -> int:
+    """The earlier of the call's deadline (0: none) and the end of the request's own timeout from now on."""
+    own = monotonic_ns() + timeout_us * 1000
+    return min(deadline_ns, own) if deadline_ns else own
+
+
+def failure(prepared_id: str, model_name: str, error: MeshError) -> pb.ModelStreamInferResponse:
+    """What a stream says of a request that failed, in its place."""
+    response = pb.ModelStreamInferResponse(error_message=error.message)
+    response.infer_response.id = prepared_id
+    response.infer_response.model_name = model_name
+    response.infer_response.parameters[replies.FINAL].bool_param = True
+    return response
 
 
 def shutting_down() -> NotReady:
     """What the protocol's clients are told when the server goes away."""
     return NotReady("GRPC server is shutting down and has stopped accepting new requests.", reason="DRAINING")
-
-
-def _deadline_ns(timeout_us: int) -> int:
-    """The earlier of the RPC's deadline and the request's own timeout; 0 for neither."""
-    call = CURRENT.get()
-    deadline = 0 if call is None or call.deadline is None else int(call.deadline * 1e9)
-    if timeout_us:
-        own = monotonic_ns() + timeout_us * 1000
-        deadline = min(deadline, own) if deadline else own
-    return deadline

@@ -1,26 +1,52 @@
-"""From ModelInferRequest to what the batcher takes. Everything is checked before anything is allocated.
+"""From ModelInferRequest to what a runner takes. Everything is checked before anything is allocated.
 
 The texts are those that the protocol's clients compare; see the module's functions for the rule each one enforces.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
 
-from mlmesh_inference.batcher import check_rows
 from mlmesh_inference.catalog import ReadyModel
-from mlmesh_inference.tensors import Array, TensorSpec, datatype, decode_raw, decode_typed, element_count, show
-from mlmesh_runtime.errors import InvalidInput, Unsupported
+from mlmesh_inference.oip.parameters import (
+    NO_OPTIONS,
+    Options,
+    Placement,
+    no_shared_memory,
+    options,
+    placement,
+)
+from mlmesh_inference.oip.wire import PACKED, unpacked
+from mlmesh_inference.tensors import (
+    Array,
+    TensorSpec,
+    datatype,
+    decode_raw,
+    decode_typed,
+    element_count,
+    show,
+)
+from mlmesh_runtime.errors import InvalidInput
 from open_inference import grpc_service_pb2 as pb
 
 TENSORS_MAX: Final = 1024
 """Most inputs or outputs of a request."""
 CLASSES_MAX: Final = 1 << 20
 
-_EMPTY_FINAL: Final = "triton_enable_empty_final_response"
-_CONTENTS: Final = tuple(field.name for field in pb.InferTensorContents.DESCRIPTOR.fields)
+_Input = pb.ModelInferRequest.InferInputTensor
+_Output = pb.ModelInferRequest.InferRequestedOutputTensor
+
+
+class Regions(Protocol):
+    """Registered shared memory, as requests use it. A view stays valid for as long as somebody holds it."""
+
+    def read(self, region: str, offset: int, size: int) -> memoryview:
+        """`size` bytes of a region, from `offset` of what was registered. Raises InvalidInput where it is not there."""
+
+    def view_for_writing(self, region: str, offset: int, size: int) -> memoryview:
+        """The same, to put an output into."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +56,8 @@ class Request:
     Attributes:
         inputs: arrays by name. outputs: names wanted, in that order. rows: size of the batch dimension, 1 without.
         classes: by output, how many of the best classes are wanted instead of the tensor.
-        timeout_us: longest wait in the queue, 0 for none.
+        placed: by output, where in shared memory it is to be put.
+        options: what the request's own parameters ask for.
         typed: whether to answer in typed contents, as the request came.
     """
 
@@ -38,66 +65,98 @@ class Request:
     outputs: tuple[str, ...]
     rows: int
     classes: Mapping[str, int]
-    timeout_us: int
     typed: bool
+    options: Options = NO_OPTIONS
+    placed: Mapping[str, tuple[Placement, memoryview]] = field(default_factory=dict)
 
 
-def read(message: pb.ModelInferRequest, model: ReadyModel) -> Request:
-    """Check and convert. Raises InvalidInput (INVALID_FIELD, SHAPE_MISMATCH) or Unsupported."""
-    timeout_us = _parameters(message.parameters) if message.parameters else 0
-    raw = message.raw_input_contents
-    inputs, typed = _raw_inputs(message, raw, model) if raw else _typed_inputs(message, model)
+def read(message: pb.ModelInferRequest, model: ReadyModel, regions: Regions | None = None) -> Request:
+    """Check and convert.
+
+    Args:
+        regions: registered shared memory; without it, parameters that ask for it are refused.
+
+    Raises InvalidInput (INVALID_FIELD, SHAPE_MISMATCH) or Unsupported.
+    """
+    asked = options(message.parameters) if message.parameters else NO_OPTIONS
+    inputs, typed = _inputs(message, model, regions)
     if len(inputs) != len(model.inputs):
         _check_missing(inputs, model)
-    outputs, classes = _outputs(message.outputs, model) if message.outputs else (model.output_names, {})
+    placed: dict[str, tuple[Placement, memoryview]] = {}
+    if message.outputs:
+        outputs, classes = _outputs(message.outputs, model, regions, placed)
+    else:
+        outputs, classes = model.output_names, {}
     return Request(
         inputs=inputs,
         outputs=outputs,
         rows=_rows(inputs, model) if model.policy.batches else 1,
         classes=classes,
-        timeout_us=timeout_us,
         typed=typed,
+        options=asked,
+        placed=placed,
     )
 
 
-def _raw_inputs(
-    message: pb.ModelInferRequest, raw: Sequence[bytes], model: ReadyModel
-) -> tuple[dict[str, Array], bool]:
-    if len(raw) != len(message.inputs):
-        raise InvalidInput(
-            f"expected {len(message.inputs)} raw_input_contents for model '{model.name}', one an input, got {len(raw)}",
-            field="raw_input_contents",
-            reason="SHAPE_MISMATCH",
-        )
-    inputs: dict[str, Array] = {}
-    for tensor, content in zip(message.inputs, raw, strict=True):
-        spec = _spec(tensor, inputs, model)
-        if tensor.HasField("contents"):
-            raise InvalidInput(
-                f"contents field must not be specified when using raw_input_contents for '{spec.name}' for model "
-                f"'{model.name}'",
-                field=f"inputs[{spec.name}].contents",
-            )
-        shape = tensor.shape
-        _check_shape(shape, spec, model)
-        inputs[spec.name] = decode_raw(spec.datatype, shape, content, tensor=spec.name, model=model.name)
-    return inputs, False
-
-
-def _typed_inputs(message: pb.ModelInferRequest, model: ReadyModel) -> tuple[dict[str, Array], bool]:
+def _inputs(message: pb.ModelInferRequest, model: ReadyModel, regions: Regions | None) -> tuple[dict[str, Array], bool]:
+    """Arrays by name, and whether any came in typed contents."""
+    raw = _raw(message, model, regions)
     inputs: dict[str, Array] = {}
     typed = False
     for tensor in message.inputs:
         spec = _spec(tensor, inputs, model)
-        _check_shape(tensor.shape, spec, model)
-        typed = typed or tensor.HasField("contents")
-        values = _contents(tensor, spec, model)
-        inputs[spec.name] = decode_typed(spec.datatype, tensor.shape, values, tensor=spec.name, model=model.name)
+        place = _placement(tensor, regions) if tensor.parameters else None
+        shape = tensor.shape
+        if raw is not None or place is not None:
+            if tensor.HasField("contents"):
+                used = "raw_input_contents" if place is None else "shared memory"
+                raise InvalidInput(
+                    f"contents field must not be specified when using {used} for '{spec.name}' for model "
+                    f"'{model.name}'",
+                    field=f"inputs[{spec.name}].contents",
+                )
+            _check_shape(shape, spec, model)
+            data: bytes | memoryview
+            if place is not None and regions is not None:
+                # What is wrong with the size is told by the decoder, in the protocol's words.
+                data = regions.read(place.region, place.offset, place.size)
+            else:
+                data = next(raw) if raw is not None else b""
+            inputs[spec.name] = decode_raw(spec.datatype, shape, data, tensor=spec.name, model=model.name)
+        else:
+            _check_shape(shape, spec, model)
+            typed = typed or tensor.HasField("contents")
+            inputs[spec.name] = _typed(tensor, spec, model)
     return inputs, typed
 
 
-def _spec(tensor: pb.ModelInferRequest.InferInputTensor, seen: Mapping[str, Array], model: ReadyModel) -> TensorSpec:
-    """The model's idea of an input, when name, datatype and parameters of the request's go with it."""
+def _raw(message: pb.ModelInferRequest, model: ReadyModel, regions: Regions | None) -> Iterator[bytes] | None:
+    """Raw contents in order, one for every input that is not in shared memory; None when there are none at all."""
+    raw = message.raw_input_contents
+    if not raw:
+        return None
+    expected = len(message.inputs)
+    if regions is not None:
+        expected -= sum("shared_memory_region" in tensor.parameters for tensor in message.inputs)
+    if len(raw) != expected:
+        raise InvalidInput(
+            f"expected {expected} raw_input_contents for model '{model.name}', one an input, got {len(raw)}",
+            field="raw_input_contents",
+            reason="SHAPE_MISMATCH",
+        )
+    return iter(raw)
+
+
+def _placement(tensor: _Input | _Output, regions: Regions | None) -> Placement | None:
+    if regions is None:
+        no_shared_memory(tensor.parameters)
+        return None
+    kind = "inputs" if isinstance(tensor, _Input) else "outputs"
+    return placement(tensor.parameters, field=f"{kind}[{tensor.name}]")
+
+
+def _spec(tensor: _Input, seen: Mapping[str, Array], model: ReadyModel) -> TensorSpec:
+    """The model's idea of an input, when name and datatype of the request's go with it."""
     name = tensor.name
     spec = model.inputs.get(name)
     if spec is None:
@@ -111,8 +170,6 @@ def _spec(tensor: pb.ModelInferRequest.InferInputTensor, seen: Mapping[str, Arra
             f"'{spec.datatype.name}'",
             field=f"inputs[{name}].datatype",
         )
-    if tensor.parameters:
-        _no_shared_memory(tensor.parameters)
     return spec
 
 
@@ -133,27 +190,32 @@ def _check_shape(shape: Sequence[int], spec: TensorSpec, model: ReadyModel) -> N
     )
 
 
-def _contents(tensor: pb.ModelInferRequest.InferInputTensor, spec: TensorSpec, model: ReadyModel) -> Sequence[Any]:
-    """The one typed field that the datatype prescribes; data in any other is refused."""
-    wanted = spec.datatype.contents
+def _typed(tensor: _Input, spec: TensorSpec, model: ReadyModel) -> Array:
+    """The values of the one typed field that the datatype prescribes; data in any other is refused."""
+    kind = spec.datatype
     if tensor.HasField("contents"):
-        for name in _CONTENTS:
-            if name != wanted and getattr(tensor.contents, name):
+        for found, _ in tensor.contents.ListFields():
+            if found.name != kind.contents:
                 raise InvalidInput(
                     f"unexpected explicit tensor data for input tensor '{spec.name}' for model '{model.name}' in "
-                    f"{name}, expected datatype '{spec.datatype.name}'"
-                    + (f" in {wanted}" if wanted else " as raw_input_contents"),
+                    f"{found.name}, expected datatype '{kind.name}'"
+                    + (f" in {kind.contents}" if kind.contents else " as raw_input_contents"),
                     field=f"inputs[{spec.name}].contents",
                 )
-        if wanted:
-            values: Sequence[Any] = getattr(tensor.contents, wanted)
-            return values
+        if kind.contents:
+            values: Sequence[Any] = getattr(tensor.contents, kind.contents)
+            count = element_count(tensor.shape, tensor=spec.name)
+            if kind.contents in PACKED and len(values) == count > 0:
+                array = unpacked(kind, tensor.shape, count, tensor.contents.SerializeToString())
+                if array is not None:
+                    return array
+            return decode_typed(kind, tensor.shape, values, tensor=spec.name, model=model.name)
     if 0 not in tensor.shape:
         raise InvalidInput(
             f"unable to find data for input tensor '{spec.name}' for model '{model.name}' in request.",
             field=f"inputs[{spec.name}]",
         )
-    return ()
+    return decode_typed(kind, tensor.shape, (), tensor=spec.name, model=model.name)
 
 
 def _check_missing(inputs: Mapping[str, Array], model: ReadyModel) -> None:
@@ -179,30 +241,43 @@ def _rows(inputs: Mapping[str, Array], model: ReadyModel) -> int:
                 reason="SHAPE_MISMATCH",
             )
         rows = array.shape[0]
-    check_rows(rows, model.policy, model=model.name)
+    if rows < 0:
+        return 1  # every input is optional, and none came
+    if rows > model.policy.rows_max:
+        raise InvalidInput(
+            f"inference request batch-size must be <= {model.policy.rows_max} for '{model.name}', got {rows}",
+            field="inputs",
+            reason="SHAPE_MISMATCH",
+        )
     return rows
 
 
 def _outputs(
-    wanted: Sequence[pb.ModelInferRequest.InferRequestedOutputTensor], model: ReadyModel
+    wanted: Sequence[_Output],
+    model: ReadyModel,
+    regions: Regions | None,
+    placed: dict[str, tuple[Placement, memoryview]],
 ) -> tuple[tuple[str, ...], dict[str, int]]:
-    names: list[str] = []
+    names: dict[str, None] = {}
     classes: dict[str, int] = {}
     for output in wanted:
-        if output.name not in model.outputs:
-            message = f"unexpected inference output '{output.name[:256]}' for model '{model.name}'"
+        name = output.name
+        if name not in model.outputs:
+            message = f"unexpected inference output '{name[:256]}' for model '{model.name}'"
             raise InvalidInput(message, field="outputs")
-        if output.name in names:
-            raise InvalidInput(f"output '{output.name}' already exists in request", field=f"outputs[{output.name}]")
-        names.append(output.name)
+        if name in names:
+            raise InvalidInput(f"output '{name}' already exists in request", field=f"outputs[{name}]")
+        names[name] = None
         if output.parameters:
-            _no_shared_memory(output.parameters)
+            place = _placement(output, regions)
+            if place is not None and regions is not None:
+                placed[name] = place, regions.view_for_writing(place.region, place.offset, place.size)
             if count := _classes(output, model):
-                classes[output.name] = count
+                classes[name] = count
     return tuple(names), classes
 
 
-def _classes(output: pb.ModelInferRequest.InferRequestedOutputTensor, model: ReadyModel) -> int:
+def _classes(output: _Output, model: ReadyModel) -> int:
     if "classification" not in output.parameters:
         return 0
     value = output.parameters["classification"]
@@ -213,27 +288,3 @@ def _classes(output: pb.ModelInferRequest.InferRequestedOutputTensor, model: Rea
         kind = model.outputs[output.name].datatype.name
         raise InvalidInput(f"output '{output.name}' is {kind}, which has no classes", field=field)
     return value.int64_param
-
-
-def _no_shared_memory(parameters: Mapping[str, pb.InferParameter]) -> None:
-    for name in parameters:
-        if name.startswith("shared_memory_"):
-            raise Unsupported(f"parameter '{name}': shared memory is not implemented")
-
-
-def _parameters(parameters: Mapping[str, pb.InferParameter]) -> int:
-    """Check the request's own parameters; gives the timeout in microseconds."""
-    for name in parameters:
-        if name.startswith("triton_") and name != _EMPTY_FINAL:
-            raise InvalidInput(
-                f"parameter keys starting with 'triton_' are reserved for Triton usage: '{name[:64]}'",
-                field="parameters",
-            )
-    if "timeout" not in parameters:
-        return 0
-    value = parameters["timeout"]
-    choice = value.WhichOneof("parameter_choice")
-    if choice not in {"int64_param", "uint64_param"} or (timeout := int(getattr(value, choice))) < 0:
-        message = "'timeout' parameter must be microseconds, 0 or more, as int64 or uint64"
-        raise InvalidInput(message, field="parameters[timeout]")
-    return timeout

@@ -181,7 +181,8 @@ async def test_parameters_of_others_are_taken(model: ReadyModel) -> None:
     message.parameters["triton_enable_empty_final_response"].bool_param = True
     message.parameters["mine"].string_param = "x"
     message.parameters["timeout"].uint64_param = 1500
-    assert requests.read(message, model).timeout_us == 1500
+    options = requests.read(message, model).options
+    assert (options.timeout_us, options.empty_final, dict(options.own)) == (1500, True, {"mine": "x"})
 
 
 async def test_a_typed_request_is_answered_in_kind(model: ReadyModel) -> None:
