@@ -14,7 +14,7 @@ import numpy as np
 from mlmesh_inference.app import services
 from mlmesh_inference.batcher import Batcher, BatchPolicy
 from mlmesh_inference.catalog import Catalog, ReadyModel
-from mlmesh_inference.engines.base import Engine, EngineError, EngineOptions
+from mlmesh_inference.engines.base import Engine, EngineError, EngineFacts, EngineOptions
 from mlmesh_inference.engines.onnx import OnnxKind
 from mlmesh_inference.running import FutureSink, Runner, Work
 from mlmesh_inference.statistics import Statistics
@@ -35,6 +35,7 @@ class GatedEngine:
     """
 
     name = "gated"
+    facts = EngineFacts(precision="fp32")
 
     def __init__(self, *, width: int = 4, concurrency: int = 1, is_open: bool = False) -> None:
         spec = DATATYPES["FP32"]

@@ -1,17 +1,51 @@
-"""The port of every engine, and how one is chosen."""
+"""The port of every engine: four methods, and facts.
+
+`EngineKind.probe` looks whether a library can run here, `EngineKind.build` makes an engine of a model file,
+`Engine.run` answers a batch, `Engine.close` gives everything back. All else that an engine says of itself is a value
+that was read back from it: see `EngineFacts`.
+"""
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
 from mlmesh_inference.tensors import Array, Signature
+
+PRECISIONS: Final = ("fp32", "bf16", "fp16")
+"""Precisions that may be declared. A model that is quantised or of half precision itself is served as it is."""
 
 
 class EngineError(Exception):
     """A model could not be built or run. The text is meant for whoever published the model."""
+
+
+class MemorySource(enum.Enum):
+    """How `EngineFacts.memory_bytes` was found; the text is for people."""
+
+    UNKNOWN = "not known"
+    WEIGHTS = "sum of the weights"
+    RESIDENT = "growth of the process's memory while it was built and warmed up"
+    DEVICE = "memory taken on the device"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineFacts:
+    """What an engine is, read back from it and never from the request.
+
+    Attributes:
+        precision: of the arithmetic that most of its time goes to: "fp32", "bf16", "fp16", "int8", ...
+        device: "cpu", "cuda:0 NVIDIA H100".
+        memory_bytes: of host and device together, memory_source: how that was found.
+    """
+
+    precision: str = ""
+    device: str = "cpu"
+    memory_bytes: int = 0
+    memory_source: MemorySource = MemorySource.UNKNOWN
 
 
 class Engine(Protocol):
@@ -32,6 +66,10 @@ class Engine(Protocol):
     def concurrency(self) -> int:
         """How many `run` calls may be under way at once."""
 
+    @property
+    def facts(self) -> EngineFacts:
+        """What it is."""
+
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
         """Run one batch. Inputs have the signature's dtypes; results come in the order of `outputs`.
 
@@ -50,12 +88,14 @@ class EngineOptions:
         threads: threads of one `run` on the CPU.
         concurrency: `run` calls at once.
         rows_max: most rows of a batch, rows_preferred: rows of a usual one; a GPU engine is tuned for these.
+        precision: of PRECISIONS; an engine that cannot compute in it refuses the model.
     """
 
     threads: int = 1
     concurrency: int = 1
     rows_max: int = 64
     rows_preferred: int = 8
+    precision: str = "fp32"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +113,10 @@ class EngineKind(Protocol):
     @property
     def name(self) -> str:
         """Name of the kind."""
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """Of PRECISIONS: what it can be asked to compute an FP32 model in."""
 
     def probe(self) -> Availability:
         """Look whether it can run here. Cheap, never raises."""

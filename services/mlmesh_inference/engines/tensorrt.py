@@ -23,7 +23,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from mlmesh_inference.engines.base import Availability, EngineError, EngineOptions
+from mlmesh_inference.engines.base import Availability, EngineError, EngineFacts, EngineOptions
 from mlmesh_inference.engines.cuda import Device, gpu_name
 from mlmesh_inference.tensors import DATATYPES, Array, Signature, TensorSpec
 
@@ -45,6 +45,7 @@ class TensorRTKind:
     """Builds engines where there is an NVIDIA GPU and one of the packages."""
 
     name = NAME
+    precisions = ("fp32",)
 
     def probe(self) -> Availability:
         """Look for a driver, a GPU and a package, in this order of cost."""
@@ -147,6 +148,7 @@ class TensorRTEngine:
 
     name = NAME
     concurrency = 1
+    facts = EngineFacts(device="cuda:0")
 
     def __init__(self, trt: ModuleType, plan: Any, device: Device, options: EngineOptions) -> None:
         self._device = device

@@ -105,6 +105,8 @@ def test_what_is_no_model_is_refused(data: bytes, tmp_path: Path) -> None:
 class Kind:
     """An engine kind that answers what it is told."""
 
+    precisions = ("fp32",)
+
     def __init__(self, name: str, *, available: bool = True, refuses: str = "") -> None:
         self.name = name
         self._available = available

@@ -1,0 +1,267 @@
+"""What a .onnx file says of itself, read without loading it: operators, weights by type and shape, names of dimensions.
+
+Only the outline is read, through a memory map: the bytes of weights are passed over, so a file of gigabytes costs what
+its graph costs. The field numbers are those of onnx.proto (ONNX IR). Whatever is not well-formed is an EngineError.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from mlmesh_inference.engines.base import EngineError
+
+NODES_MAX: Final = 500_000
+RANK_MAX: Final = 64
+ELEMENTS_MAX: Final = 1 << 40
+
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_Span = tuple[int, int]
+
+# TensorProto.DataType: bits of an element, and the precision that computing with it has.
+_BITS: Final = {
+    1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 14: 64, 15: 128,
+    16: 16, 17: 8, 18: 8, 19: 8, 20: 8, 21: 4, 22: 4, 23: 4,
+}  # fmt: skip
+_PRECISIONS: Final = {
+    1: "fp32", 2: "int8", 3: "int8", 10: "fp16", 11: "fp64", 16: "bf16",
+    17: "fp8", 18: "fp8", 19: "fp8", 20: "fp8", 21: "int4", 22: "int4", 23: "fp4",
+}  # fmt: skip
+_FLOATS: Final = frozenset({1, 10, 11, 16})
+# Operators through which an index keeps its value.
+_CARRIES: Final = frozenset({"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Transpose", "Slice"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """An operator with the names of what goes in and comes out; "" is an input left out."""
+
+    operator: str
+    domain: str = ""
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weight:
+    """A constant. `kind` is TensorProto.DataType, `external` the file that holds its bytes, "" for this one."""
+
+    kind: int
+    dims: tuple[int, ...]
+    external: str = ""
+
+    @property
+    def elements(self) -> int:
+        """How many there are."""
+        return math.prod(self.dims)
+
+    @property
+    def size(self) -> int:
+        """Bytes in memory; strings count as nothing."""
+        return (self.elements * _BITS.get(self.kind, 0) + 7) // 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Graph:
+    """The outline. `inputs` are the dimensions of each input: a number, a name, or "" when the file says neither."""
+
+    nodes: tuple[Node, ...]
+    weights: Mapping[str, Weight]
+    inputs: Mapping[str, tuple[int | str, ...]]
+    opsets: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of all weights."""
+        return sum(weight.size for weight in self.weights.values())
+
+    @property
+    def precision(self) -> str:
+        """Of the weights that most of the arithmetic is done with, "" when it has none that tell."""
+        elements: Counter[str] = Counter()
+        for weight in self.weights.values():
+            if weight.kind in _PRECISIONS:
+                elements[_PRECISIONS[weight.kind]] += weight.elements
+        return elements.most_common(1)[0][0] if elements else ""
+
+    @property
+    def floats(self) -> bool:
+        """Whether all its weights are FP32, so that a lower precision is a choice and not the file's."""
+        kinds = {weight.kind for weight in self.weights.values() if weight.kind in _FLOATS or weight.kind in (2, 3)}
+        return kinds <= {1}
+
+    def index_bounds(self) -> dict[str, int]:
+        """Inputs that are indexes into a table of weights, with the table's rows: what may go in is below that."""
+        carriers = {name: {name} for name in self.inputs}
+        bounds: dict[str, int] = {}
+        for node in self.nodes:
+            first = node.inputs[0] if node.inputs else ""
+            if node.operator in _CARRIES and first in carriers:
+                for output in node.outputs:
+                    carriers[output] = carriers[first]
+            elif node.operator == "Gather" and len(node.inputs) == 2 and node.inputs[1] in carriers:
+                table = self.weights.get(first)
+                if table is not None and table.dims:
+                    for name in carriers[node.inputs[1]]:
+                        bounds[name] = min(table.dims[0], bounds.get(name, table.dims[0]))
+        return bounds
+
+
+def read_graph(path: Path) -> Graph:
+    """Read the outline of a file. Raises EngineError when it is no well-formed model, OSError when it is not there."""
+    with path.open("rb") as file:
+        if path.stat().st_size == 0:
+            raise EngineError("the file is empty")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as memory:
+            try:
+                return _model(memory)
+            except (IndexError, UnicodeDecodeError, ValueError) as error:
+                raise EngineError(f"it is no well-formed ONNX model: {error}") from error
+
+
+def _model(memory: mmap.mmap) -> Graph:
+    graph: _Span | None = None
+    opsets: dict[str, int] = {}
+    for number, value in _fields(memory, (0, len(memory))):
+        if number == 7 and isinstance(value, tuple):
+            graph = value
+        elif number == 8 and isinstance(value, tuple):
+            said = dict(_fields(memory, value))
+            opsets[_text(memory, said.get(1))] = _number(said.get(2))
+    if graph is None:
+        raise ValueError("there is no graph in it")
+    nodes: list[Node] = []
+    weights: dict[str, Weight] = {}
+    inputs: dict[str, tuple[int | str, ...]] = {}
+    for number, value in _fields(memory, graph):
+        if not isinstance(value, tuple):
+            continue
+        if number == 1:
+            nodes.append(_node(memory, value))
+            if len(nodes) > NODES_MAX:
+                raise ValueError(f"more than {NODES_MAX} nodes")
+        elif number == 5:
+            name, weight = _weight(memory, value)
+            weights[name] = weight
+        elif number == 11:
+            name, dims = _value_info(memory, value)
+            inputs[name] = dims
+    # Files of old have an input for every weight.
+    inputs = {name: dims for name, dims in inputs.items() if name not in weights}
+    return Graph(nodes=tuple(nodes), weights=weights, inputs=inputs, opsets=opsets)
+
+
+def _node(memory: mmap.mmap, span: _Span) -> Node:
+    inputs: list[str] = []
+    outputs: list[str] = []
+    operator = domain = ""
+    for number, value in _fields(memory, span):
+        if number == 1:
+            inputs.append(_text(memory, value))
+        elif number == 2:
+            outputs.append(_text(memory, value))
+        elif number == 4:
+            operator = _text(memory, value)
+        elif number == 7:
+            domain = _text(memory, value)
+    return Node(operator=operator, domain=domain, inputs=tuple(inputs), outputs=tuple(outputs))
+
+
+def _weight(memory: mmap.mmap, span: _Span) -> tuple[str, Weight]:
+    dims: list[int] = []
+    kind, name, external = 0, "", ""
+    for number, value in _fields(memory, span):
+        if number == 1:
+            dims += _numbers(memory, value)
+        elif number == 2:
+            kind = _number(value)
+        elif number == 8:
+            name = _text(memory, value)
+        elif number == 13 and isinstance(value, tuple):
+            entry = dict(_fields(memory, value))
+            if _text(memory, entry.get(1)) == "location":
+                external = _text(memory, entry.get(2))
+    if len(dims) > RANK_MAX or min(dims, default=0) < 0 or math.prod(dims) > ELEMENTS_MAX:
+        raise ValueError(f"weight '{name[:64]}' has an impossible shape")
+    return name, Weight(kind=kind, dims=tuple(dims), external=external)
+
+
+def _value_info(memory: mmap.mmap, span: _Span) -> tuple[str, tuple[int | str, ...]]:
+    said = dict(_fields(memory, span))
+    dims: list[int | str] = []
+    for number, value in _fields(memory, _inner(memory, _inner(memory, said.get(2), 1), 2)):
+        if number == 1 and isinstance(value, tuple):
+            entry = dict(_fields(memory, value))
+            dims.append(_number(entry[1]) if 1 in entry else _text(memory, entry.get(2)))
+    return _text(memory, said.get(1)), tuple(dims)
+
+
+def _inner(memory: mmap.mmap, value: object, wanted: int) -> _Span:
+    """The span of the message in field `wanted` of the message `value`; an empty one when there is none."""
+    if isinstance(value, tuple):
+        for number, inner in _fields(memory, value):
+            if number == wanted and isinstance(inner, tuple):
+                return inner
+    return (0, 0)
+
+
+def _fields(memory: mmap.mmap, span: _Span) -> Iterator[tuple[int, int | _Span]]:
+    """Fields of a message: numbers as they are, everything with a length as the span it takes."""
+    place, end = span
+    while place < end:
+        tag, place = _varint(memory, place, end)
+        kind = tag & 7
+        if kind == _VARINT:
+            value, place = _varint(memory, place, end)
+            yield tag >> 3, value
+            continue
+        if kind == _BYTES:
+            size, place = _varint(memory, place, end)
+        elif kind in (_FIXED32, _FIXED64):
+            size = 4 if kind == _FIXED32 else 8
+        else:
+            raise ValueError(f"wire type {kind}")
+        if size > end - place:
+            raise ValueError(f"a field of {size} bytes where {end - place} are left")
+        yield tag >> 3, (place, place + size)
+        place += size
+
+
+def _varint(memory: mmap.mmap, place: int, end: int) -> tuple[int, int]:
+    result = shift = 0
+    while place < end and shift < 70:
+        byte = memory[place]
+        place += 1
+        result |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return result, place
+        shift += 7
+    raise ValueError("a number that does not end")
+
+
+def _text(memory: mmap.mmap, value: object) -> str:
+    return memory[value[0] : value[1]].decode() if isinstance(value, tuple) else ""
+
+
+def _number(value: object) -> int:
+    number = value if isinstance(value, int) else 0
+    return number - (1 << 64) if number >= 1 << 63 else number
+
+
+def _numbers(memory: mmap.mmap, value: int | _Span) -> list[int]:
+    """Repeated numbers, packed or not."""
+    if isinstance(value, int):
+        return [_number(value)]
+    place, end = value
+    result = []
+    while place < end:
+        number, place = _varint(memory, place, end)
+        result.append(_number(number))
+        if len(result) > RANK_MAX:
+            raise ValueError("too many dimensions")
+    return result
