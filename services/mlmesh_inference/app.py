@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Final
@@ -19,8 +20,11 @@ from mlmesh_inference.engines.tensorrt import TensorRTKind
 from mlmesh_inference.follow import Source
 from mlmesh_inference.loader import Loader
 from mlmesh_inference.loading import Loading
+from mlmesh_inference.moving import OpenStreams
 from mlmesh_inference.oip.servicer import METHODS, OpenInferenceServicer, Repository
+from mlmesh_inference.oip.stream import Streaming
 from mlmesh_inference.registry import RegistryClient
+from mlmesh_inference.tokens import Tokens
 from mlmesh_inference.tracing import SpanTracer
 from mlmesh_runtime.channel import open_channel
 from mlmesh_runtime.config import Settings
@@ -74,21 +78,42 @@ class ModelHealth:
             self._health.remove(f"model:{status.model}")
 
 
+def streaming_of(catalog: Catalog, settings: Settings, inference: InferenceSettings) -> Streaming:
+    """What the process's streams share."""
+    return Streaming(
+        catalog=catalog,
+        # No secret: which streams move is left to chance.
+        open=OpenStreams(
+            asyncio.get_running_loop().call_later,
+            chance=random.Random(),  # noqa: S311
+            age_s=inference.stream_age_s,
+        ),
+        tokens=Tokens(inference.stream_key),
+        hold_s=settings.grace_s / 2,
+    )
+
+
 def services(
-    catalog: Catalog, repository: Repository, kinds: Sequence[EngineKind], going_away: asyncio.Event
+    catalog: Catalog,
+    repository: Repository,
+    kinds: Sequence[EngineKind],
+    going_away: asyncio.Event,
+    streaming: Streaming,
 ) -> list[Service]:
     """What the process serves, on one port."""
     return [
         Service(
             add=grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server,
-            servicer=OpenInferenceServicer(catalog, repository, version=server_version(), going_away=going_away),
+            servicer=OpenInferenceServicer(
+                catalog, repository, version=server_version(), going_away=going_away, streaming=streaming
+            ),
             descriptor=_SERVICE,
             validate=False,
             deadline_optional=METHODS,
         ),
         Service(
             add=control_pb2_grpc.add_InferenceControlServiceServicer_to_server,
-            servicer=InferenceControlServicer(catalog, kinds),
+            servicer=InferenceControlServicer(catalog, kinds, streaming.open),
             descriptor=control_pb2.DESCRIPTOR.services_by_name["InferenceControlService"],
             deadline_exempt=WATCH_METHODS,
         ),
@@ -125,8 +150,10 @@ async def serve(settings: Settings, *, source: Source | None = None, kinds: Sequ
             on_synced=model_health.synced,
         )
         going_away = asyncio.Event()
-        server = Server(settings, services(catalog, loader, kinds, going_away), health=health)
+        streaming = streaming_of(catalog, settings, inference)
+        server = Server(settings, services(catalog, loader, kinds, going_away, streaming), health=health)
         server.on_drain(going_away.set)
+        server.on_drain(streaming.open.drain)
         async with server, asyncio.TaskGroup() as group:
             loading = group.create_task(loader.run())
             await server.serve_until_signal()

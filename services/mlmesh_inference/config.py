@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
 
 from mlmesh_inference.desired import Selector, parse_selectors
 from mlmesh_runtime.config import ConfigError, Settings, Variable
+
+_KEY_BYTES_MIN: Final = 16
 
 VARIABLES: tuple[Variable, ...] = (
     Variable(
@@ -35,6 +39,19 @@ VARIABLES: tuple[Variable, ...] = (
         default="1",
         meaning="CPU threads of one batch.",
     ),
+    Variable(
+        name="MLMESH_STREAM_AGE_S",
+        default="0",
+        meaning="Inference streams that can move are asked to open again when they are about this old. 0: never.",
+    ),
+    Variable(
+        name="MLMESH_STREAM_KEY",
+        default="",
+        meaning=(
+            "File whose bytes (16 or more) seal the state of sequences that move from a draining server to another; "
+            "all servers have the same. Without one such a stream stays until its sequences end."
+        ),
+    ),
 )
 
 
@@ -48,6 +65,8 @@ class InferenceSettings:
     queue_items_max: int = 256
     concurrency: int = 1
     threads: int = 1
+    stream_age_s: float = 0.0
+    stream_key: bytes = field(default=b"", repr=False)
 
     @classmethod
     def from_settings(cls, settings: Settings, *, cpus: int | None = None) -> InferenceSettings:
@@ -67,6 +86,8 @@ class InferenceSettings:
             queue_items_max=_count(settings.environ, "MLMESH_QUEUE_ITEMS_MAX"),
             concurrency=_count(settings.environ, "MLMESH_ENGINE_CONCURRENCY", default=max(1, min(4, cpus))),
             threads=_count(settings.environ, "MLMESH_ENGINE_THREADS"),
+            stream_age_s=_seconds(settings.environ, "MLMESH_STREAM_AGE_S"),
+            stream_key=_key(settings.environ, "MLMESH_STREAM_KEY"),
         )
 
 
@@ -78,3 +99,27 @@ def _count(environ: Mapping[str, str], name: str, *, default: int | None = None)
     if not (text.isascii() and text.isdigit() and 0 < int(text) < 1 << 20):
         raise ConfigError(f"{name}: expected a number from 1 to {(1 << 20) - 1}; got {text!r}")
     return int(text)
+
+
+def _seconds(environ: Mapping[str, str], name: str) -> float:
+    text = environ.get(name, "").strip() or "0"
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise ConfigError(f"{name}: expected seconds, 0 or more; got {text!r}")
+    return value
+
+
+def _key(environ: Mapping[str, str], name: str) -> bytes:
+    path = environ.get(name, "").strip()
+    if not path:
+        return b""
+    try:
+        key = Path(path).read_bytes().strip()
+    except OSError as error:
+        raise ConfigError(f"{name}: cannot read {path}: {error.strerror}") from None
+    if len(key) < _KEY_BYTES_MIN:
+        raise ConfigError(f"{name}: expected a file of {_KEY_BYTES_MIN} bytes or more; {path} has {len(key)}")
+    return key

@@ -12,6 +12,7 @@ from mlmesh.inference.v1 import control_pb2 as pb
 from mlmesh.inference.v1 import control_pb2_grpc as stubs
 from mlmesh_inference.catalog import Catalog, Status
 from mlmesh_inference.engines.base import EngineKind
+from mlmesh_inference.moving import OpenStreams
 from mlmesh_runtime.errors import NotFound, Unsupported
 
 WATCH_METHODS: Final = frozenset({"WatchServedVersions"})
@@ -19,11 +20,12 @@ WATCH_METHODS: Final = frozenset({"WatchServedVersions"})
 
 
 class InferenceControlServicer(stubs.InferenceControlServiceServicer):
-    """Implements InferenceControlService over a catalog and the engines that were tried, in their order."""
+    """Implements InferenceControlService over a catalog, the engines that were tried in their order, open streams."""
 
-    def __init__(self, catalog: Catalog, kinds: Sequence[EngineKind]) -> None:
+    def __init__(self, catalog: Catalog, kinds: Sequence[EngineKind], streams: OpenStreams) -> None:
         self._catalog = catalog
         self._kinds = kinds
+        self._streams = streams
 
     async def ListServedVersions(
         self,
@@ -64,8 +66,14 @@ class InferenceControlServicer(stubs.InferenceControlServiceServicer):
         raise Unsupported("BuildEngine is not implemented", reason="METHOD_NOT_IMPLEMENTED")
 
     async def MoveStreams(self, request: pb.MoveStreamsRequest, context: Any) -> pb.MoveStreamsResponse:  # noqa: ARG002
-        """Not implemented."""
-        raise Unsupported("MoveStreams is not implemented", reason="METHOD_NOT_IMPLEMENTED")
+        """Ask streams to open again."""
+        _, _, parent = request.parent.partition("/")
+        model, _, version = parent.partition("/versions/")
+        spread_s = request.spread.ToNanoseconds() / 1e9
+        asked = self._streams.move(model=model, version=int(version or 0), share=request.share, spread_s=spread_s)
+        return pb.MoveStreamsResponse(
+            stream_count=asked.stream_count, asked_count=asked.asked_count, pinned_count=asked.pinned_count
+        )
 
     async def ListEngines(self, request: pb.ListEnginesRequest, context: Any) -> pb.ListEnginesResponse:  # noqa: ARG002
         """Engines in the order of preference."""
@@ -94,6 +102,7 @@ class InferenceControlServicer(stubs.InferenceControlServiceServicer):
             served.inference_count = ready.statistics.inference_count
             served.execution_count = ready.statistics.execution_count
             served.queue_depth = ready.runner.depth
+            served.stream_count = self._streams.open_at(status.model, status.version)
         return served
 
 

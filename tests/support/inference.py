@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,9 +17,12 @@ from mlmesh_inference.batcher import Batcher, BatchPolicy
 from mlmesh_inference.catalog import Catalog, ReadyModel
 from mlmesh_inference.engines.base import Engine, EngineError, EngineFacts, EngineOptions
 from mlmesh_inference.engines.onnx import OnnxKind
+from mlmesh_inference.moving import OpenStreams
+from mlmesh_inference.oip.stream import Streaming
 from mlmesh_inference.running import FutureSink, Runner, Work
 from mlmesh_inference.statistics import Statistics
 from mlmesh_inference.tensors import DATATYPES, Array, Signature, TensorSpec
+from mlmesh_inference.tokens import Tokens
 from mlmesh_runtime.errors import NotFound
 from mlmesh_runtime.health import HealthStatuses
 from mlmesh_runtime.server import Server
@@ -124,6 +128,11 @@ def submitted(
     return sink.future
 
 
+def open_streams(*, seed: int = 1, age_s: float = 0.0) -> OpenStreams:
+    """Of a server in this process; chance is the same each time."""
+    return OpenStreams(asyncio.get_running_loop().call_later, chance=random.Random(seed), age_s=age_s)  # noqa: S311
+
+
 class NoRepository:
     """A repository without models."""
 
@@ -146,15 +155,21 @@ def install(catalog: Catalog, *models: ReadyModel) -> None:
 
 @contextlib.asynccontextmanager
 async def inference_server(
-    *models: ReadyModel, catalog: Catalog | None = None, health: HealthStatuses | None = None, **changes: Any
+    *models: ReadyModel,
+    catalog: Catalog | None = None,
+    health: HealthStatuses | None = None,
+    streaming: Streaming | None = None,
+    **changes: Any,
 ) -> AsyncIterator[Server]:
     """A server in this process that answers for the models given; `changes` are fields of its `Settings`."""
     catalog = catalog or Catalog()
     install(catalog, *models)
     going_away = asyncio.Event()
-    offered = services(catalog, NoRepository(), [OnnxKind()], going_away)
+    streaming = streaming or Streaming(catalog=catalog, open=open_streams(), tokens=Tokens())
+    offered = services(catalog, NoRepository(), [OnnxKind()], going_away, streaming)
     async with Server(settings(**changes), offered, health=health) as server:
         server.on_drain(going_away.set)
+        server.on_drain(streaming.open.drain)
         try:
             yield server
         finally:

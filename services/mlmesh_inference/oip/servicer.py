@@ -12,6 +12,7 @@ from mlmesh_inference.oip import describe, stream
 from mlmesh_inference.oip.infer import shutting_down, start
 from mlmesh_runtime.calls import metadata_value
 from mlmesh_runtime.errors import InvalidInput, Unsupported
+from mlmesh_runtime.identity import current_identity
 from open_inference import grpc_service_pb2 as pb
 from open_inference import grpc_service_pb2_grpc as stubs
 
@@ -36,14 +37,23 @@ class OpenInferenceServicer(stubs.GRPCInferenceServiceServicer):
 
     Args:
         catalog: the models. repository: loads and unloads. version: of the server.
-        going_away: set when the server drains, to end streams at a message boundary.
+        going_away: set when the server drains. streaming: what streams share.
     """
 
-    def __init__(self, catalog: Catalog, repository: Repository, *, version: str, going_away: asyncio.Event) -> None:
+    def __init__(
+        self,
+        catalog: Catalog,
+        repository: Repository,
+        *,
+        version: str,
+        going_away: asyncio.Event,
+        streaming: stream.Streaming,
+    ) -> None:
         self._catalog = catalog
         self._repository = repository
         self._version = version
         self._going_away = going_away
+        self._streaming = streaming
 
     async def ModelInfer(self, request: pb.ModelInferRequest, context: Any) -> pb.ModelInferResponse:  # noqa: ARG002
         """One request."""
@@ -57,12 +67,14 @@ class OpenInferenceServicer(stubs.GRPCInferenceServiceServicer):
         if self._going_away.is_set():
             raise shutting_down()
         grpc_errors = (metadata_value("triton_grpc_error") or "").lower() == "true"
+        announced, resumable = stream.ANNOUNCED
         await stream.answer(
-            self._catalog,
+            self._streaming,
             request_iterator,
             context.write,
-            going_away=self._going_away,
+            movable=metadata_value(announced) == resumable,
             grpc_errors=grpc_errors,
+            owner=current_identity(),
         )
 
     async def ServerLive(self, request: pb.ServerLiveRequest, context: Any) -> pb.ServerLiveResponse:  # noqa: ARG002

@@ -1,0 +1,52 @@
+"""What a stream's answers look like beside those of unary calls: parts, empty ends, errors in their place."""
+
+from __future__ import annotations
+
+import logging
+
+from mlmesh_inference.oip import replies
+from mlmesh_inference.oip.infer import Prepared, failure
+from mlmesh_inference.running import Answer
+from mlmesh_runtime.errors import InvalidInput, MeshError
+from mlmesh_runtime.status import InternalError, code_of
+from open_inference import grpc_service_pb2 as pb
+
+_LOG = logging.getLogger(__name__)
+
+
+def part(prepared: Prepared, item: Answer) -> pb.ModelStreamInferResponse:
+    """One of several answers of a decoupled model."""
+    response = replies.write(
+        prepared.id, prepared.request, prepared.model, item.arrays, outputs=item.outputs, final=False
+    )
+    return pb.ModelStreamInferResponse(infer_response=response)
+
+
+def empty(prepared: Prepared) -> pb.ModelStreamInferResponse:
+    """The end of a decoupled model's answers, for clients that want to be told."""
+    reply = pb.ModelStreamInferResponse()
+    last = reply.infer_response
+    last.id, last.model_name, last.model_version = prepared.id, prepared.model.name, prepared.model.version_text
+    last.parameters[replies.FINAL].bool_param = True
+    return reply
+
+
+def failed(name: str, model: str, error: MeshError, *, details: bool) -> pb.ModelStreamInferResponse:
+    """An error in the place of an answer; `details`: with its code and reason, for clients that know to look."""
+    reply = failure(name, model, error)
+    if details:
+        parameters = reply.infer_response.parameters
+        parameters["mlmesh_code"].string_param = code_of(error).name
+        parameters["mlmesh_reason"].string_param = error.reason
+        if isinstance(error, InvalidInput) and error.violations:
+            parameters["mlmesh_field"].string_param = error.violations[0].field
+        if error.retry_after_s is not None:
+            parameters["mlmesh_retry_after_ms"].int64_param = max(0, round(error.retry_after_s * 1000))
+    return reply
+
+
+def unexpected_error(error: Exception | None) -> InternalError:
+    """What a caller is told of an exception that nobody foresaw; the log has the rest."""
+    fixed = InternalError.fresh()
+    _LOG.error("unexpected error in a stream", exc_info=error, extra={"log_id": fixed.log_id})
+    return fixed
