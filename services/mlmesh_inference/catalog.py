@@ -14,8 +14,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from mlmesh_inference.batcher import BatchPolicy
 from mlmesh_inference.running import Runner
+from mlmesh_inference.scheduling.policy import BatchPolicy
 from mlmesh_inference.serving import ServingConfig
 from mlmesh_inference.statistics import Statistics
 from mlmesh_inference.tensors import Signature, TensorSpec

@@ -12,7 +12,6 @@ from typing import Final
 
 import numpy as np
 
-from mlmesh_inference.batcher import Batcher, BatchPolicy
 from mlmesh_inference.cache import ModelCache
 from mlmesh_inference.catalog import Catalog, ReadyModel, State
 from mlmesh_inference.config import InferenceSettings
@@ -21,6 +20,8 @@ from mlmesh_inference.desired import ModelFile, VersionRecord, signature_mismatc
 from mlmesh_inference.engines.base import BuiltEngine, Engine, EngineError, EngineKind, EngineOptions, build_preferred
 from mlmesh_inference.follow import Backoff, Sleep, Source
 from mlmesh_inference.oip.model_config import read_text
+from mlmesh_inference.scheduling.batcher import Batcher
+from mlmesh_inference.scheduling.policy import BatchPolicy
 from mlmesh_inference.serving import CONFIG_FILE, ServingConfig
 from mlmesh_inference.statistics import Statistics, Tracer
 from mlmesh_inference.tensors import Array, Signature, TensorSpec, show

@@ -12,7 +12,8 @@ from typing import Final, Protocol
 
 from prometheus_client import Counter, Gauge, Histogram
 
-from mlmesh_inference.batcher import BatchReport, Pending
+from mlmesh_inference.scheduling.batcher import BatchReport
+from mlmesh_inference.scheduling.queue import Pending
 from mlmesh_runtime.telemetry import REGISTRY
 
 _TIMES: Final = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
@@ -118,7 +119,7 @@ class Statistics:
         QUEUE_DEPTH.labels(self.model, str(self.version)).set_function(depth)
 
     def batch_done(self, report: BatchReport) -> None:
-        """See batcher.Observer."""
+        """See scheduling.batcher.Observer."""
         items, failed = len(report.items), len(report.failed)
         engine_ns = report.engine_end_ns - report.engine_start_ns
         self.last_inference_s = self._wall()
@@ -149,7 +150,7 @@ class Statistics:
             (self.fail if item in failed else self.success).add(done_ns - item.arrived_ns)
 
     def dropped(self, item: Pending, reason: str) -> None:  # noqa: ARG002  the port names the request too
-        """See batcher.Observer."""
+        """See scheduling.batcher.Observer."""
         self.fail.add(0)
         self._outcomes[reason].inc()
 

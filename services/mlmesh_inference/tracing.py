@@ -8,7 +8,7 @@ from collections.abc import Callable
 from opentelemetry import trace
 from opentelemetry.context import Context
 
-from mlmesh_inference.batcher import BatchReport
+from mlmesh_inference.scheduling.batcher import BatchReport
 from mlmesh_runtime.telemetry import current_context, record_span, sampled, tracing
 
 

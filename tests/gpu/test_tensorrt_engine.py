@@ -9,11 +9,11 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from mlmesh_inference.batcher import BatchPolicy
 from mlmesh_inference.engines.base import Engine, EngineError, EngineOptions, build_preferred
 from mlmesh_inference.engines.onnx import OnnxKind
 from mlmesh_inference.engines.tensorrt import TensorRTKind, compile_plan, load_module
 from mlmesh_inference.loading import warm_up
+from mlmesh_inference.scheduling.policy import BatchPolicy
 from tests.support import onnx_models
 
 OPTIONS = EngineOptions(rows_max=32, rows_preferred=8)

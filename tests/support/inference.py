@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 
 from mlmesh_inference.app import services
-from mlmesh_inference.batcher import Batcher, BatchPolicy
 from mlmesh_inference.catalog import Catalog, ReadyModel
 from mlmesh_inference.engines.base import Engine, EngineError, EngineFacts, EngineOptions
 from mlmesh_inference.engines.onnx import OnnxKind
 from mlmesh_inference.moving import OpenStreams
 from mlmesh_inference.oip.stream import Streaming
 from mlmesh_inference.running import FutureSink, Runner, Work
+from mlmesh_inference.scheduling.batcher import Batcher
+from mlmesh_inference.scheduling.policy import BatchPolicy
 from mlmesh_inference.statistics import Statistics
 from mlmesh_inference.tensors import DATATYPES, Array, Signature, TensorSpec
 from mlmesh_inference.tokens import Tokens

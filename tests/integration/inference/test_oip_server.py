@@ -112,7 +112,7 @@ async def test_a_cancelled_call_never_reaches_the_engine(running: Running) -> No
     cancelled = running.stub.ModelInfer(request(2.0), timeout=TIMEOUT_S)
     kept = running.stub.ModelInfer(request(3.0), timeout=TIMEOUT_S)
     await eventually(lambda: batcher.depth == 2)
-    waiting = next(item for item in batcher._queue._items if item.work.inputs["x"][0, 0] == 2.0)
+    waiting = next(item for item in batcher._queue if item.work.inputs["x"][0, 0] == 2.0)
     cancelled.cancel()
     await eventually(waiting.sink.done)
     running.engine.open()
@@ -277,7 +277,7 @@ async def test_a_broken_off_stream_withdraws_what_waits(running: Running) -> Non
     await running.engine.begun()
     batcher = running.catalog.resolve("m", "").runner
     await eventually(lambda: batcher.depth == 4)
-    items = list(batcher._queue._items)
+    items = list(batcher._queue)
     call.cancel()
     await eventually(lambda: all(item.sink.done() for item in items))
     running.engine.open()

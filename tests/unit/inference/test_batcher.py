@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlmesh_inference.batcher import Batcher, BatchPolicy, BatchReport, InferenceError, Pending
+from mlmesh_inference.scheduling.batcher import Batcher, BatchReport, InferenceError
+from mlmesh_inference.scheduling.policy import BatchPolicy
+from mlmesh_inference.scheduling.queue import Pending
 from mlmesh_runtime.errors import InvalidInput, NotReady, Overloaded, TimedOut
 from tests.support.inference import GatedEngine, rows, submitted
 

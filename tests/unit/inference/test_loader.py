@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlmesh_inference.batcher import BatchPolicy
 from mlmesh_inference.cache import ModelCache
 from mlmesh_inference.catalog import Catalog, State, Status
 from mlmesh_inference.config import InferenceSettings
@@ -20,6 +19,7 @@ from mlmesh_inference.engines.base import EngineError
 from mlmesh_inference.engines.onnx import OnnxKind
 from mlmesh_inference.loader import Loader
 from mlmesh_inference.loading import Loading, warm_up
+from mlmesh_inference.scheduling.policy import BatchPolicy
 from mlmesh_inference.tensors import DATATYPES, Signature, TensorSpec
 from mlmesh_runtime.errors import NotFound, NotReady, WrongState
 from mlmesh_runtime.executors import Executors

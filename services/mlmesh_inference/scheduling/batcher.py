@@ -1,0 +1,416 @@
+"""The runner of one engine: takes requests, forms batches as instances become free, hands out the answers.
+
+Work-conserving: an instance that is free takes what waits, and no timer holds it back unless the model's configuration
+asks for one (`BatchPolicy.delay_us`). With several instances a batch takes no more than its instance's share of all
+that is inside, so that one does not take everything while its neighbours have nothing.
+
+Each model version has a batcher and threads of its own, so a slow model never stands in another's way; what they share
+is the CPU. Statistics and health are answered on the event loop, which no engine occupies.
+
+Everything but `Engine.run` happens on the event loop; nothing here needs a lock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from mlmesh_inference.engines.base import Engine
+from mlmesh_inference.running import Answer, Sink, Work, run
+from mlmesh_inference.scheduling.execution import Clock, Run, execute, outcomes
+from mlmesh_inference.scheduling.limiter import GradientLimiter
+from mlmesh_inference.scheduling.pace import Pace, end_ns
+from mlmesh_inference.scheduling.policy import BatchPolicy
+from mlmesh_inference.scheduling.queue import PATIENCE_NS, BatchQueue, Pending
+from mlmesh_inference.scheduling.workers import Workers
+from mlmesh_inference.tensors import Signature
+from mlmesh_runtime.errors import MeshError, NotReady, Overloaded, TimedOut
+
+_LOG = logging.getLogger(__name__)
+_GOLDEN: Final = 0.618033988749895
+_LIMIT_LEAST: Final = 64
+"""The limiter never goes below this, whatever the engine."""
+
+
+class InferenceError(MeshError):
+    """The engine failed on a request that was in order: INTERNAL with a fixed text; the engine's own is in the log."""
+
+    default_reason = "ENGINE_FAILED"
+
+
+@dataclass(slots=True, kw_only=True)
+class BatchReport:
+    """How one batch went, for statistics and traces. Times are nanoseconds of the batcher's clock."""
+
+    items: Sequence[Pending]
+    rows: int
+    formed_ns: int
+    engine_start_ns: int
+    engine_end_ns: int
+    done_ns: int = 0
+    failed: Sequence[Pending] = ()
+
+
+class Observer(Protocol):
+    """Is told what happens; must be quick and never raise."""
+
+    def batch_done(self, report: BatchReport) -> None:
+        """A batch ran; `report.failed` are the requests that failed in it."""
+
+    def dropped(self, item: Pending, reason: str) -> None:
+        """A request left without running.
+
+        "cancelled", "expired", "refused" (the queue is full), "limited" (the limiter), "would_expire".
+        """
+
+
+class Batcher:
+    """Runs the requests of one model version on its engine.
+
+    Args:
+        engine: runs batches, on `engine.concurrency` threads named after `name`.
+        policy: bounds.
+        observer: is told of batches and drops.
+        seconds: median time of a batch by its rows, as measured at warm-up.
+        clock: time in nanoseconds, the one of `Work.deadline_ns`.
+    """
+
+    decoupled = False
+
+    def __init__(
+        self,
+        engine: Engine,
+        policy: BatchPolicy,
+        observer: Observer,
+        *,
+        name: str,
+        seconds: Mapping[int, float] | None = None,
+        clock: Clock = time.monotonic_ns,
+    ) -> None:
+        self._engine = engine
+        self._policy = policy
+        self._observer = observer
+        self._clock = clock
+        self._name = name
+        self._instances = engine.concurrency
+        self._full_rows = policy.rows_preferred if policy.batches else 1
+        self._fixed_shapes = _fixed_shapes(engine.signature)
+        self._queue = BatchQueue(policy)
+        self._pace = Pace(self._full_rows, seconds)
+        self._limiter = self._make_limiter() if policy.limiter else None
+        self._loop = asyncio.get_running_loop()
+        self._workers: Workers[Run] = Workers(engine.concurrency, name=f"engine-{name}", work=self._execute)
+        self._running: list[Run] = []
+        self._running_items = 0
+        self._running_rows = 0
+        self._since_ns = 0
+        """When the queue was last empty; for `delay_us`."""
+        self._wake_scheduled = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._failures = 0
+        self._log_failures_ns = 0
+        self._refusals = 0
+
+    def _make_limiter(self) -> GradientLimiter:
+        busy = self._instances * self._full_rows
+        return GradientLimiter(least=max(_LIMIT_LEAST, 4 * busy), most=self.capacity + busy)
+
+    @property
+    def depth(self) -> int:
+        """Requests waiting."""
+        return len(self._queue)
+
+    @property
+    def capacity(self) -> int:
+        """Requests that may wait."""
+        policy = self._policy
+        if policy.levels == 1:
+            return policy.items_max(1)
+        # Not more levels than have bounds of their own: all the others are alike.
+        return max(policy.items_max(level) for level in (policy.level_default, *policy.queues))
+
+    @property
+    def concurrency_limit(self) -> int:
+        """Requests that may be inside, as the limiter has it now; 0 when nothing limits them."""
+        return 0 if self._limiter is None else self._limiter.limit
+
+    def submit(self, work: Work, sink: Sink) -> None:
+        """Queue a checked request; see running.Runner.
+
+        Raises NotReady while draining, TimedOut when the deadline has passed, Overloaded (QUEUE_FULL,
+        CONCURRENCY_LIMIT, WOULD_EXPIRE). The sink is told InvalidInput, TimedOut, Overloaded or InferenceError.
+        """
+        if self._draining:
+            raise NotReady(f"model '{self._name}' is being unloaded", reason="MODEL_NOT_READY")
+        now, policy, queue = self._clock(), self._policy, self._queue
+        level = 1 if policy.levels == 1 else policy.level(work.priority)
+        item = Pending(work, sink, self._shape_key(work), now, work.rows, level)
+        deadline_ns = work.deadline_ns
+        timeout_ns = policy.timeout_ns(level, work.timeout_us)
+        item.order_ns = now + PATIENCE_NS
+        if deadline_ns or timeout_ns:
+            latest = now + timeout_ns if timeout_ns else deadline_ns
+            item.latest_ns = min(latest, deadline_ns) if deadline_ns else latest
+            item.order_ns = min(item.order_ns, item.latest_ns)
+            if deadline_ns and deadline_ns <= now:
+                self._observer.dropped(item, "expired")
+                raise _expired()
+        if not len(queue):
+            self._since_ns = now
+        if len(self._running) >= self._instances or len(queue):
+            self._admit(item, deadline_ns, timeout_ns)
+        queue.add(item)
+        if len(self._running) < self._instances and not self._wake_scheduled:
+            # At the end of this turn of the loop: requests that came in one turn run together.
+            self._wake_scheduled = True
+            self._loop.call_soon(self._dispatch)
+
+    async def respond(self, work: Work) -> AsyncIterator[Answer]:
+        """The one answer; see running.Runner."""
+        yield Answer(outputs=work.outputs, arrays=await run(self, work))
+
+    def _shape_key(self, work: Work) -> Hashable:
+        if self._fixed_shapes:
+            return work.outputs
+        return (tuple([(name, array.shape[1:]) for name, array in work.inputs.items()]), work.outputs)
+
+    def _admit(self, item: Pending, deadline_ns: int, timeout_ns: int) -> None:
+        """All instances are busy, or others wait: refuse what has no room or cannot be in time."""
+        queue, level, alone = self._queue, item.level, self._policy.levels == 1
+        if (len(queue) if alone else queue.held(level)) >= self._policy.items_max(level):
+            self._make_room(item, "refused", self._full())
+        limiter = self._limiter
+        # What is less urgent does not stand in the way.
+        if limiter is not None and (
+            (len(queue) if alone else queue.waiting(level)) + self._running_items >= limiter.limit
+        ):
+            self._make_room(item, "limited", self._limited())
+        full_ns = self._pace.full_ns
+        if (deadline_ns or timeout_ns) and full_ns and self._policy.admission:
+            self._check_in_time(item, deadline_ns, timeout_ns)
+            if deadline_ns:
+                # A run that begins later than this is over too late, even if it goes faster than usual.
+                own = max(full_ns - self._pace.margin_ns, self._pace.batch_ns(item.rows) / 2)
+                item.latest_ns = min(item.latest_ns, deadline_ns - int(own))
+
+    def _check_in_time(self, item: Pending, deadline_ns: int, timeout_ns: int) -> None:
+        pace, now, instances = self._pace, item.arrived_ns, self._instances
+        ahead = self._queue.rows_ahead(item)
+        # First as if nothing that runs had got anywhere yet: most requests are in time even so.
+        turns = ahead // self._full_rows // instances + 2
+        margin = pace.margin_ns
+        at_most = turns * pace.full_ns + margin
+        by_start = now + timeout_ns if timeout_ns else 0
+        if (not deadline_ns or now + at_most <= deadline_ns) and (not by_start or now + at_most <= by_start):
+            return
+        end = end_ns(
+            pace,
+            now_ns=now,
+            rows_ahead=ahead,
+            rows=item.rows,
+            full_rows=self._full_rows,
+            ends_ns=[running.ends_ns for running in self._running],
+            instances=instances,
+        )
+        late = 0.0
+        if deadline_ns:
+            late = end + margin - deadline_ns
+        if by_start:
+            late = max(late, end - pace.full_ns + margin - by_start)
+        if late > 0:
+            self._observer.dropped(item, "would_expire")
+            raise Overloaded(
+                f"model '{self._name}' could not answer in time: {len(self._queue)} requests wait",
+                reason="WOULD_EXPIRE",
+                retry_after_s=self._spread(late / 1e9),
+            )
+
+    def _make_room(self, item: Pending, outcome: str, error: Overloaded) -> None:
+        """Refuse this request, or another one in its place. Returns where it may come in."""
+        victim, gone = self._queue.make_room(item, item.arrived_ns)
+        for other in gone:
+            self._drop(other)
+        if victim is None:
+            return
+        self._observer.dropped(victim, outcome)
+        if victim is item:
+            raise error
+        if not victim.sink.done():
+            victim.sink.fail(error)
+
+    def _full(self) -> Overloaded:
+        return Overloaded(
+            f"{len(self._queue)} requests are waiting for model '{self._name}' already",
+            reason="QUEUE_FULL",
+            retry_after_s=self._drained_s(),
+        )
+
+    def _limited(self) -> Overloaded:
+        return Overloaded(
+            f"{self.concurrency_limit} requests are inside of model '{self._name}' already",
+            reason="CONCURRENCY_LIMIT",
+            retry_after_s=self._drained_s(),
+        )
+
+    def _drained_s(self) -> float:
+        """Time until half of what waits has run."""
+        turns = self._queue.rows / 2 / self._full_rows / self._instances
+        return self._spread(turns * (self._pace.full_ns or 1e6) / 1e9)
+
+    def _spread(self, wait_s: float) -> float:
+        """Between once and one and a half times as long, never twice the same: those refused do not return as one."""
+        self._refusals += 1
+        return min(max(wait_s, 0.01), 10.0) * (1 + self._refusals * _GOLDEN % 1 / 2)
+
+    def _dispatch(self) -> None:
+        """Give every free instance a batch, as long as something waits."""
+        self._wake_scheduled = False
+        queue = self._queue
+        while len(queue) and len(self._running) < self._instances:
+            now = self._clock()
+            if self._policy.delay_us and not self._draining and self._delayed(now):
+                return
+            batch, dropped = queue.take(now, self._share())
+            for item in dropped:
+                self._drop(item)
+            if batch:
+                rows = sum([item.rows for item in batch])
+                run = Run(items=batch, rows=rows, formed_ns=now, ends_ns=now + self._pace.batch_ns(rows))
+                self._running.append(run)
+                self._running_items += len(batch)
+                self._running_rows += rows
+                self._idle.clear()
+                self._workers.submit(run)
+        if not self._running and not len(queue):
+            self._idle.set()
+
+    def _share(self) -> int:
+        """Rows for the next batch: an equal part of all that is inside; 0 for no bound but the policy's."""
+        if self._instances == 1:
+            return 0
+        return -(-(self._queue.rows + self._running_rows) // self._instances)
+
+    def _delayed(self, now: int) -> bool:
+        """Whether to wait for a fuller batch; sets the timer that ends the waiting."""
+        until = self._since_ns + 1000 * self._policy.delay_us
+        if self._queue.rows >= self._full_rows or now >= until:
+            return False
+        if self._timer is None:
+            self._timer = self._loop.call_later((until - now) / 1e9, self._delay_over)
+        return True
+
+    def _delay_over(self) -> None:
+        self._timer = None
+        self._since_ns = 0
+        self._dispatch()
+
+    def _drop(self, item: Pending) -> None:
+        if item.sink.done():
+            self._observer.dropped(item, "cancelled")
+        else:
+            self._observer.dropped(item, "expired")
+            item.sink.fail(_expired())
+
+    def _execute(self, run: Run) -> None:
+        """On an engine thread. Whatever happens is handed back to the loop."""
+        execute(run, self._engine, self._clock, batches=self._policy.batches)
+        try:
+            self._loop.call_soon_threadsafe(self._done, run)
+        except RuntimeError:  # the loop is closed: nobody waits any more
+            return
+
+    def _done(self, run: Run) -> None:
+        """On the loop: free the instance first, so the next batch runs while this one's rows are handed out."""
+        self._running.remove(run)
+        inside = len(self._queue) + self._running_items
+        self._running_items -= len(run.items)
+        self._running_rows -= run.rows
+        if run.alone is None:
+            self._pace.observe(run.rows, run.engine_end_ns - run.formed_ns)
+        self._dispatch()
+        failed: list[Pending] = []
+        for item, outcome in zip(run.items, outcomes(run), strict=True):
+            sink = item.sink
+            if sink.done():
+                continue
+            if outcome is None:
+                sink.fail(_expired())
+            elif isinstance(outcome, list):
+                sink.answer(outcome)
+            else:
+                failed.append(item)
+                sink.fail(self._failure(outcome))
+        done_ns = self._clock()
+        if self._limiter is not None:
+            self._limiter.observe(
+                done_ns,
+                requests=len(run.items),
+                seen_ns=done_ns * len(run.items) - sum([item.arrived_ns for item in run.items]),
+                base_ns=run.engine_end_ns - run.formed_ns,
+                inside=inside,
+            )
+        self._observer.batch_done(
+            BatchReport(
+                items=run.items,
+                rows=run.rows,
+                formed_ns=run.formed_ns,
+                engine_start_ns=run.engine_start_ns,
+                engine_end_ns=run.engine_end_ns,
+                done_ns=done_ns,
+                failed=failed,
+            )
+        )
+
+    def _failure(self, error: Exception) -> Exception:
+        if isinstance(error, MeshError):
+            return error
+        self._failures += 1
+        now = self._clock()
+        if now >= self._log_failures_ns:
+            # A model that fails on everything must not fill the log.
+            _LOG.warning(
+                "engine failed",
+                extra={"model": self._name, "error": str(error)[:2000], "failures": self._failures},
+            )
+            self._failures, self._log_failures_ns = 0, now + 1_000_000_000
+        return InferenceError(f"model '{self._name}' failed on the request; its log says why")
+
+    async def drain(self) -> None:
+        """Take no more, finish what waits and runs, stop the threads, close the engine."""
+        self._draining = True
+        self._cancel_timer()
+        self._dispatch()
+        await self._idle.wait()
+        self._workers.close()
+        self._engine.close()
+
+    def abort(self) -> None:
+        """Fail everything that waits, and take no more; what runs ends by itself."""
+        self._draining = True
+        self._cancel_timer()
+        error: Final = NotReady("the server is shutting down", reason="MODEL_NOT_READY")
+        for item in self._queue.clear():
+            if not item.sink.done():
+                item.sink.fail(error)
+        self._workers.close()
+
+    def _cancel_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+def _fixed_shapes(signature: Signature) -> bool:
+    """Whether any two requests for the same outputs can share a batch."""
+    return all(-1 not in spec.shape[1:] and not spec.optional for spec in signature.inputs)
+
+
+def _expired() -> TimedOut:
+    return TimedOut("the request's time ran out while it waited", reason="DEADLINE_TOO_SHORT")

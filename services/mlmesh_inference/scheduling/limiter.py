@@ -1,0 +1,74 @@
+"""How many requests may be inside at once, so that waiting stays short whether or not callers set deadlines.
+
+The gradient limit of Netflix's concurrency-limits (E. Jouppi et al., "Performance under load", 2018; class
+GradientLimit): once a window, with `base` the time a request takes without waiting and `seen` what requests took,
+
+    gradient = min(1, max(1/2, TOLERANCE * base / seen))
+    limit   := 4/5 * limit + 1/5 * (gradient * limit + sqrt(limit))
+
+One thing is different, and it is why this variant was chosen over Gradient2, Vegas and AIMD by simulation
+(`benchmarks/inference_limits.py`): `base` is not guessed from the least or the long-term average of what requests took,
+but measured, as the time of their batch in the engine. So a lasting overload is not taken for the normal state
+(Gradient2 drifts to its upper bound), and filling batches is not taken for a queue (Vegas stops below full batches).
+In balance waiting takes about TOLERANCE times the batch.
+
+The limit never falls below what keeps every instance busy with full batches several times over, and it does not fall
+while requests take less than `HARMLESS_NS`: nobody is refused for a few milliseconds.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+TOLERANCE: Final = 8.0
+"""Waiting that is taken for normal, in times of a batch."""
+HARMLESS_NS: Final = 100_000_000
+WINDOW_NS: Final = 100_000_000
+_SMOOTHING: Final = 0.2
+_REQUESTS_MIN: Final = 8
+
+
+class GradientLimiter:
+    """A limit for the requests inside of one model version.
+
+    Args:
+        least, most: bounds of the limit; it begins at the upper one.
+    """
+
+    def __init__(self, *, least: int, most: int) -> None:
+        self._least, self._most = min(least, most), most
+        self._limit = float(most)
+        self.limit = most
+        """Requests that may be inside now."""
+        self._window_ns = 0
+        self._requests = 0
+        self._seen_ns = 0
+        self._base_ns = 0
+        self._inside = 0
+
+    def observe(self, now_ns: int, *, requests: int, seen_ns: int, base_ns: int, inside: int) -> None:
+        """A batch was answered.
+
+        Args:
+            requests: in the batch. seen_ns: their times from arrival to answer together.
+            base_ns: time of the batch in the engine. inside: requests that were inside before it was answered.
+        """
+        self._requests += requests
+        self._seen_ns += seen_ns
+        self._base_ns += base_ns * requests
+        self._inside = max(self._inside, inside)
+        if now_ns - self._window_ns >= WINDOW_NS and self._requests >= _REQUESTS_MIN:
+            self._update()
+            self._window_ns, self._requests, self._seen_ns, self._base_ns, self._inside = now_ns, 0, 0, 0, 0
+
+    def _update(self) -> None:
+        limit = self._limit
+        gradient = 1.0
+        if self._seen_ns > HARMLESS_NS * self._requests:
+            gradient = max(0.5, min(1.0, TOLERANCE * self._base_ns / self._seen_ns))
+        if gradient == 1.0 and self._inside < limit / 2:
+            return  # nobody asks for more
+        limit += _SMOOTHING * (gradient * limit + math.sqrt(limit) - limit)
+        self._limit = max(float(self._least), min(float(self._most), limit))
+        self.limit = int(self._limit)
