@@ -9,7 +9,15 @@ from pathlib import Path
 
 import typer
 
-from benchmarks import paths, registry_search, registry_transfer, registry_watch, registry_write, training_ddp
+from benchmarks import (
+    inference_path,
+    paths,
+    registry_search,
+    registry_transfer,
+    registry_watch,
+    registry_write,
+    training_ddp,
+)
 
 RESULTS = Path("benchmarks/results")
 
@@ -27,6 +35,7 @@ BENCHMARKS = {"paths": paths.main, "runtime": runtime_overhead, "registry-search
 BENCHMARKS |= {"registry-watch": registry_watch.main, "registry-write": registry_write.main}
 BENCHMARKS |= {"registry-transfer": registry_transfer.main}
 BENCHMARKS |= {"training-ddp": training_ddp.main}
+BENCHMARKS |= {"inference-path": inference_path.main}
 
 
 def main() -> None:

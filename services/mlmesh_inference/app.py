@@ -21,6 +21,8 @@ from mlmesh_inference.follow import Source
 from mlmesh_inference.loader import Loader
 from mlmesh_inference.loading import Loading
 from mlmesh_inference.moving import OpenStreams
+from mlmesh_inference.oip.direct import DirectInfer, DirectStreamInfer
+from mlmesh_inference.oip.infer import shutting_down
 from mlmesh_inference.oip.servicer import METHODS, OpenInferenceServicer, Repository
 from mlmesh_inference.oip.stream import Streaming
 from mlmesh_inference.registry import RegistryClient
@@ -110,6 +112,8 @@ def services(
             descriptor=_SERVICE,
             validate=False,
             deadline_optional=METHODS,
+            direct={"ModelInfer": DirectInfer(catalog), "ModelStreamInfer": DirectStreamInfer(catalog)},
+            going_away=shutting_down,
         ),
         Service(
             add=control_pb2_grpc.add_InferenceControlServiceServicer_to_server,

@@ -102,6 +102,8 @@ class Catalog:
         self._aliases: dict[str, Mapping[str, int]] = {}
         self._routes: dict[tuple[str, str], ReadyModel] = {}
         self._watchers: set[_Watcher] = set()
+        self.generation = 0
+        """Grows with every change of what `resolve` gives: who remembers its answers begins anew then."""
         self.synced = False
         """Whether all that was wanted at the start was loaded or has failed: ServerReady."""
 
@@ -220,6 +222,7 @@ class Catalog:
                 if number == version:
                     routes[model, f"@{alias}"] = ready
         self._routes = routes
+        self.generation += 1
 
     def _put(self, status: Status, *, touch: bool = True) -> None:
         if touch:

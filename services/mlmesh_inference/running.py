@@ -8,7 +8,7 @@ request; who wants to await uses a `FutureSink`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -47,6 +47,7 @@ class Work:
         tenant: identity of the caller (a SPIFFE id), "" when unknown; what fairness is between.
         sequence: of a stateful model. parameters: the request's own, those that the protocol reserves left out.
         trace: what the tracer wants to know, None when the request is not sampled.
+        shape_key: `shape_key(inputs, outputs)`, where somebody knows it already.
     """
 
     inputs: Mapping[str, Array]
@@ -59,6 +60,12 @@ class Work:
     sequence: SequenceControl | None = None
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
     trace: object | None = None
+    shape_key: Hashable | None = None
+
+
+def shape_key(inputs: Mapping[str, Array], outputs: tuple[str, ...]) -> Hashable:
+    """What requests of one batch agree in: names, every dimension but the first, and the outputs wanted."""
+    return tuple((name, array.shape[1:]) for name, array in inputs.items()), outputs
 
 
 class Sink(Protocol):

@@ -116,7 +116,8 @@ def datatype(name: str, *, tensor: str) -> Datatype:
 def element_count(shape: Sequence[int], *, tensor: str) -> int:
     """Elements of a shape; 1 for a scalar, 0 where a dimension is 0.
 
-    Refuses negative dimensions, more than RANK_MAX dimensions and more than ELEMENTS_MAX elements.
+    Refuses negative dimensions, more than RANK_MAX dimensions and more than ELEMENTS_MAX elements, which the other
+    dimensions may not make either where one of them is 0.
     """
     field = f"inputs[{tensor}].shape"
     if len(shape) > RANK_MAX:
@@ -127,7 +128,7 @@ def element_count(shape: Sequence[int], *, tensor: str) -> int:
             message = f"input '{tensor}' has a negative dimension in shape {show(shape)}"
             raise InvalidInput(message, field=field, reason="SHAPE_MISMATCH")
     count = math.prod(shape)
-    if count > ELEMENTS_MAX:
+    if count > ELEMENTS_MAX or (count == 0 and math.prod(dim for dim in shape if dim) > ELEMENTS_MAX):
         message = f"input '{tensor}' of shape {show(shape)} has more than {ELEMENTS_MAX} elements"
         raise InvalidInput(message, field=field, reason="SHAPE_MISMATCH")
     return count

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-from time import monotonic_ns
 from typing import Final
 
 from mlmesh_inference.catalog import Catalog, ReadyModel
@@ -67,7 +66,7 @@ def prepare(catalog: Catalog, message: pb.ModelInferRequest, *, regions: request
         tenant = current_identity()
     except Unauthenticated:
         tenant = ""
-    work = work_of(request, deadline_ns=deadline, tenant=tenant)
+    work = work_of(request, deadline_ns=deadline, tenant=tenant, trace=request_trace())
     return Prepared(id=message.id, model=model, request=request, work=work)
 
 
@@ -81,32 +80,27 @@ def start(catalog: Catalog, message: pb.ModelInferRequest, *, regions: requests.
     return Started(id=prepared.id, model=prepared.model, request=prepared.request, outcome=sink.future)
 
 
-def work_of(request: requests.Request, *, deadline_ns: int, tenant: str) -> Work:
+def work_of(request: requests.Request, *, deadline_ns: int, tenant: str, trace: object | None) -> Work:
     """What a runner is given of a request; `deadline_ns` is the call's own, 0 for none."""
     options = request.options
     return Work(
         inputs=request.inputs,
         outputs=request.outputs,
         rows=request.rows,
-        deadline_ns=earlier(deadline_ns, options.timeout_us) if options.timeout_us else deadline_ns,
+        deadline_ns=deadline_ns,
+        timeout_us=options.timeout_us,
         priority=options.priority,
         tenant=tenant,
         sequence=options.sequence,
         parameters=options.own,
-        trace=request_trace(),
+        trace=trace,
     )
 
 
-def earlier(deadline_ns: int, timeout_us: int) -> int:
-    """The earlier of the call's deadline (0: none) and the end of the request's own timeout from now on."""
-    own = monotonic_ns() + timeout_us * 1000
-    return min(deadline_ns, own) if deadline_ns else own
-
-
-def failure(prepared_id: str, model_name: str, error: MeshError) -> pb.ModelStreamInferResponse:
+def failure(request_id: str, model_name: str, error: MeshError) -> pb.ModelStreamInferResponse:
     """What a stream says of a request that failed, in its place."""
     response = pb.ModelStreamInferResponse(error_message=error.message)
-    response.infer_response.id = prepared_id
+    response.infer_response.id = request_id
     response.infer_response.model_name = model_name
     response.infer_response.parameters[replies.FINAL].bool_param = True
     return response

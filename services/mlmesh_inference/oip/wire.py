@@ -184,6 +184,17 @@ def varint(value: int) -> bytes:
     return bytes(out)
 
 
+def record_of(request_id: str) -> bytes:
+    """The record of `id` with this text; b"" for none."""
+    raw = request_id.encode()
+    return b"".join((_SMALL[ID], varint(len(raw)), raw)) if raw else b""
+
+
+def text_of(record: bytes) -> str:
+    """The text of a record of `id`."""
+    return record[2 if len(record) < 130 else _varint(record, 1)[1] :].decode()
+
+
 _SMALL: Final = tuple(bytes((value,)) for value in range(128))
 
 
