@@ -102,6 +102,7 @@ class InferenceControlServicer(stubs.InferenceControlServiceServicer):
             served.inference_count = ready.statistics.inference_count
             served.execution_count = ready.statistics.execution_count
             served.queue_depth = ready.runner.depth
+            served.concurrency_limit = ready.statistics.concurrency_limit
             served.stream_count = self._streams.open_at(status.model, status.version)
         return served
 

@@ -110,7 +110,7 @@ class Loading:
         # A version that is loaded anew goes on counting where it was: its metrics have the same names.
         statistics = before.statistics if before else Statistics(record.model, record.version, tracer=self.tracer)
         batcher = Batcher(engine, served.policy, statistics, name=f"{record.model}/{record.version}")
-        statistics.watch_depth(lambda: batcher.depth)
+        statistics.watch_depth(lambda: batcher.depth, lambda: batcher.concurrency_limit)
         ready = ReadyModel(
             name=record.model,
             version=record.version,

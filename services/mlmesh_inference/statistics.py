@@ -1,56 +1,29 @@
-"""What a model version has done: counts and times for ModelStatistics, Prometheus and traces.
+"""What a model version has done: counts and times for ModelStatistics, Prometheus (`metrics`), load reports and traces.
 
-Only the event loop writes and reads, so plain numbers suffice. Prometheus children are looked up once a version.
+Only the event loop writes, and plain numbers are all there is to write: a request costs a few additions, a batch a few
+more. Readers (scrapes come on a thread of their own) see numbers that may be of two neighbouring moments.
 """
 
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
-from prometheus_client import Counter, Gauge, Histogram
-
+from mlmesh_inference import metrics
 from mlmesh_inference.scheduling.batcher import BatchReport
 from mlmesh_inference.scheduling.queue import Pending
-from mlmesh_runtime.telemetry import REGISTRY
 
-_TIMES: Final = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
-_ROWS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-_LABELS: Final = ("model", "version")
+OUTCOMES: Final = ("answered", "failed", "refused", "limited", "would_expire", "expired", "cancelled")
+TENANTS_MAX: Final = 32
+"""Tenants of a version that are told apart: those that came first. All others count as OTHERS."""
+OTHERS: Final = "other"
+RESPONSES_MAX: Final = 64
+"""Answers to one request that are told apart; later ones count as the last of these."""
 
-QUEUE_SECONDS: Final = Histogram(
-    "mlmesh_inference_queue_seconds",
-    "Time that a request waited for an engine.",
-    _LABELS,
-    buckets=_TIMES,
-    registry=REGISTRY,
-)
-ENGINE_SECONDS: Final = Histogram(
-    "mlmesh_inference_engine_seconds",
-    "Time of one batch in the engine.",
-    _LABELS,
-    buckets=_TIMES,
-    registry=REGISTRY,
-)
-BATCH_ROWS: Final = Histogram(
-    "mlmesh_inference_batch_rows",
-    "Rows of one batch.",
-    _LABELS,
-    buckets=_ROWS,
-    registry=REGISTRY,
-)
-REQUESTS: Final = Counter(
-    "mlmesh_inference_requests",
-    "Requests by outcome: answered, failed, refused (queue full), expired, cancelled.",
-    (*_LABELS, "outcome"),
-    registry=REGISTRY,
-)
-QUEUE_DEPTH: Final = Gauge(
-    "mlmesh_inference_queue_depth", "Requests that wait for an engine.", _LABELS, registry=REGISTRY
-)
-_OUTCOMES: Final = ("answered", "failed", "refused", "expired", "cancelled")
+_TIMES_NS: Final = tuple(int(bound * 1e9) for bound in metrics.TIME_BOUNDS)
 
 
 class Tracer(Protocol):
@@ -82,6 +55,46 @@ class BatchDurations:
     output: Duration = field(default_factory=Duration)
 
 
+@dataclass(slots=True)
+class ResponseDurations:
+    """What the n-th answer to a request of a decoupled model cost, and how it ended."""
+
+    infer: Duration = field(default_factory=Duration)
+    output: Duration = field(default_factory=Duration)
+    success: Duration = field(default_factory=Duration)
+    fail: Duration = field(default_factory=Duration)
+    empty: Duration = field(default_factory=Duration)
+    cancel: Duration = field(default_factory=Duration)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryUse:
+    """Memory that a version holds: of the "CPU" (the host) or of a "GPU" by number."""
+
+    kind: str
+    device: int = 0
+    size_bytes: int
+
+
+@dataclass(slots=True)
+class LevelCounts:
+    """What became of the requests of one priority level. `waits` counts them by `metrics.TIME_BOUNDS`."""
+
+    outcomes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(OUTCOMES, 0))
+    waits: list[int] = field(default_factory=lambda: [0] * (len(_TIMES_NS) + 1))
+    waited_ns: int = 0
+
+
+@dataclass(slots=True)
+class TenantCounts:
+    """What one tenant got: rows answered, time its requests waited together, requests turned away."""
+
+    rows: int = 0
+    requests: int = 0
+    waited_ns: int = 0
+    refused: int = 0
+
+
 class Statistics:
     """Counts and times of one version since it was loaded; the batcher's observer.
 
@@ -108,56 +121,133 @@ class Statistics:
         self.infer = Duration()
         self.output = Duration()
         self.batches: dict[int, BatchDurations] = {}
-        labels = (model, str(version))
-        self._queue_seconds = QUEUE_SECONDS.labels(*labels)
-        self._engine_seconds = ENGINE_SECONDS.labels(*labels)
-        self._batch_rows = BATCH_ROWS.labels(*labels)
-        self._outcomes = {outcome: REQUESTS.labels(*labels, outcome) for outcome in _OUTCOMES}
+        self.responses: dict[int, ResponseDurations] = {}
+        self.memory: tuple[MemoryUse, ...] = ()
+        """What the version holds now; whoever loads it says so."""
+        self.levels: dict[int, LevelCounts] = {}
+        self.tenants: dict[str, TenantCounts] = {}
+        self.engine_times = [0] * (len(_TIMES_NS) + 1)
+        self.engine_ns = 0
+        """Time in the engine, all batches together; what load reports call busy."""
+        self.batch_rows = [0] * (len(metrics.ROW_BOUNDS) + 1)
+        self.rows = 0
+        self.depth: Callable[[], int] | None = None
+        self.limit: Callable[[], int] | None = None
+        metrics.show(self)
 
-    def watch_depth(self, depth: Callable[[], int]) -> None:
-        """Let the queue's length be read when metrics are."""
-        QUEUE_DEPTH.labels(self.model, str(self.version)).set_function(depth)
+    def watch_depth(self, depth: Callable[[], int], limit: Callable[[], int] | None = None) -> None:
+        """Let the queue's length be read when metrics are, and the number of requests that may be inside."""
+        self.depth, self.limit = depth, limit
+
+    @property
+    def concurrency_limit(self) -> int:
+        """Requests that may be inside now; 0 when nothing limits them."""
+        return 0 if self.limit is None else self.limit()
 
     def batch_done(self, report: BatchReport) -> None:
         """See scheduling.batcher.Observer."""
-        items, failed = len(report.items), len(report.failed)
+        items, rows = report.items, report.rows
+        count, failed = len(items), len(report.failed)
         engine_ns = report.engine_end_ns - report.engine_start_ns
-        self.last_inference_s = self._wall()
-        self._requests(report.items, report.failed, report.formed_ns, report.done_ns)
-        self._engine_seconds.observe(engine_ns / 1e9)
-        self._batch_rows.observe(report.rows)
-        self._outcomes["answered"].inc(items - failed)
-        self.execution_count += 1
-        if failed:
-            self._outcomes["failed"].inc(failed)
-        self.inference_count += report.rows - sum(item.work.rows for item in report.failed)
         before_ns, after_ns = report.engine_start_ns - report.formed_ns, report.done_ns - report.engine_end_ns
-        self.input.add(before_ns * items, items)
-        self.infer.add(engine_ns * items, items)
-        self.output.add(after_ns * items, items)
-        size = self.batches.setdefault(report.rows, BatchDurations())
+        self.last_inference_s = self._wall()
+        self._requests(items, report.formed_ns)
+        self._outcomes(report)
+        self.execution_count += 1
+        self.rows += rows
+        self.inference_count += rows - sum([item.work.rows for item in report.failed]) if failed else rows
+        self.engine_times[bisect_left(_TIMES_NS, engine_ns)] += 1
+        self.engine_ns += engine_ns
+        self.batch_rows[bisect_left(metrics.ROW_BOUNDS, rows)] += 1
+        self.input.add(before_ns * count, count)
+        self.infer.add(engine_ns * count, count)
+        self.output.add(after_ns * count, count)
+        size = self.batches.get(rows)
+        if size is None:
+            size = self.batches[rows] = BatchDurations()
         size.input.add(before_ns)
         size.infer.add(engine_ns)
         size.output.add(after_ns)
-        if self._tracer is not None and any(item.work.trace is not None for item in report.items):
-            self._tracer.batch(report, model=self.model, version=self.version)
+        if self._tracer is not None:
+            for item in items:
+                if item.work.trace is not None:
+                    self._tracer.batch(report, model=self.model, version=self.version)
+                    break
 
-    def _requests(self, items: Sequence[Pending], failed: Sequence[Pending], formed_ns: int, done_ns: int) -> None:
+    def _requests(self, items: Sequence[Pending], formed_ns: int) -> None:
+        """Waits and shares. Mostly a batch is of one level and one tenant, so each is looked up when it changes."""
+        level_number, tenant_name = -1, None
+        level: LevelCounts | None = None
+        tenant: TenantCounts | None = None
+        together = 0
         for item in items:
+            work = item.work
+            if item.level != level_number or level is None:
+                level_number = item.level
+                level = self._level(level_number)
+            if work.tenant != tenant_name or tenant is None:
+                tenant_name = work.tenant
+                tenant = self._tenant(tenant_name)
             waited = formed_ns - item.arrived_ns
-            self.queue.add(waited)
-            self._queue_seconds.observe(waited / 1e9)
-            (self.fail if item in failed else self.success).add(done_ns - item.arrived_ns)
+            together += waited
+            level.waits[bisect_left(_TIMES_NS, waited)] += 1
+            level.waited_ns += waited
+            tenant.rows += work.rows
+            tenant.requests += 1
+            tenant.waited_ns += waited
+        self.queue.add(together, len(items))
 
-    def dropped(self, item: Pending, reason: str) -> None:  # noqa: ARG002  the port names the request too
+    def _outcomes(self, report: BatchReport) -> None:
+        if not report.failed:
+            done_ns = report.done_ns * len(report.items) - sum([item.arrived_ns for item in report.items])
+            self.success.add(done_ns, len(report.items))
+            for item in report.items:
+                self.levels[item.level].outcomes["answered"] += 1
+            return
+        failed = set(map(id, report.failed))
+        for item in report.items:
+            bad = id(item) in failed
+            (self.fail if bad else self.success).add(report.done_ns - item.arrived_ns)
+            self.levels[item.level].outcomes["failed" if bad else "answered"] += 1
+
+    def dropped(self, item: Pending, reason: str) -> None:
         """See scheduling.batcher.Observer."""
         self.fail.add(0)
-        self._outcomes[reason].inc()
+        self._level(item.level).outcomes[reason] += 1
+        if reason not in {"expired", "cancelled"}:
+            self._tenant(item.work.tenant).refused += 1
+
+    def responded(self, index: int, outcome: str, *, infer_ns: int = 0, output_ns: int = 0) -> None:
+        """A request of a decoupled model got its answer number `index`, counted from 0.
+
+        Args:
+            outcome: "success", "fail", "empty" (an answer without outputs) or "cancel".
+            infer_ns: time since the answer before it. output_ns: time to bring it into the form that is sent.
+        """
+        place = min(index, RESPONSES_MAX - 1)
+        found = self.responses.get(place)
+        if found is None:
+            found = self.responses[place] = ResponseDurations()
+        found.infer.add(infer_ns)
+        found.output.add(output_ns)
+        getattr(found, outcome).add(infer_ns + output_ns)
+
+    def _level(self, number: int) -> LevelCounts:
+        found = self.levels.get(number)
+        if found is None:
+            found = self.levels[number] = LevelCounts()
+        return found
+
+    def _tenant(self, name: str) -> TenantCounts:
+        found = self.tenants.get(name)
+        if found is None:
+            if len(self.tenants) >= TENANTS_MAX:
+                name = OTHERS
+                found = self.tenants.get(name)
+            if found is None:
+                found = self.tenants[name] = TenantCounts()
+        return found
 
     def close(self) -> None:
         """The version is gone: its metrics go too, so a registry of many versions does not grow without end."""
-        labels = (self.model, str(self.version))
-        for metric in (QUEUE_SECONDS, ENGINE_SECONDS, BATCH_ROWS, QUEUE_DEPTH):
-            metric.remove(*labels)
-        for outcome in _OUTCOMES:
-            REQUESTS.remove(*labels, outcome)
+        metrics.hide(self)

@@ -101,13 +101,15 @@ def ready_model(
     """A model that answers, as the loader would install it."""
     bounds = BatchPolicy(**{"batches": engine.signature.batches, **policy})
     statistics = statistics or Statistics(name, version)
+    batcher = Batcher(engine, bounds, statistics, name=f"{name}/{version}")
+    statistics.watch_depth(lambda: batcher.depth, lambda: batcher.concurrency_limit)
     return ReadyModel(
         name=name,
         version=version,
         platform=platform,
         signature=engine.signature,
         policy=bounds,
-        runner=Batcher(engine, bounds, statistics, name=f"{name}/{version}"),
+        runner=batcher,
         statistics=statistics,
         labels=labels,
         concurrency=engine.concurrency,

@@ -104,15 +104,17 @@ async def test_numbers_of_a_version_come_and_go_with_it() -> None:
         await submitted(model.runner, {"x": rows(13.0)})
     submitted(model.runner, {"x": rows(1.0)}).cancel()
     await model.runner.drain()
-    assert sample("requests_total", outcome="answered") == 1
-    assert sample("requests_total", outcome="failed") == 1
-    assert sample("requests_total", outcome="cancelled") == 1
+    for outcome in ("answered", "failed", "cancelled"):
+        assert sample("requests_total", priority="1", outcome=outcome) == 1
     assert sample("batch_rows_sum") == 3
     assert sample("batch_rows_count") == 2
-    assert sample("queue_seconds_count") == 2
+    assert sample("queue_seconds_count", priority="1") == 2
+    assert sample("queue_seconds_bucket", priority="1", le="+Inf") == 2
+    assert sample("tenant_rows_total", tenant="") == 3
     assert sample("engine_seconds_count") == 2
-    model.statistics.watch_depth(lambda: 7)
+    model.statistics.watch_depth(lambda: 7, lambda: 70)
     assert sample("queue_depth") == 7
+    assert sample("concurrency_limit") == 70
     model.statistics.close()
-    assert sample("requests_total", outcome="answered") is None
+    assert sample("requests_total", priority="1", outcome="answered") is None
     assert sample("queue_depth") is None
