@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol
 
-from mlmesh_inference.tensors import Array, Signature
+import numpy as np
+
+from mlmesh_inference.tensors import Array, Signature, TensorSpec
 
 PRECISIONS: Final = ("fp32", "bf16", "fp16")
 """Precisions that may be declared. A model that is quantised or of half precision itself is served as it is."""
@@ -89,6 +91,8 @@ class EngineOptions:
         concurrency: `run` calls at once.
         rows_max: most rows of a batch, rows_preferred: rows of a usual one; a GPU engine is tuned for these.
         precision: of PRECISIONS; an engine that cannot compute in it refuses the model.
+        parameters: the model's own (ServingConfig.parameters under "mlmesh.", without that) that one engine knows, such
+            as "dims" and "tf32" of TensorRT.
     """
 
     threads: int = 1
@@ -96,6 +100,7 @@ class EngineOptions:
     rows_max: int = 64
     rows_preferred: int = 8
     precision: str = "fp32"
+    parameters: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +128,11 @@ class EngineKind(Protocol):
 
     def build(self, model: Path, options: EngineOptions) -> Engine:
         """Build an engine. Blocking, may take minutes; raises EngineError."""
+
+
+def no_rows(spec: TensorSpec) -> Array:
+    """The answer to a batch of no rows, for engines that take none. Free dimensions beside the batch are 0."""
+    return np.empty((0, *(max(dim, 0) for dim in spec.shape[1:])), spec.datatype.dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlmesh_inference.engines import cuda, tensorrt
+from mlmesh_inference.engines import cuda, tensorrt, tensorrt_api
 from mlmesh_inference.engines.base import (
     Availability,
     EngineError,
@@ -153,12 +153,13 @@ def test_tensorrt_without_a_driver_says_so(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_tensorrt_without_its_package_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensorrt, "gpu_name", lambda: "NVIDIA H100")
+    gpu = cuda.Gpu(ordinal=0, name="NVIDIA H100", capability=(9, 0))
+    monkeypatch.setattr(tensorrt, "find_gpu", lambda _ordinal: gpu)
 
     def absent(name: str) -> Any:
         raise ImportError(f"No module named {name!r}")
 
-    monkeypatch.setattr(tensorrt.importlib, "import_module", absent)
+    monkeypatch.setattr(tensorrt_api.importlib, "import_module", absent)
     probe = TensorRTKind().probe()
     assert not probe.available
     assert "NVIDIA H100 is here, but no TensorRT package can be imported" in probe.reason
