@@ -1,12 +1,16 @@
 """The one table between domain errors and gRPC statuses, both ways.
 
 Details travel as google.rpc messages in ``grpc-status-details-bin``: ErrorInfo always, BadRequest and RetryInfo where
-they say something. Everything is cut to a bound: gRPC begins to refuse trailers at 8 KiB, and then the caller would see
-that refusal and not the error. On the wire the details grow by a third (base64), the message up to threefold (percent).
+they say something. `Overloaded` tells gRPC's own retries too when to come back, by ``grpc-retry-pushback-ms`` (gRFC
+A6): a client whose retry policy names RESOURCE_EXHAUSTED waits exactly that long.
+
+Everything is cut to a bound: gRPC begins to refuse trailers at 8 KiB, and then the caller would see that refusal and
+not the error. On the wire the details grow by a third (base64), the message up to threefold (percent).
 """
 
 from __future__ import annotations
 
+import math
 import uuid
 from typing import Any, TypeAlias
 
@@ -19,6 +23,8 @@ from mlmesh_runtime.errors import FieldViolation, InvalidInput, MeshError
 
 DOMAIN = "mlmesh"
 DETAILS_KEY = "grpc-status-details-bin"
+PUSHBACK_KEY = "grpc-retry-pushback-ms"
+PUSHBACK_MS_MAX = (1 << 31) - 1
 TEXT_BYTES_MAX = 400
 DETAILS_BYTES_MAX = 4096
 VIOLATIONS_MAX = 8
@@ -73,7 +79,12 @@ def to_status(error: MeshError) -> tuple[grpc.StatusCode, str, Trailers]:
     if isinstance(error, InvalidInput) and error.violations:
         details.append(_bad_request(error, room=DETAILS_BYTES_MAX - info.ByteSize()))
     status = status_pb2.Status(code=code.value[0], message=message, details=[_any(detail) for detail in details])
-    return code, message, ((DETAILS_KEY, status.SerializeToString()),)
+    trailers: Trailers = ((DETAILS_KEY, status.SerializeToString()),)
+    if error.retry_after_s is not None and isinstance(error, errors.Overloaded):
+        # A signed 32-bit number without leading zeros; a negative one would forbid the retry.
+        pushback_ms = min(max(math.ceil(error.retry_after_s * 1000), 0), PUSHBACK_MS_MAX)
+        trailers = (*trailers, (PUSHBACK_KEY, str(pushback_ms)))
+    return code, message, trailers
 
 
 def _bad_request(error: InvalidInput, *, room: int) -> error_details_pb2.BadRequest:

@@ -57,6 +57,17 @@ def test_details_are_google_rpc_messages() -> None:
     assert [v.field for v in bad.field_violations] == ["spec.epochs"]
 
 
+@pytest.mark.parametrize(("retry_after_s", "told"), [(0.25, "250"), (0.0001, "1"), (0.0, "0"), (1e9, "2147483647")])
+def test_what_is_overloaded_tells_grpc_when_to_retry(retry_after_s: float, told: str) -> None:
+    _, _, trailers = status.to_status(Overloaded("full", retry_after_s=retry_after_s))
+    assert dict(trailers)["grpc-retry-pushback-ms"] == told
+
+
+def test_nothing_else_asks_grpc_to_wait() -> None:
+    for error in (Overloaded("full", retry_after_s=None), NotFound("gone", retry_after_s=3.0)):
+        assert [key for key, _ in status.to_status(error)[2]] == ["grpc-status-details-bin"]
+
+
 def test_violations_and_retry_delay_come_back() -> None:
     violations = [FieldViolation(field="a", description="x"), FieldViolation(field="b", description="y")]
     back = over_the_wire(InvalidInput("two wrong", violations=violations))
