@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import random
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from typing import Final
 from mlmesh.inference.v1 import control_pb2, control_pb2_grpc
 from mlmesh_inference.cache import ModelCache
 from mlmesh_inference.catalog import Catalog, State, Status
-from mlmesh_inference.config import InferenceSettings
+from mlmesh_inference.config import InferenceSettings, ProtocolSettings
 from mlmesh_inference.control import WATCH_METHODS, InferenceControlServicer
 from mlmesh_inference.engines.base import EngineKind
 from mlmesh_inference.engines.onnx import OnnxKind
@@ -21,19 +22,25 @@ from mlmesh_inference.follow import Source
 from mlmesh_inference.loader import Loader
 from mlmesh_inference.loading import Loading
 from mlmesh_inference.moving import OpenStreams
+from mlmesh_inference.oip.dialects import TRITON, add_to_server
 from mlmesh_inference.oip.direct import DirectInfer, DirectStreamInfer
 from mlmesh_inference.oip.infer import shutting_down
-from mlmesh_inference.oip.servicer import METHODS, OpenInferenceServicer, Repository
+from mlmesh_inference.oip.repository import Repository
+from mlmesh_inference.oip.servicer import METHODS, OpenInferenceServicer
+from mlmesh_inference.oip.shared_memory import SharedMemory
 from mlmesh_inference.oip.stream import Streaming
 from mlmesh_inference.registry import RegistryClient
 from mlmesh_inference.tokens import Tokens
+from mlmesh_inference.trace_settings import TraceSettings
 from mlmesh_inference.tracing import SpanTracer
 from mlmesh_runtime.channel import open_channel
 from mlmesh_runtime.config import Settings
+from mlmesh_runtime.direct import DirectMethod
 from mlmesh_runtime.executors import Executors
 from mlmesh_runtime.health import HealthStatuses
 from mlmesh_runtime.server import Server, Service
-from open_inference import grpc_service_pb2, grpc_service_pb2_grpc
+from mlmesh_runtime.telemetry import tracing
+from open_inference import grpc_service_pb2
 
 _LOG = logging.getLogger(__name__)
 _SERVICE: Final = grpc_service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"]
@@ -101,18 +108,34 @@ def services(
     kinds: Sequence[EngineKind],
     going_away: asyncio.Event,
     streaming: Streaming,
+    *,
+    protocol: ProtocolSettings | None = None,
+    traces: TraceSettings | None = None,
 ) -> list[Service]:
     """What the process serves, on one port."""
+    protocol = protocol or ProtocolSettings()
+    memory = SharedMemory() if protocol.shared_memory else None
+    streaming = dataclasses.replace(streaming, regions=memory)
+    direct: dict[str, DirectMethod] = {"ModelInfer": DirectInfer(catalog, regions=memory)}
+    if protocol.dialect == TRITON:
+        direct["ModelStreamInfer"] = DirectStreamInfer(catalog, regions=memory)
     return [
         Service(
-            add=grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server,
+            add=add_to_server,
             servicer=OpenInferenceServicer(
-                catalog, repository, version=server_version(), going_away=going_away, streaming=streaming
+                catalog,
+                repository,
+                version=server_version(),
+                going_away=going_away,
+                streaming=streaming,
+                settings=protocol,
+                memory=memory,
+                traces=traces or TraceSettings(exporting=tracing()),
             ),
             descriptor=_SERVICE,
             validate=False,
             deadline_optional=METHODS,
-            direct={"ModelInfer": DirectInfer(catalog), "ModelStreamInfer": DirectStreamInfer(catalog)},
+            direct=direct,
             going_away=shutting_down,
         ),
         Service(
@@ -133,6 +156,7 @@ async def serve(settings: Settings, *, source: Source | None = None, kinds: Sequ
     inference = InferenceSettings.from_settings(settings)
     kinds = engine_kinds() if kinds is None else kinds
     health = HealthStatuses()
+    traces = TraceSettings(exporting=tracing())
     model_health = ModelHealth(health)
     catalog = Catalog(listener=model_health.changed)
     model_health.catalog = catalog
@@ -149,13 +173,17 @@ async def serve(settings: Settings, *, source: Source | None = None, kinds: Sequ
                 settings=inference,
                 disk=executors["disk"],
                 build=executors["build"],
-                tracer=SpanTracer(),
+                tracer=SpanTracer(admits=traces.admits),
             ),
             on_synced=model_health.synced,
         )
         going_away = asyncio.Event()
         streaming = streaming_of(catalog, settings, inference)
-        server = Server(settings, services(catalog, loader, kinds, going_away, streaming), health=health)
+        server = Server(
+            settings,
+            services(catalog, loader, kinds, going_away, streaming, protocol=inference.protocol, traces=traces),
+            health=health,
+        )
         server.on_drain(going_away.set)
         server.on_drain(streaming.open.drain)
         async with server, asyncio.TaskGroup() as group:

@@ -69,6 +69,7 @@ class ReadyModel:
     output_labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     concurrency: int = 1
     config: ServingConfig = field(default_factory=ServingConfig)
+    composing: tuple[tuple[str, int], ...] = ()
     inputs: Mapping[str, TensorSpec] = field(init=False)
     outputs: Mapping[str, TensorSpec] = field(init=False)
     output_names: tuple[str, ...] = field(init=False)
@@ -101,6 +102,7 @@ class Catalog:
         self._defaults: dict[str, int] = {}
         self._aliases: dict[str, Mapping[str, int]] = {}
         self._routes: dict[tuple[str, str], ReadyModel] = {}
+        self._gone: set[str] = set()
         self._watchers: set[_Watcher] = set()
         self.generation = 0
         """Grows with every change of what `resolve` gives: who remembers its answers begins anew then."""
@@ -124,7 +126,13 @@ class Catalog:
     def _missing(self, model: str, version: str) -> NotFound | NotReady:
         shown = f"'{model[:256]}'" + (f" version {version[:64]}" if version else "")
         known = [number for name, number in self._statuses if name == model]
-        if (not version and known) or version in map(str, known):
+        if not version and (known or model in self._gone):
+            text = f"Request for unknown model: {shown} has no available versions"
+            # Another replica may have what is on its way here; what was taken out of service is gone everywhere.
+            if known:
+                return NotReady(text, reason="MODEL_NOT_READY")
+            return NotFound(text, reason="MODEL_NOT_FOUND")
+        if version in map(str, known):
             return NotReady(f"Request for unknown model: {shown} is not at ready state", reason="MODEL_NOT_READY")
         return NotFound(f"Request for unknown model: {shown} is not found", reason="MODEL_NOT_FOUND")
 
@@ -171,6 +179,7 @@ class Catalog:
         """It answers from now on, to requests that name it."""
         key = (ready.name, ready.version)
         self._ready[key] = ready
+        self._gone.discard(ready.name)
         before = self._statuses.get(key) or Status(model=ready.name, version=ready.version, state=State.READY)
         self._route()
         self._put(replace(before, state=State.READY, engine=engine, engine_reason=engine_reason, error=""))
@@ -210,6 +219,8 @@ class Catalog:
         """It is gone: watchers see UNLOADED, lists show it no more."""
         status = self._statuses.pop((model, version), None)
         if status is not None:
+            if status.state is State.DRAINING and not self.statuses(model):
+                self._gone.add(model)
             self._tell(replace(status, state=State.UNLOADED, default=False, updated_s=self._wall()))
 
     def _route(self) -> None:

@@ -40,6 +40,34 @@ VARIABLES: tuple[Variable, ...] = (
         meaning="CPU threads of one batch.",
     ),
     Variable(
+        name="MLMESH_OIP_DIALECT",
+        default="triton",
+        meaning=(
+            "What ModelStreamInfer answers callers that do not say (x-oip-dialect): triton (ModelStreamInferResponse) "
+            "or mlserver (ModelInferResponse)."
+        ),
+    ),
+    Variable(
+        name="MLMESH_OIP_COMPAT",
+        default="",
+        meaning=(
+            "triton: do as Triton does where the protocol leaves a choice: outputs always raw, and the server is not "
+            "ready while any version loads or has failed."
+        ),
+    ),
+    Variable(
+        name="MLMESH_LOAD_FILES",
+        default="0",
+        meaning=(
+            "1: RepositoryModelLoad may bring a model's files along. Whoever may call it then decides what runs here."
+        ),
+    ),
+    Variable(
+        name="MLMESH_SHARED_MEMORY",
+        default="0",
+        meaning="1: callers on this machine may use POSIX shared memory for inputs and outputs.",
+    ),
+    Variable(
         name="MLMESH_STREAM_AGE_S",
         default="0",
         meaning="Inference streams that can move are asked to open again when they are about this old. 0: never.",
@@ -56,6 +84,31 @@ VARIABLES: tuple[Variable, ...] = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ProtocolSettings:
+    """Choices that the Open Inference Protocol leaves to a server.
+
+    Attributes:
+        dialect: of streams whose caller does not say. compat: "triton" to do as Triton does, "" for our own way.
+        load_files: whether loads may bring files along. shared_memory: whether local callers may share memory.
+    """
+
+    dialect: str = "triton"
+    compat: str = ""
+    load_files: bool = False
+    shared_memory: bool = False
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str]) -> ProtocolSettings:
+        """Read and check. Raises ConfigError that names the variable."""
+        return cls(
+            dialect=_choice(environ, "MLMESH_OIP_DIALECT", ("triton", "mlserver")),
+            compat=_choice(environ, "MLMESH_OIP_COMPAT", ("", "triton")),
+            load_files=_choice(environ, "MLMESH_LOAD_FILES", ("0", "1")) == "1",
+            shared_memory=_choice(environ, "MLMESH_SHARED_MEMORY", ("0", "1")) == "1",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class InferenceSettings:
     """Bounds and selectors of an inference process."""
 
@@ -67,6 +120,7 @@ class InferenceSettings:
     threads: int = 1
     stream_age_s: float = 0.0
     stream_key: bytes = field(default=b"", repr=False)
+    protocol: ProtocolSettings = field(default_factory=ProtocolSettings)
 
     @classmethod
     def from_settings(cls, settings: Settings, *, cpus: int | None = None) -> InferenceSettings:
@@ -88,6 +142,7 @@ class InferenceSettings:
             threads=_count(settings.environ, "MLMESH_ENGINE_THREADS"),
             stream_age_s=_seconds(settings.environ, "MLMESH_STREAM_AGE_S"),
             stream_key=_key(settings.environ, "MLMESH_STREAM_KEY"),
+            protocol=ProtocolSettings.from_environ(settings.environ),
         )
 
 
@@ -99,6 +154,14 @@ def _count(environ: Mapping[str, str], name: str, *, default: int | None = None)
     if not (text.isascii() and text.isdigit() and 0 < int(text) < 1 << 20):
         raise ConfigError(f"{name}: expected a number from 1 to {(1 << 20) - 1}; got {text!r}")
     return int(text)
+
+
+def _choice(environ: Mapping[str, str], name: str, choices: tuple[str, ...]) -> str:
+    """One of some words, the first of them by default."""
+    text = environ.get(name, "").strip().lower() or choices[0]
+    if text not in choices:
+        raise ConfigError(f"{name}: expected one of {', '.join(map(repr, choices))}; got {text!r}")
+    return text
 
 
 def _seconds(environ: Mapping[str, str], name: str) -> float:

@@ -13,13 +13,16 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Final
 
 from mlmesh_inference.catalog import ReadyModel, State, Status
 from mlmesh_inference.desired import RegistryView, Selector, VersionRecord, Wanted, wanted
 from mlmesh_inference.follow import Follower
-from mlmesh_inference.loading import Loading
-from mlmesh_runtime.errors import NotFound, WrongState
+from mlmesh_inference.loading import Loading, Prepared
+from mlmesh_inference.overrides import Override, chosen, overlaid, uploaded
+from mlmesh_runtime.calls import detached
+from mlmesh_runtime.errors import MeshError, NotFound, NotReady, WrongState
 from mlmesh_runtime.executors import run_blocking
 
 _LOG = logging.getLogger(__name__)
@@ -52,16 +55,22 @@ class Loader:
         self._saved: RegistryView | None = None
         self._added: list[Selector] = []
         self._excluded: set[str] = set()
+        self._overrides: dict[str, Override] = {}
+        self._brought: dict[str, tuple[VersionRecord, ...]] = {}
+        self._orders: dict[str, set[_Key]] = {}
+        """Models being loaded anew by hand, and the versions that this is about."""
+        self._group: asyncio.TaskGroup | None = None
         self._tasks: dict[_Key, asyncio.Task[None]] = {}
         self._aliases: dict[str, dict[str, int]] = {}
 
     @property
     def _view(self) -> RegistryView | None:
-        return self._follower.view or self._remembered
+        return overlaid(self._follower.view or self._remembered, self._brought)
 
     async def run(self) -> None:
         """Follow the registry for ever. Cancel it to stop; loads under way are given up, what serves goes on."""
         async with asyncio.TaskGroup() as group:
+            self._group = group
             group.create_task(self._follower.run())
             await self._first_word()
             while True:
@@ -100,20 +109,25 @@ class Loader:
         if view is None:
             return {}
         selectors = (*self._loading.settings.selectors, *self._added)
-        return {model: want for model, want in wanted(selectors, view).items() if model not in self._excluded}
+        target = wanted(selectors, view)
+        for model, override in self._overrides.items():
+            if (want := chosen(model, override.config, view, target.get(model))) is not None:
+                target[model] = want
+        return {model: want for model, want in target.items() if model not in self._excluded}
 
     def _reconcile(self, group: asyncio.TaskGroup) -> None:
         view = self._view
         if view is None:
             return
         target = self._target()
-        keys = {(model, version) for model, want in target.items() for version in want.versions}
+        ordered = {key for keys in self._orders.values() for key in keys}
+        keys = ordered | {(model, version) for model, want in target.items() for version in want.versions}
         for key in list(self._tasks):
             status = self._catalog.status(*key)
             task = self._tasks[key]
             if key not in keys and status is not None and status.state is not State.DRAINING and not task.cancelling():
                 task.cancel()
-        for model, version in sorted(keys):
+        for model, version in sorted(keys - ordered):
             if self._catalog.status(model, version) is None and (model, version) not in self._tasks:
                 self._start(group, view.versions[model, version])
         for model in {status.model for status in self._catalog.statuses()}:
@@ -130,7 +144,8 @@ class Loader:
 
         async def load() -> None:
             try:
-                await self._loading.load(record, self._changed.set)
+                override = self._overrides.get(record.model)
+                await self._loading.load(record, self._changed.set, config=override.config if override else None)
             finally:
                 if self._catalog.ready(*key) is None:
                     status = self._catalog.status(*key)
@@ -197,11 +212,14 @@ class Loader:
         keys |= {(model, version) for (model, _), version in view.aliases.items()}
         return {file.sha256 for key in keys if key in view.versions for file in view.versions[key].files}
 
-    async def load(self, model: str) -> None:
-        """Load by hand; see oip.servicer.Repository. Raises WrongState (ENGINE_FAILED) when it cannot be loaded."""
+    async def load(self, model: str, override: Override | None = None) -> None:
+        """Load by hand; see oip.repository.Repository. Raises WrongState (ENGINE_FAILED) when it cannot be loaded."""
+        if override is not None or model in self._overrides:
+            await self._load_anew(model, override)
+            return
         view = self._view
         if view is None or not view.numbers(model):
-            raise NotFound(f"failed to load '{model}', failed to poll from model repository", reason="MODEL_NOT_FOUND")
+            raise _unknown(model)
         self._excluded.discard(model)
         if model not in self._target():
             self._added.append(Selector(model=model))
@@ -215,27 +233,143 @@ class Loader:
             while not self._loaded(model, versions):
                 await anext(changes)
 
+    async def _load_anew(self, model: str, override: Override | None) -> None:
+        """Load under another configuration, beside what serves; whoever asked may go, the load goes on."""
+        if self._group is None:
+            raise NotReady("the server has not started yet", reason="MODEL_NOT_READY")
+        if model in self._orders:
+            raise WrongState(f"failed to load '{model}', it is being loaded already", reason="MODEL_NOT_READY")
+        self._orders[model] = set()
+        with detached():
+            task = self._group.create_task(self._order(self._group, model, override))
+        error = await asyncio.shield(task)
+        if error is not None:
+            raise error
+
+    async def _order(self, group: asyncio.TaskGroup, model: str, override: Override | None) -> MeshError | None:
+        try:
+            return await self._switch(group, model, override)
+        except MeshError as error:
+            return error
+        except Exception as error:  # the other models must go on
+            _LOG.exception("loading failed unexpectedly", extra={"model": model})
+            return WrongState(
+                f"load failed for model '{model}': {type(error).__name__}; the log says more", reason="ENGINE_FAILED"
+            )
+        finally:
+            del self._orders[model]
+            self._changed.set()
+
+    async def _switch(self, group: asyncio.TaskGroup, model: str, override: Override | None) -> MeshError | None:
+        """Prepare every version that is to serve, then let all of them answer in one step; or change nothing."""
+        records: tuple[VersionRecord, ...] = ()
+        config = override.config if override is not None else None
+        if override is not None and override.files:
+            records = await run_blocking(self._loading.disk, uploaded, model, override)
+            for record in records:
+                for file in record.files:
+                    await self._loading.keep(file, override.files[record.version][file.path])
+        brought = {**{name: there for name, there in self._brought.items() if name != model}, model: records}
+        view = overlaid(self._follower.view or self._remembered, brought)
+        if view is None or not view.numbers(model):
+            return _unknown(model)
+        selectors = (*self._loading.settings.selectors, *self._added)
+        want = chosen(model, config, view, wanted(selectors, view).get(model))
+        if want is None:
+            return NotFound(f"failed to load '{model}', no version is available", reason="MODEL_NOT_FOUND")
+        self._orders[model] |= {(model, version) for version in want.versions}
+        await self._settle(model)
+        prepared: list[Prepared] = []
+        for version in want.versions:
+            record = view.versions[model, version]
+            found = await self._loading.prepare(record, self._changed.set, config=config)
+            if isinstance(found, str):
+                self._catalog.fail(model, version, found)
+                for one in prepared:
+                    one.built.engine.close()
+                return _failed(model, version, found)
+            prepared.append(found)
+        for one in prepared:
+            replaced = self._loading.install(one)
+            if replaced is not None:
+                group.create_task(replaced.runner.drain())
+        self._hold(model, override, records)
+        self._reconcile(group)
+        return None
+
+    async def _settle(self, model: str) -> None:
+        """Wait until nothing else happens to the versions that an order is about; loads under way are given up."""
+        while tasks := {key: self._tasks[key] for key in self._orders[model] if key in self._tasks}:
+            for key, task in tasks.items():
+                status = self._catalog.status(*key)
+                if status is None or status.state is not State.DRAINING:
+                    task.cancel()
+            await asyncio.wait(tasks.values())
+
+    def _hold(self, model: str, override: Override | None, records: tuple[VersionRecord, ...]) -> None:
+        """From now on this is how the model is wanted."""
+        self._excluded.discard(model)
+        self._brought.pop(model, None)
+        self._overrides.pop(model, None)
+        if override is not None:
+            self._overrides[model] = replace(override, files={})
+            if records:
+                self._brought[model] = records
+        elif model not in self._target():
+            self._added.append(Selector(model=model))
+
     def _loaded(self, model: str, versions: tuple[int, ...]) -> bool:
         statuses = [self._catalog.status(model, version) for version in versions]
         for status in statuses:
             if status is not None and status.state is State.FAILED:
-                raise WrongState(
-                    f"load failed for model '{model}': version {status.version} is at UNAVAILABLE state: "
-                    f"{status.error}",
-                    reason="ENGINE_FAILED",
-                )
+                raise _failed(model, status.version, status.error)
         ready = all(status is not None and status.state is State.READY for status in statuses)
         return ready and self._catalog.default_version(model) in versions
 
-    async def unload(self, model: str) -> None:
-        """Unload by hand; see oip.servicer.Repository."""
+    async def unload(self, model: str, *, dependents: bool = False) -> None:
+        """Unload by hand; see oip.repository.Repository."""
         if not self._catalog.statuses(model):
             raise NotFound(f"failed to unload '{model}', it is not served", reason="MODEL_NOT_FOUND")
-        self._excluded.add(model)
-        async with self._catalog.watch(model) as changes:
-            self._changed.set()
-            while self._catalog.statuses(model):
-                await anext(changes)
+        together = [model, *(self._parts(model) if dependents else ())]
+        for name in together:
+            self._excluded.add(name)
+            self._overrides.pop(name, None)
+            self._brought.pop(name, None)
+        for name in together:
+            async with self._catalog.watch(name) as changes:
+                self._changed.set()
+                while self._catalog.statuses(name):
+                    await anext(changes)
+
+    def _parts(self, model: str) -> list[str]:
+        """Models that the served versions of an ensemble are made of, themselves or through others."""
+        found: dict[str, None] = {}
+        names = [model]
+        while names:
+            for ready in self._catalog.versions(names.pop()):
+                steps = [step.model for step in ready.config.steps if self._catalog.statuses(step.model)]
+                names += [name for name in steps if name not in found and name != model]
+                found.update(dict.fromkeys(steps))
+        return [name for name in found if name != model]
+
+    def known(self) -> list[tuple[str, int, str]]:
+        """(model, version, why it is not served) of every version of the repository, whether it is served or not."""
+        view = self._view or RegistryView()
+        return [
+            (model, version, "quarantined" if record.quarantined else "unloaded")
+            for (model, version), record in sorted(view.versions.items())
+            if model not in view.datasets
+        ]
+
+
+def _unknown(model: str) -> NotFound:
+    return NotFound(f"failed to load '{model}', failed to poll from model repository", reason="MODEL_NOT_FOUND")
+
+
+def _failed(model: str, version: int, error: str) -> WrongState:
+    return WrongState(
+        f"load failed for model '{model}': version {version} is at UNAVAILABLE state: {error};", reason="ENGINE_FAILED"
+    )
 
 
 def _aliases(said: Mapping[str, int], before: Mapping[str, int], ready: set[int]) -> dict[str, int]:

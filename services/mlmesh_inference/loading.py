@@ -6,7 +6,8 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -20,11 +21,21 @@ from mlmesh_inference.desired import ModelFile, VersionRecord, signature_mismatc
 from mlmesh_inference.engines.base import BuiltEngine, Engine, EngineError, EngineKind, EngineOptions, build_preferred
 from mlmesh_inference.follow import Backoff, Sleep, Source
 from mlmesh_inference.oip.model_config import read_text
-from mlmesh_inference.scheduling.batcher import Batcher
+from mlmesh_inference.pipelines.assembly import (
+    Dependencies,
+    Ensemble,
+    LocalModel,
+    build_ensemble,
+    callers_signature,
+    others,
+    runner_for,
+)
+from mlmesh_inference.scheduling.batcher import Batcher, Observer
 from mlmesh_inference.scheduling.policy import BatchPolicy
 from mlmesh_inference.serving import CONFIG_FILE, ServingConfig
 from mlmesh_inference.statistics import Statistics, Tracer
 from mlmesh_inference.tensors import Array, Signature, TensorSpec, show
+from mlmesh_runtime.chunks import crc32c
 from mlmesh_runtime.errors import Corrupt, InvalidInput, MeshError, NotFound
 from mlmesh_runtime.executors import BoundedExecutor, run_blocking
 
@@ -56,82 +67,141 @@ class Loading:
     build: BoundedExecutor
     tracer: Tracer | None = None
     sleep: Sleep = asyncio.sleep
+    dependencies: Dependencies = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Ensembles of a process wait for models of its catalog."""
+        object.__setattr__(self, "dependencies", Dependencies(self.catalog))
 
     async def load(
         self, record: VersionRecord, stalled: Callable[[], None], *, config: ServingConfig | None = None
-    ) -> str:
-        """Load a version and install it in the catalog, or mark it FAILED. Returns why it failed, "" when it answers.
+    ) -> None:
+        """Load a version and install it in the catalog, or mark it FAILED.
 
-        What may pass is tried again for ever; `stalled` is called each time. A version that answers already is loaded
-        anew beside itself: it goes on answering until the new one does, and for good when that fails.
+        What may pass is tried again for ever; `stalled` is called each time.
 
         Args:
             config: how to serve it, instead of what its own config.pbtxt says.
         """
+        prepared = await self.prepare(record, stalled, config=config)
+        if isinstance(prepared, str):
+            self.catalog.fail(record.model, record.version, prepared)
+        else:
+            self.install(prepared)
+
+    async def prepare(
+        self, record: VersionRecord, stalled: Callable[[], None], *, config: ServingConfig | None = None
+    ) -> Prepared | str:
+        """All of `load` but its end: a version that could answer, to be installed or closed; or why there is none.
+
+        A version that answers already is not touched: this makes its successor beside it.
+        """
         model, version = record.model, record.version
         file = record.model_file
         self.catalog.begin(model, version, total_bytes=record.size, sha256=file.sha256 if file else "")
+        built: BuiltEngine | None = None
         try:
             await self._fetch_until_here(record, stalled)
             folder = await run_blocking(self.disk, self.cache.lay_out, record)
             if config is None:
                 config = await run_blocking(self.disk, read_config, folder, record)
-            path = folder / _model_path(record, config)
-            self.catalog.progress(model, version, State.BUILDING)
-            built = await run_blocking(self.build, self._built, path, record, config)
-            served = Served.of(config, built.engine, self.settings)
-            self.catalog.progress(model, version, State.WARMING_UP)
-            await run_blocking(self.build, warm_up, built.engine, served.policy)
-            await run_blocking(self.build, run_samples, built.engine, config, served, folder)
+            if config.steps:
+                built = await self._ensemble(record, config, folder, stalled)
+                served = Served.of(config, built.engine, self.settings)
+            else:
+                path = folder / _model_path(record, config)
+                self.catalog.progress(model, version, State.BUILDING)
+                built = await run_blocking(self.build, self._built, path, record, config)
+                served = Served.of(config, built.engine, self.settings)
+                self.catalog.progress(model, version, State.WARMING_UP)
+                await run_blocking(self.build, warm_up, built.engine, served.policy)
+                await run_blocking(self.build, run_samples, built.engine, config, served, folder)
             labels = await run_blocking(self.disk, read_labels, folder, config)
         except (LoadError, EngineError, ConfigError) as error:
-            return self._failed(record, str(error))
+            return self._failed(record, built, str(error))
         except Exception as error:  # the other models must go on
             _LOG.exception("loading failed unexpectedly", extra={"model": model, "version": version})
-            return self._failed(record, f"{type(error).__name__} while loading; the log says more")
-        self._install(record, built, served, config, labels)
-        return ""
+            return self._failed(record, built, f"{type(error).__name__} while loading; the log says more")
+        return Prepared(record=record, built=built, served=served, config=config, labels=labels)
 
-    def _failed(self, record: VersionRecord, error: str) -> str:
+    def _failed(self, record: VersionRecord, built: BuiltEngine | None, error: str) -> str:
+        if built is not None:
+            built.engine.close()
         _LOG.error("model failed", extra={"model": record.model, "version": record.version, "error": error})
-        self.catalog.fail(record.model, record.version, error)
         return error
 
-    def _install(
-        self,
-        record: VersionRecord,
-        built: BuiltEngine,
-        served: Served,
-        config: ServingConfig,
-        labels: Mapping[str, tuple[str, ...]],
-    ) -> None:
-        engine = built.engine
+    def install(self, prepared: Prepared) -> ReadyModel | None:
+        """Let a prepared version answer from now on. Returns what answered for it until now, to be drained."""
+        record, engine, served = prepared.record, prepared.built.engine, prepared.served
         before = self.catalog.ready(record.model, record.version)
         # A version that is loaded anew goes on counting where it was: its metrics have the same names.
         statistics = before.statistics if before else Statistics(record.model, record.version, tracer=self.tracer)
-        batcher = Batcher(engine, served.policy, statistics, name=f"{record.model}/{record.version}")
-        statistics.watch_depth(lambda: batcher.depth, lambda: batcher.concurrency_limit)
+        name = f"{record.model}/{record.version}"
+        runner = runner_for(prepared.config, engine, served.policy, statistics, name=name, make=_batcher)
+        statistics.watch_depth(lambda: runner.depth, lambda: getattr(runner, "concurrency_limit", 0))
         ready = ReadyModel(
             name=record.model,
             version=record.version,
             platform=_PLATFORMS.get(engine.name, engine.name),
             signature=served.signature,
             policy=served.policy,
-            runner=batcher,
+            runner=runner,
             statistics=statistics,
-            labels=labels.get("", ()),
-            output_labels=labels,
+            labels=prepared.labels.get("", ()),
+            output_labels=prepared.labels,
             concurrency=engine.concurrency,
-            config=config,
+            config=prepared.config,
+            composing=engine.composing if isinstance(engine, Ensemble) else (),
         )
-        self.catalog.install(ready, engine=engine.name, engine_reason=built.reason)
+        why = prepared.built.reason
+        self.catalog.install(ready, engine=engine.name, engine_reason=why)
         _LOG.info(
             "model ready",
-            extra={"model": record.model, "version": record.version, "engine": engine.name, "why": built.reason},
+            extra={"model": record.model, "version": record.version, "engine": engine.name, "why": why},
         )
+        return before
+
+    async def _ensemble(
+        self, record: VersionRecord, config: ServingConfig, folder: Path, stalled: Callable[[], None]
+    ) -> BuiltEngine:
+        """The steps of an ensemble, checked and built; waits for models that it needs and that are on their way."""
+        model, version, files = record.model, record.version, {file.path for file in record.files}
+        check_config(config, record)
+
+        def waits(why: str) -> None:
+            self.catalog.progress(model, version, State.FETCHING, error=why)
+            stalled()
+
+        self.catalog.progress(model, version, State.BUILDING)
+        served = await self.dependencies.served(model, others(config, files), waits)
+        self.catalog.progress(model, version, State.BUILDING)
+
+        def local(path: Path) -> LocalModel:
+            built = self._build(path, config)
+            try:
+                bounds = Served.of(_of_a_step(config), built.engine, self.settings).policy
+                warm_up(built.engine, bounds)
+            except BaseException:
+                built.engine.close()
+                raise
+            return LocalModel(engine=built.engine, policy=bounds, reason=built.reason)
+
+        build = partial(build_ensemble, config, folder=folder, files=files, served=served, build=local)
+        ensemble = await run_blocking(self.build, build)
+        if record.signature is not None and (problem := signature_mismatch(record.signature, ensemble.signature)):
+            ensemble.close()
+            raise LoadError(problem)
+        return BuiltEngine(engine=ensemble, reason=ensemble.reason)
 
     def _built(self, path: Path, record: VersionRecord, config: ServingConfig) -> BuiltEngine:
         """Build, and hold the file against what the registry says of it. On the build executor."""
+        built = self._build(path, config)
+        if record.signature is not None and (problem := signature_mismatch(record.signature, built.engine.signature)):
+            built.engine.close()
+            raise LoadError(problem)
+        return built
+
+    def _build(self, path: Path, config: ServingConfig) -> BuiltEngine:
         rows_max, rows_preferred = rows_bounds(
             config, rows_max=self.settings.rows_max, rows_preferred=self.settings.rows_preferred
         )
@@ -145,11 +215,23 @@ class Loading:
         if not kinds:
             names = ", ".join(kind.name for kind in self.kinds)
             raise LoadError(f"the configuration asks for engine {config.engine[:64]!r}; there are {names}")
-        built = build_preferred(kinds, path, options)
-        if record.signature is not None and (problem := signature_mismatch(record.signature, built.engine.signature)):
-            built.engine.close()
-            raise LoadError(problem)
-        return built
+        return build_preferred(kinds, path, options)
+
+    async def keep(self, file: ModelFile, data: bytes) -> None:
+        """Put bytes that somebody brought along where a fetch would have put them."""
+        if await run_blocking(self.disk, self.cache.has, file):
+            return
+
+        def write() -> None:
+            writer = self.cache.writer(file)
+            try:
+                rest = data[writer.committed :]
+                writer.write(writer.committed, rest, crc32c(rest))
+                writer.finish()
+            finally:
+                writer.close()
+
+        await run_blocking(self.disk, write)
 
     async def _fetch_until_here(self, record: VersionRecord, stalled: Callable[[], None]) -> None:
         backoff, corrupt = Backoff(), 0
@@ -201,22 +283,40 @@ class Served:
 
     @classmethod
     def of(cls, config: ServingConfig, engine: Engine, settings: InferenceSettings) -> Served:
-        """Hold the configuration against the engine. Closes the engine and raises ConfigError where they differ."""
-        try:
-            rows_max, rows_preferred = rows_bounds(
-                config, rows_max=settings.rows_max, rows_preferred=settings.rows_preferred
-            )
-            queued = config.batching.queue.items_max if config.batching else 0
-            policy = BatchPolicy(
-                batches=batched(config, engine.signature),
-                rows_max=rows_max,
-                rows_preferred=rows_preferred,
-                queue_items_max=min(queued or settings.queue_items_max, settings.queue_items_max),
-            )
-            return cls(signature=served_signature(config, engine.signature), policy=policy)
-        except ConfigError:
-            engine.close()
-            raise
+        """Hold the configuration against the engine. Raises ConfigError where they differ."""
+        rows_max, rows_preferred = rows_bounds(
+            config, rows_max=settings.rows_max, rows_preferred=settings.rows_preferred
+        )
+        queued = config.batching.queue.items_max if config.batching else 0
+        batches = batched(config, engine.signature)
+        policy = BatchPolicy(
+            batches=batches,
+            rows_max=rows_max,
+            rows_preferred=rows_preferred,
+            queue_items_max=min(queued or settings.queue_items_max, settings.queue_items_max),
+        )
+        signature = callers_signature(config, engine.signature, batches=batches)
+        return cls(signature=served_signature(config, signature), policy=policy)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A version that could answer."""
+
+    record: VersionRecord
+    built: BuiltEngine
+    served: Served
+    config: ServingConfig
+    labels: Mapping[str, tuple[str, ...]]
+
+
+def _batcher(engine: Engine, policy: BatchPolicy, observer: Observer, name: str) -> Batcher:
+    return Batcher(engine, policy, observer, name=name)
+
+
+def _of_a_step(config: ServingConfig) -> ServingConfig:
+    """What an ensemble's configuration says of the models that lie beside it: their engine, and no more."""
+    return ServingConfig(parameters=config.parameters, instances=config.instances)
 
 
 def read_config(folder: Path, record: VersionRecord) -> ServingConfig:

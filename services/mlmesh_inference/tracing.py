@@ -24,18 +24,27 @@ class SpanTracer:
 
     Args:
         wall_ns, clock: two clocks in nanoseconds; their difference turns the batcher's times into Unix times.
+        admits: whether one more sampled request of a model is to be traced (TraceSetting).
     """
 
     def __init__(
-        self, *, wall_ns: Callable[[], int] = time.time_ns, clock: Callable[[], int] = time.monotonic_ns
+        self,
+        *,
+        wall_ns: Callable[[], int] = time.time_ns,
+        clock: Callable[[], int] = time.monotonic_ns,
+        admits: Callable[[str], bool] = lambda _model: True,
     ) -> None:
         self._wall_ns = wall_ns
         self._clock = clock
+        self._admits = admits
 
     def batch(self, report: BatchReport, *, model: str, version: int) -> None:
         """See statistics.Tracer."""
         shift = self._wall_ns() - self._clock()
-        parents = [item.work.trace if isinstance(item.work.trace, Context) else None for item in report.items]
+        parents = [
+            item.work.trace if isinstance(item.work.trace, Context) and self._admits(model) else None
+            for item in report.items
+        ]
         spans = [None if parent is None else trace.get_current_span(parent).get_span_context() for parent in parents]
         attributes = {
             "mlmesh.model": model,

@@ -14,10 +14,13 @@ import numpy as np
 
 from mlmesh_inference.app import services
 from mlmesh_inference.catalog import Catalog, ReadyModel
+from mlmesh_inference.config import ProtocolSettings
 from mlmesh_inference.engines.base import Engine, EngineError, EngineFacts, EngineOptions
 from mlmesh_inference.engines.onnx import OnnxKind
 from mlmesh_inference.moving import OpenStreams
+from mlmesh_inference.oip.repository import Repository
 from mlmesh_inference.oip.stream import Streaming
+from mlmesh_inference.overrides import Override
 from mlmesh_inference.running import FutureSink, Runner, Work
 from mlmesh_inference.scheduling.batcher import Batcher
 from mlmesh_inference.scheduling.policy import BatchPolicy
@@ -139,13 +142,17 @@ def open_streams(*, seed: int = 1, age_s: float = 0.0) -> OpenStreams:
 class NoRepository:
     """A repository without models."""
 
-    async def load(self, model: str) -> None:
+    async def load(self, model: str, override: Override | None = None) -> None:
         """Nothing to load."""
         raise NotFound(f"failed to load '{model}', failed to poll from model repository", reason="MODEL_NOT_FOUND")
 
-    async def unload(self, model: str) -> None:
+    async def unload(self, model: str, *, dependents: bool = False) -> None:
         """Nothing to unload."""
         raise NotFound(f"failed to unload '{model}', it is not served", reason="MODEL_NOT_FOUND")
+
+    def known(self) -> list[tuple[str, int, str]]:
+        """Nothing."""
+        return []
 
 
 def install(catalog: Catalog, *models: ReadyModel) -> None:
@@ -162,6 +169,8 @@ async def inference_server(
     catalog: Catalog | None = None,
     health: HealthStatuses | None = None,
     streaming: Streaming | None = None,
+    repository: Repository | None = None,
+    protocol: ProtocolSettings | None = None,
     **changes: Any,
 ) -> AsyncIterator[Server]:
     """A server in this process that answers for the models given; `changes` are fields of its `Settings`."""
@@ -169,7 +178,7 @@ async def inference_server(
     install(catalog, *models)
     going_away = asyncio.Event()
     streaming = streaming or Streaming(catalog=catalog, open=open_streams(), tokens=Tokens())
-    offered = services(catalog, NoRepository(), [OnnxKind()], going_away, streaming)
+    offered = services(catalog, repository or NoRepository(), [OnnxKind()], going_away, streaming, protocol=protocol)
     async with Server(settings(**changes), offered, health=health) as server:
         server.on_drain(going_away.set)
         server.on_drain(streaming.open.drain)

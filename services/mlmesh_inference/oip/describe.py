@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 from mlmesh_inference.catalog import Catalog, ReadyModel, State, Status
+from mlmesh_inference.oip.shared_memory import RegionStatus
 from mlmesh_inference.statistics import Duration
 from mlmesh_inference.tensors import TensorSpec
 from open_inference import grpc_service_pb2 as pb
-from open_inference import model_config_pb2 as config_pb
 
 SERVER_NAME: Final = "mlmesh"
 EXTENSIONS: Final = (
     "classification",
+    "sequence",
     "model_repository",
+    "model_repository(unload_dependents)",
+    "schedule_policy",
     "model_configuration",
     "binary_tensor_data",
     "parameters",
     "statistics",
+    "trace",
+    "logging",
 )
-"""Extensions that are implemented, and no others."""
+"""Extensions that are implemented, and no others; shared memory comes on top where it is enabled."""
 
 _STATES: Final = {
     State.FETCHING: "LOADING",
@@ -47,50 +53,39 @@ def _tensor(spec: TensorSpec) -> pb.ModelMetadataResponse.TensorMetadata:
     return pb.ModelMetadataResponse.TensorMetadata(name=spec.name, datatype=spec.datatype.name, shape=spec.shape)
 
 
-def config(model: ReadyModel) -> config_pb.ModelConfig:
-    """Configuration in Triton's terms: dims leave the batch dimension out where max_batch_size is above 0."""
-    policy = model.policy
-    start = 1 if policy.batches else 0
-    result = config_pb.ModelConfig(
-        name=model.name,
-        platform=model.platform,
-        backend=model.platform.partition("_")[0],
-        version_policy=config_pb.ModelVersionPolicy(
-            specific=config_pb.ModelVersionPolicy.Specific(versions=[model.version])
-        ),
-        max_batch_size=policy.rows_max if policy.batches else 0,
-        input=[
-            config_pb.ModelInput(
-                name=spec.name, data_type=_data_type(spec), dims=spec.shape[start:], optional=spec.optional
-            )
-            for spec in model.signature.inputs
-        ],
-        output=[
-            config_pb.ModelOutput(name=spec.name, data_type=_data_type(spec), dims=spec.shape[start:])
-            for spec in model.signature.outputs
-        ],
-        instance_group=[
-            config_pb.ModelInstanceGroup(name=model.name, kind=_kind(model), count=model.concurrency),
-        ],
-        default_model_filename="model.onnx",
-    )
-    if policy.batches:
-        result.dynamic_batching.preferred_batch_size.append(policy.rows_preferred)
-        result.dynamic_batching.preserve_ordering = True
-        queue = result.dynamic_batching.default_queue_policy
-        queue.max_queue_size = policy.queue_items_max
-        queue.allow_timeout_override = True
-    return result
+def extensions(*, shared_memory: bool) -> tuple[str, ...]:
+    """What the server says that it can."""
+    return (*EXTENSIONS, "system_shared_memory") if shared_memory else EXTENSIONS
 
 
-def _data_type(spec: TensorSpec) -> config_pb.DataType.ValueType:
-    name = "STRING" if spec.datatype.name == "BYTES" else spec.datatype.name
-    return config_pb.DataType.Value(f"TYPE_{name}")
+def regions(statuses: Mapping[str, RegionStatus]) -> pb.SystemSharedMemoryStatusResponse:
+    """Shared memory that is registered, by name."""
+    response = pb.SystemSharedMemoryStatusResponse()
+    for name, status in statuses.items():
+        region = response.regions[name]
+        region.name, region.key, region.offset, region.byte_size = name, status.key, status.offset, status.byte_size
+    return response
 
 
-def _kind(model: ReadyModel) -> config_pb.ModelInstanceGroup.Kind.ValueType:
-    on_gpu = model.platform.startswith("tensorrt")
-    return config_pb.ModelInstanceGroup.KIND_GPU if on_gpu else config_pb.ModelInstanceGroup.KIND_CPU
+def trace_settings(settings: Mapping[str, Sequence[str]]) -> pb.TraceSettingResponse:
+    """Settings of traces as they hold."""
+    response = pb.TraceSettingResponse()
+    for name, values in settings.items():
+        response.settings[name].value.extend(values)
+    return response
+
+
+def log_settings(settings: Mapping[str, bool | int | str]) -> pb.LogSettingsResponse:
+    """Settings of the log as they hold."""
+    response = pb.LogSettingsResponse()
+    for name, value in settings.items():
+        if isinstance(value, bool):
+            response.settings[name].bool_param = value
+        elif isinstance(value, int):
+            response.settings[name].uint32_param = value
+        else:
+            response.settings[name].string_param = value
+    return response
 
 
 def statistics(model: ReadyModel) -> pb.ModelStatistics:
@@ -127,17 +122,14 @@ def _duration(duration: Duration) -> pb.StatisticDuration:
     return pb.StatisticDuration(count=duration.count, ns=duration.ns)
 
 
-def index(catalog: Catalog, *, ready_only: bool) -> pb.RepositoryIndexResponse:
-    """Every version known, or only those that answer."""
+def index(catalog: Catalog, known: Iterable[tuple[str, int, str]], *, ready_only: bool) -> pb.RepositoryIndexResponse:
+    """Every version, or only those that answer. `known` are those of the repository, and why one is not served."""
+    found = {(status.model, status.version): (_STATES[status.state], _reason(status)) for status in catalog.statuses()}
+    unserved = {(model, version): ("UNAVAILABLE", why) for model, version, why in known}
     response = pb.RepositoryIndexResponse()
-    for status in catalog.statuses():
-        if not ready_only or status.state is State.READY:
-            response.models.add(
-                name=status.model,
-                version=str(status.version),
-                state=_STATES[status.state],
-                reason=_reason(status),
-            )
+    for (model, version), (state, why) in sorted({**unserved, **found}.items()):
+        if not ready_only or state == "READY":
+            response.models.add(name=model, version=str(version), state=state, reason=why)
     return response
 
 

@@ -3,33 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import AsyncIterable
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
-from mlmesh_inference.catalog import Catalog
-from mlmesh_inference.oip import describe, stream
+from mlmesh_inference.catalog import Catalog, State
+from mlmesh_inference.config import ProtocolSettings
+from mlmesh_inference.oip import describe, describe_config, dialects, repository, stream
 from mlmesh_inference.oip.infer import shutting_down, start
+from mlmesh_inference.oip.repository import Repository
+from mlmesh_inference.oip.settings import LogControl
+from mlmesh_inference.oip.shared_memory import SharedMemory
+from mlmesh_inference.trace_settings import TraceSettings
 from mlmesh_runtime.calls import metadata_value
-from mlmesh_runtime.errors import InvalidInput, Unsupported
+from mlmesh_runtime.errors import NotFound, Unsupported
 from mlmesh_runtime.identity import current_identity
 from open_inference import grpc_service_pb2 as pb
 from open_inference import grpc_service_pb2_grpc as stubs
 
 METHODS: Final = frozenset(method.name for method in pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods)
 """All RPCs: clients of the protocol call every one of them without a deadline."""
-
-_MODEL_NAME: Final = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
-
-
-class Repository(Protocol):
-    """Loads and unloads by hand, beside what the selectors ask for."""
-
-    async def load(self, model: str) -> None:
-        """Load a model, or load it again. Raises NotFound when the registry does not have it."""
-
-    async def unload(self, model: str) -> None:
-        """Take a model out of service. Raises NotFound when it is not served."""
 
 
 class OpenInferenceServicer(stubs.GRPCInferenceServiceServicer):
@@ -38,6 +30,8 @@ class OpenInferenceServicer(stubs.GRPCInferenceServiceServicer):
     Args:
         catalog: the models. repository: loads and unloads. version: of the server.
         going_away: set when the server drains. streaming: what streams share.
+        settings: choices that the protocol leaves. memory: shared with local callers, None where it is off.
+        traces: which requests are traced; TraceSetting changes it.
     """
 
     def __init__(
@@ -48,16 +42,23 @@ class OpenInferenceServicer(stubs.GRPCInferenceServiceServicer):
         version: str,
         going_away: asyncio.Event,
         streaming: stream.Streaming,
+        settings: ProtocolSettings,
+        memory: SharedMemory | None,
+        traces: TraceSettings,
     ) -> None:
         self._catalog = catalog
         self._repository = repository
         self._version = version
         self._going_away = going_away
         self._streaming = streaming
+        self._settings = settings
+        self._traces = traces
+        self._logs = LogControl()
+        self._memory = memory
 
     async def ModelInfer(self, request: pb.ModelInferRequest, context: Any) -> pb.ModelInferResponse:  # noqa: ARG002
         """One request."""
-        return await start(self._catalog, request).finish()
+        return await start(self._catalog, request, regions=self._memory).finish()
 
     # It writes by itself instead of being a generator: a task group must not be left through a yield.
     async def ModelStreamInfer(  # type: ignore[override]
@@ -66,13 +67,14 @@ class OpenInferenceServicer(stubs.GRPCInferenceServiceServicer):
         """A stream of requests, answered in order."""
         if self._going_away.is_set():
             raise shutting_down()
-        grpc_errors = (metadata_value("triton_grpc_error") or "").lower() == "true"
+        mlserver = dialects.stream_dialect(metadata_value(dialects.HEADER), self._settings.dialect) == dialects.MLSERVER
+        grpc_errors = mlserver or (metadata_value("triton_grpc_error") or "").lower() == "true"
         announced, resumable = stream.ANNOUNCED
         await stream.answer(
             self._streaming,
             request_iterator,
-            context.write,
-            movable=metadata_value(announced) == resumable,
+            dialects.unwrapped(context.write) if mlserver else context.write,
+            movable=not mlserver and metadata_value(announced) == resumable,
             grpc_errors=grpc_errors,
             owner=current_identity(),
         )
@@ -83,7 +85,10 @@ class OpenInferenceServicer(stubs.GRPCInferenceServiceServicer):
 
     async def ServerReady(self, request: pb.ServerReadyRequest, context: Any) -> pb.ServerReadyResponse:  # noqa: ARG002
         """False until everything wanted at the start was loaded or has failed, and while draining."""
-        return pb.ServerReadyResponse(ready=self._catalog.synced and not self._going_away.is_set())
+        ready = self._catalog.synced and not self._going_away.is_set()
+        if ready and self._settings.compat:
+            ready = all(status.state is State.READY for status in self._catalog.statuses())
+        return pb.ServerReadyResponse(ready=ready)
 
     async def ModelReady(self, request: pb.ModelReadyRequest, context: Any) -> pb.ModelReadyResponse:  # noqa: ARG002
         """An unknown model is not ready, and no error."""
@@ -95,9 +100,8 @@ class OpenInferenceServicer(stubs.GRPCInferenceServiceServicer):
         context: Any,  # noqa: ARG002
     ) -> pb.ServerMetadataResponse:
         """Name, version, extensions."""
-        return pb.ServerMetadataResponse(
-            name=describe.SERVER_NAME, version=self._version, extensions=describe.EXTENSIONS
-        )
+        extensions = describe.extensions(shared_memory=self._memory is not None)
+        return pb.ServerMetadataResponse(name=describe.SERVER_NAME, version=self._version, extensions=extensions)
 
     async def ModelMetadata(
         self,
@@ -109,7 +113,9 @@ class OpenInferenceServicer(stubs.GRPCInferenceServiceServicer):
 
     async def ModelConfig(self, request: pb.ModelConfigRequest, context: Any) -> pb.ModelConfigResponse:  # noqa: ARG002
         """Configuration of a model."""
-        return pb.ModelConfigResponse(config=describe.config(self._catalog.resolve(request.name, request.version)))
+        return pb.ModelConfigResponse(
+            config=describe_config.config(self._catalog.resolve(request.name, request.version))
+        )
 
     async def ModelStatistics(
         self,
@@ -131,8 +137,12 @@ class OpenInferenceServicer(stubs.GRPCInferenceServiceServicer):
         request: pb.RepositoryIndexRequest,
         context: Any,  # noqa: ARG002
     ) -> pb.RepositoryIndexResponse:
-        """Versions known to this process."""
-        return describe.index(self._catalog, ready_only=request.ready)
+        """Every version of the repository, and those known to this process; there is one repository, named ""."""
+        if request.repository_name:
+            raise NotFound(f"there is no repository '{request.repository_name[:256]}'", reason="REPOSITORY_NOT_FOUND")
+        return describe.index(
+            self._catalog, () if request.ready else self._repository.known(), ready_only=request.ready
+        )
 
     async def RepositoryModelLoad(
         self,
@@ -140,33 +150,58 @@ class OpenInferenceServicer(stubs.GRPCInferenceServiceServicer):
         context: Any,  # noqa: ARG002
     ) -> pb.RepositoryModelLoadResponse:
         """Load by hand; answers when the model does."""
-        if request.parameters:
-            raise Unsupported(f"load parameter '{min(request.parameters)[:64]}' is not implemented")
-        await self._repository.load(_model_name(request.model_name))
-        return pb.RepositoryModelLoadResponse()
+        model = repository.named(request)
+        files = self._settings.load_files
+        override = await asyncio.to_thread(repository.override_of, model, request.parameters, files_allowed=files)
+        await self._repository.load(model, override)
+        return dialects.loaded(model)
 
     async def RepositoryModelUnload(
         self,
         request: pb.RepositoryModelUnloadRequest,
         context: Any,  # noqa: ARG002
     ) -> pb.RepositoryModelUnloadResponse:
-        """Unload by hand; answers when the model is gone. There are no dependents to unload."""
-        if unknown := set(request.parameters) - {"unload_dependents"}:
-            raise Unsupported(f"unload parameter '{min(unknown)[:64]}' is not implemented")
-        await self._repository.unload(_model_name(request.model_name))
-        return pb.RepositoryModelUnloadResponse()
+        """Unload by hand; answers when the model is gone. Only KServe's clients want to know that it was not there."""
+        dependents = repository.unload_dependents(request.parameters)
+        model = repository.named(request)
+        try:
+            await self._repository.unload(model, dependents=dependents)
+        except NotFound:
+            if dialects.is_kserve(request):
+                raise
+        return dialects.unloaded(model)
 
-    async def SystemSharedMemoryStatus(self, request: Any, context: Any) -> Any:  # noqa: ARG002
-        """Not implemented."""
-        raise _unimplemented("SystemSharedMemoryStatus")
+    async def SystemSharedMemoryStatus(
+        self,
+        request: pb.SystemSharedMemoryStatusRequest,
+        context: Any,  # noqa: ARG002
+    ) -> pb.SystemSharedMemoryStatusResponse:
+        """Regions registered."""
+        return describe.regions(self._shared("SystemSharedMemoryStatus").status(request.name))
 
-    async def SystemSharedMemoryRegister(self, request: Any, context: Any) -> Any:  # noqa: ARG002
-        """Not implemented."""
-        raise _unimplemented("SystemSharedMemoryRegister")
+    async def SystemSharedMemoryRegister(
+        self,
+        request: pb.SystemSharedMemoryRegisterRequest,
+        context: Any,  # noqa: ARG002
+    ) -> pb.SystemSharedMemoryRegisterResponse:
+        """A region more."""
+        memory = self._shared("SystemSharedMemoryRegister")
+        memory.register(request.name, request.key, request.offset, request.byte_size)
+        return pb.SystemSharedMemoryRegisterResponse()
 
-    async def SystemSharedMemoryUnregister(self, request: Any, context: Any) -> Any:  # noqa: ARG002
-        """Not implemented."""
-        raise _unimplemented("SystemSharedMemoryUnregister")
+    async def SystemSharedMemoryUnregister(
+        self,
+        request: pb.SystemSharedMemoryUnregisterRequest,
+        context: Any,  # noqa: ARG002
+    ) -> pb.SystemSharedMemoryUnregisterResponse:
+        """A region less, or none left."""
+        self._shared("SystemSharedMemoryUnregister").unregister(request.name)
+        return pb.SystemSharedMemoryUnregisterResponse()
+
+    def _shared(self, method: str) -> SharedMemory:
+        if self._memory is None:
+            raise Unsupported(f"{method} is not enabled (MLMESH_SHARED_MEMORY)", reason="METHOD_NOT_IMPLEMENTED")
+        return self._memory
 
     async def CudaSharedMemoryStatus(self, request: Any, context: Any) -> Any:  # noqa: ARG002
         """Not implemented."""
@@ -180,19 +215,21 @@ class OpenInferenceServicer(stubs.GRPCInferenceServiceServicer):
         """Not implemented."""
         raise _unimplemented("CudaSharedMemoryUnregister")
 
-    async def TraceSetting(self, request: Any, context: Any) -> Any:  # noqa: ARG002
-        """Not implemented."""
-        raise _unimplemented("TraceSetting")
+    async def TraceSetting(
+        self,
+        request: pb.TraceSettingRequest,
+        context: Any,  # noqa: ARG002
+    ) -> pb.TraceSettingResponse:
+        """Change what is traced, of a model or of all, and tell how it is."""
+        if request.model_name and not self._catalog.statuses(request.model_name):
+            self._catalog.resolve(request.model_name, "")
+        self._traces.update(request.model_name, {name: said.value for name, said in request.settings.items()})
+        return describe.trace_settings(self._traces.shown(request.model_name))
 
-    async def LogSettings(self, request: Any, context: Any) -> Any:  # noqa: ARG002
-        """Not implemented."""
-        raise _unimplemented("LogSettings")
-
-
-def _model_name(name: str) -> str:
-    if not _MODEL_NAME.match(name):
-        raise InvalidInput(f"{name[:64]!r} is not the name of a model", field="model_name")
-    return name
+    async def LogSettings(self, request: pb.LogSettingsRequest, context: Any) -> pb.LogSettingsResponse:  # noqa: ARG002
+        """Change what is logged, and tell how it is."""
+        self._logs.update(request.settings)
+        return describe.log_settings(self._logs.shown())
 
 
 def _unimplemented(method: str) -> Unsupported:

@@ -197,8 +197,6 @@ async def test_what_is_no_message_is_invalid(running: Running) -> None:
         "CudaSharedMemoryStatus",
         "CudaSharedMemoryRegister",
         "CudaSharedMemoryUnregister",
-        "TraceSetting",
-        "LogSettings",
     ],
 )
 async def test_what_is_not_implemented_says_so_by_name(method: str, running: Running) -> None:
