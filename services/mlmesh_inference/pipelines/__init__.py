@@ -1,0 +1,1 @@
+"""Models made of other models: ensembles, their built-in steps, and runners that answer more than once."""

@@ -1,0 +1,344 @@
+"""From a configuration to the runner of a version: a batcher, with what sequences, graphs and streams need around it.
+
+The models of an ensemble are found by name: "mlmesh.NAME" is a built-in step, the path of an .onnx file of the same
+version is that file, anything else is another model that this process serves. The latter must answer before the
+ensemble can; its version is held as long as the ensemble stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from mlmesh_inference.catalog import Catalog, ReadyModel, State
+from mlmesh_inference.engines.base import Engine, EngineError, EngineFacts
+from mlmesh_inference.pipelines.fusing import Stage, fused
+from mlmesh_inference.pipelines.graph import Graph, Part
+from mlmesh_inference.pipelines.plan import GraphError, Plan, ensemble_signature, node_of
+from mlmesh_inference.pipelines.steps.kinds import PREFIX, build_step
+from mlmesh_inference.pipelines.streams import ITERATIONS_MAX, Decoupled, IterationPlan, Iterative
+from mlmesh_inference.running import Runner
+from mlmesh_inference.scheduling.batcher import Observer
+from mlmesh_inference.scheduling.policy import BatchPolicy
+from mlmesh_inference.sequence_plan import SequencePlan
+from mlmesh_inference.sequences import Sequencer
+from mlmesh_inference.serving import SequenceConfig, ServingConfig, Step
+from mlmesh_inference.statistics import Statistics
+from mlmesh_inference.tensors import Array, Signature
+
+STEPS_MAX: Final = 64
+"""Most steps of an ensemble."""
+PLATFORM: Final = "ensemble"
+
+_Key = tuple[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LocalModel:
+    """An engine of one of the version's own files, warmed up, and the bounds of its batches."""
+
+    engine: Engine
+    policy: BatchPolicy
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Source:
+    """What runs a step: one of these."""
+
+    built_in: Engine | None = None
+    local: LocalModel | None = None
+    served: ReadyModel | None = None
+
+
+class Ensemble:
+    """A checked ensemble and its engines; stands where other versions have their engine, but runs only as a graph.
+
+    Attributes:
+        plan: of its steps. composing: (model, version) of other models that it needs.
+    """
+
+    name = PLATFORM
+    concurrency = 1
+    facts = EngineFacts()
+
+    def __init__(self, plan: Plan, sources: tuple[_Source, ...]) -> None:
+        self.plan = plan
+        self.sources = sources
+        self.reason = "; ".join(_shown(node.name, source) for node, source in zip(plan.nodes, sources, strict=True))
+        self.signature = plan.signature
+        self.composing: tuple[_Key, ...] = tuple(
+            sorted({(source.served.name, source.served.version) for source in sources if source.served is not None})
+        )
+
+    def run(self, inputs: Mapping[str, Array], outputs: object) -> list[Array]:
+        """Never called: its graph runs the steps."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Give back the engines of its own, once each."""
+        for engine in {id(engine): engine for source in self.sources if (engine := _engine(source))}.values():
+            engine.close()
+
+
+def _shown(name: str, source: _Source) -> str:
+    if source.local is not None:
+        return f"{name} by {source.local.engine.name}"
+    if source.served is not None:
+        return f"{name} is version {source.served.version}"
+    return name
+
+
+def _engine(source: _Source) -> Engine | None:
+    return source.local.engine if source.local is not None else source.built_in
+
+
+def is_local(step: Step, files: Collection[str]) -> bool:
+    """Whether a step's model is a file of the ensemble's own version."""
+    return step.model.endswith(".onnx") and step.model in files
+
+
+def others(config: ServingConfig, files: Collection[str]) -> list[Step]:
+    """Steps of an ensemble whose model is another one. Raises GraphError for steps that cannot be."""
+    if len(config.steps) > STEPS_MAX:
+        raise GraphError(f"ensemble_scheduling has {len(config.steps)} steps, at most {STEPS_MAX} are allowed")
+    if config.warmups:
+        raise GraphError("model_warmup: the models of an ensemble warm up by themselves, leave it out")
+    if config.sequence is not None or config.batching is not None:
+        raise GraphError("an ensemble has no scheduling of its own: leave dynamic_batching and sequence_batching out")
+    return [step for step in config.steps if not step.model.startswith(PREFIX) and not is_local(step, files)]
+
+
+class Dependencies:
+    """Which models wait for which: an ensemble that needs others waits until they answer."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+        self._waiting: dict[str, set[str]] = {}
+
+    async def served(self, model: str, steps: Collection[Step], waits: Callable[[str], None]) -> dict[_Key, ReadyModel]:
+        """The models of steps, by name and version as the steps have it. Waits while they are on their way.
+
+        `waits` is told why, where one of them does not come forward.
+        Raises GraphError when one is unknown or has failed, and when models wait for each other.
+        """
+        needs = {step.model for step in steps}
+        if not needs:
+            return {}
+        self._waiting[model] = needs
+        try:
+            self._check_cycle(model)
+            async with self._catalog.watch() as changes:
+                told = ""
+                while True:
+                    found = {(step.model, step.version): self._find(step) for step in steps}
+                    ready = {key: one for key, one in found.items() if one is not None}
+                    if len(ready) == len(found):
+                        return ready
+                    why = next((why for key in found if key not in ready and (why := self._stuck(key[0]))), "")
+                    if why not in ("", told):
+                        told = why
+                        waits(why)
+                    await anext(changes)
+        finally:
+            del self._waiting[model]
+
+    def _find(self, step: Step) -> ReadyModel | None:
+        ready = self._catalog.find(step.model, str(step.version) if step.version else "")
+        if ready is not None:
+            return ready
+        statuses = [
+            status
+            for status in self._catalog.statuses(step.model)
+            if status.state is not State.DRAINING and step.version in (0, status.version)
+        ]
+        shown = f"model '{step.model}'" + (f" version {step.version}" if step.version else "")
+        if not statuses:
+            raise GraphError(f"a step needs {shown}, which is neither served here nor a file of this version")
+        if all(status.state is State.FAILED for status in statuses):
+            raise GraphError(f"a step needs {shown}, which failed: {statuses[-1].error}")
+        return None
+
+    def _stuck(self, model: str) -> str:
+        """Why a model does not come forward, "" when it does."""
+        errors = [status.error for status in self._catalog.statuses(model) if status.error]
+        return f"waits for model '{model}': {errors[-1]}" if errors else ""
+
+    def _check_cycle(self, model: str) -> None:
+        path, todo = [model], [sorted(self._waiting[model])]
+        while todo:
+            if not todo[-1]:
+                todo.pop()
+                path.pop()
+                continue
+            name = todo[-1].pop()
+            if name == model:
+                raise GraphError(f"the models wait for each other: {' -> '.join([*path, model])}")
+            if name in self._waiting and name not in path:
+                path.append(name)
+                todo.append(sorted(self._waiting[name]))
+
+
+def build_ensemble(
+    config: ServingConfig,
+    *,
+    folder: Path,
+    files: Collection[str],
+    served: Mapping[_Key, ReadyModel],
+    build: Callable[[Path], LocalModel],
+) -> Ensemble:
+    """Check an ensemble and build what it has of its own. Blocking; raises EngineError, nothing is left open then.
+
+    Args:
+        folder: of the version, with `files`. served: what Dependencies.served found.
+        build: an engine of a file, warmed up.
+    """
+    signature = ensemble_signature(config)
+    locals_: dict[str, LocalModel] = {}
+    sources: dict[str, _Source] = {}
+    try:
+        stages = []
+        for place, step in enumerate(config.steps):
+            name = step.model if step.model not in sources else f"{step.model} (step {place + 1})"
+            if step.model.startswith(PREFIX):
+                built_in = build_step(step.model, config.parameters, folder)
+                sources[name] = _Source(built_in=built_in)
+                stages.append(Stage(node=node_of(name, step, built_in.signature), step=built_in))
+                continue
+            if is_local(step, files):
+                if step.model not in locals_:
+                    locals_[step.model] = build(folder / step.model)
+                sources[name] = _Source(local=locals_[step.model])
+                found = locals_[step.model].engine.signature
+            else:
+                ready = served[step.model, step.version]
+                if ready.runner.decoupled:
+                    raise GraphError(f"step '{name}': a decoupled model cannot be a step")
+                sources[name], found = _Source(served=ready), ready.signature
+            stages.append(Stage(node=node_of(name, step, found)))
+        _check_parameters(config)
+        joined = fused(signature, stages, decoupled=config.decoupled)
+        plan = Plan.of(signature, [stage.node for stage in joined])
+        by_name = {stage.node.name: stage for stage in joined}
+        ordered = [by_name[node.name] for node in plan.nodes]
+        return Ensemble(
+            plan,
+            tuple(
+                _Source(built_in=each.step) if each.step is not None else sources[each.node.name] for each in ordered
+            ),
+        )
+    except BaseException:
+        for local in locals_.values():
+            local.engine.close()
+        raise
+
+
+def _check_parameters(config: ServingConfig) -> None:
+    """Refuse options of steps that are not there."""
+    known = {step.model for step in config.steps}
+    for name in config.parameters:
+        step = name.rpartition(".")[0]
+        if step.startswith(PREFIX) and step not in known:
+            raise GraphError(f"parameter {name}: the ensemble has no step '{step}'")
+
+
+def callers_signature(config: ServingConfig, signature: Signature, *, batches: bool) -> Signature:
+    """What callers see of a model: states and controls are the sequencer's. Raises EngineError."""
+    if config.sequence is None:
+        return signature
+    plan = _sequence_plan(config, config.sequence, signature, batches=batches)
+    if config.sequence.iterative:
+        return _iteration_plan(config, plan, signature).signature
+    return plan.signature
+
+
+def _sequence_plan(
+    config: ServingConfig, sequence: SequenceConfig, signature: Signature, *, batches: bool
+) -> SequencePlan:
+    return SequencePlan.of(sequence, signature, batches=batches, outputs=[output.name for output in config.outputs])
+
+
+def _iteration_plan(config: ServingConfig, plan: SequencePlan, signature: Signature) -> IterationPlan:
+    said = config.parameter("iterations_max") or str(ITERATIONS_MAX)
+    if not (said.isascii() and said.isdigit() and 0 < int(said) <= 1 << 20):
+        raise EngineError(f"parameter mlmesh.iterations_max: expected a number from 1 to {1 << 20}; got {said[:64]!r}")
+    return IterationPlan.of(
+        plan,
+        signature,
+        stop=config.parameter("stop"),
+        iterations_max=int(said),
+        outputs=[output.name for output in config.outputs],
+    )
+
+
+MakeRunner = Callable[[Engine, BatchPolicy, Observer, str], Runner]
+"""Makes the batcher of an engine: (engine, policy, observer, name)."""
+
+
+def runner_for(
+    config: ServingConfig,
+    engine: Engine,
+    policy: BatchPolicy,
+    statistics: Statistics,
+    *,
+    name: str,
+    make: MakeRunner,
+) -> Runner:
+    """The runner of a version, on the event loop. `name` is "MODEL/VERSION". Raises EngineError."""
+    if isinstance(engine, Ensemble):
+        return _graph(config, engine, policy, statistics, name=name, make=make)
+    runner = make(engine, policy, statistics, name)
+    if config.sequence is not None:
+        plan = _sequence_plan(config, config.sequence, engine.signature, batches=policy.batches)
+        model = name.partition("/")[0]
+        if config.sequence.iterative:
+            iteration = _iteration_plan(config, plan, engine.signature)
+            return Iterative(runner, iteration, name=model, batches=policy.batches, decoupled=config.decoupled)
+        runner = Sequencer(runner, plan, config.sequence, name=model, batches=policy.batches)
+    return Decoupled(runner) if config.decoupled else runner
+
+
+def _graph(
+    config: ServingConfig,
+    ensemble: Ensemble,
+    policy: BatchPolicy,
+    statistics: Statistics,
+    *,
+    name: str,
+    make: MakeRunner,
+) -> Graph:
+    model = name.partition("/")[0]
+    own: list[Statistics] = []
+    runners: dict[int, Runner] = {}
+
+    def part(source: _Source, step: str) -> Part:
+        if source.served is not None:
+            bounds = source.served.policy
+            return Part(runner=source.served.runner, batches=bounds.batches, rows_max=bounds.rows_max, owned=False)
+        engine = _engine(source)
+        if engine is None:
+            raise TypeError("a step has a model")
+        bounds = (
+            source.local.policy
+            if source.local is not None
+            else BatchPolicy(batches=False, rows_max=1, rows_preferred=1, queue_items_max=policy.queue_items_max)
+        )
+        runner = runners.get(id(engine))
+        if runner is None:
+            own.append(Statistics(f"{model}:{step}", statistics.version))
+            runner = make(engine, bounds, own[-1], f"{name}:{step}")
+            runners[id(engine)] = runner
+        return Part(runner=runner, batches=bounds.batches, rows_max=bounds.rows_max)
+
+    parts = [part(source, node.name) for source, node in zip(ensemble.sources, ensemble.plan.nodes, strict=True)]
+    return Graph(
+        ensemble.plan,
+        parts,
+        statistics,
+        name=model,
+        requests_max=policy.queue_items_max,
+        decoupled=config.decoupled,
+        closing=[each.close for each in own],
+    )
