@@ -18,6 +18,7 @@ from benchmarks import (
     registry_write,
     training_ddp,
 )
+from benchmarks.peers import run as peers
 
 RESULTS = Path("benchmarks/results")
 
@@ -34,7 +35,7 @@ def runtime_overhead(arguments: list[str]) -> None:
 BENCHMARKS = {"paths": paths.main, "runtime": runtime_overhead, "registry-search": registry_search.main}
 BENCHMARKS |= {"registry-watch": registry_watch.main, "registry-write": registry_write.main}
 BENCHMARKS |= {"registry-transfer": registry_transfer.main}
-BENCHMARKS |= {"training-ddp": training_ddp.main}
+BENCHMARKS |= {"training-ddp": training_ddp.main, "peers": peers.main}
 BENCHMARKS |= {"inference-path": inference_path.main}
 
 
