@@ -21,10 +21,11 @@ from mlmesh_inference.oip import wire
 from mlmesh_inference.oip.infer import DECOUPLED, failure, work_of
 from mlmesh_inference.oip.plans import Plans, Replies, plan_of
 from mlmesh_inference.oip.requests import Regions, Request, read
+from mlmesh_inference.oip.stream import ANNOUNCED
 from mlmesh_inference.running import Work
 from mlmesh_inference.tensors import Array
 from mlmesh_inference.tracing import request_trace
-from mlmesh_runtime.calls import Call
+from mlmesh_runtime.calls import CURRENT, Call
 from mlmesh_runtime.direct import DirectCall
 from mlmesh_runtime.errors import InvalidInput, MeshError, Unauthenticated, Unsupported
 from mlmesh_runtime.identity import XFCC, identity_of, xfcc_uris
@@ -37,7 +38,7 @@ _LOG = logging.getLogger(__name__)
 TENANTS_MAX: Final = 4096
 """Callers' certificates that are remembered as read."""
 GRPC_ERRORS: Final = "triton_grpc_error"
-GENERIC_METADATA: Final[tuple[str, ...]] = ("x-oip-dialect",)
+GENERIC_METADATA: Final[tuple[str, ...]] = (ANNOUNCED[0], "x-oip-dialect")
 """Metadata of streams that the generic path answers."""
 
 
@@ -207,7 +208,7 @@ class DirectInfer:
             raise InvalidInput(text, reason="MALFORMED_MESSAGE") from None
         try:
             model = self._catalog.resolve(message.model_name, message.model_version)
-            request = read(message, model, self._regions)
+            request = self._read(call, message, model)
             if self._is_generic(call, model, request):
                 return
         except Exception as error:
@@ -219,6 +220,15 @@ class DirectInfer:
         replies = Replies(request, model, final=self._final) if plan is None else plan.replies(self._final)
         work = work_of(request, deadline_ns=call.deadline_ns, tenant=self._tenant(call), trace=trace)
         self._submit(model, work, self._sink(call, replies, wire.record_of(message.id)))
+
+    def _read(self, call: DirectCall, message: pb.ModelInferRequest, model: ReadyModel) -> Request:
+        if self._regions is None:
+            return read(message, model)
+        token = CURRENT.set(call.context())
+        try:
+            return read(message, model, self._regions)
+        finally:
+            CURRENT.reset(token)
 
     def _hands_back(self, call: DirectCall) -> bool:  # noqa: ARG002  streams look at it
         """Hand a call back by what it looks like from outside; False to go on."""

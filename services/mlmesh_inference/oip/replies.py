@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from mlmesh_inference.catalog import ReadyModel
 from mlmesh_inference.oip.parameters import FINAL, Placement
-from mlmesh_inference.oip.requests import Request
+from mlmesh_inference.oip.requests import Request, Window
 from mlmesh_inference.oip.wire import PACKED, packed
 from mlmesh_inference.tensors import DATATYPES, Array, Datatype, classify, encode_raw, encode_typed
 from mlmesh_runtime.errors import InvalidInput
@@ -66,14 +66,14 @@ def _write_typed(output: _Tensor, kind: Datatype, array: Array) -> None:
         getattr(output.contents, kind.contents).extend(encode_typed(array))
 
 
-def _place(output: _Tensor, placement: Placement, view: memoryview, data: bytes) -> None:
-    if len(data) > len(view):
+def _place(output: _Tensor, placement: Placement, window: Window, data: bytes) -> None:
+    if len(data) > len(window):
         raise InvalidInput(
-            f"shared memory size specified with the request for output '{output.name}' ({len(view)} bytes) should be "
+            f"shared memory size specified with the request for output '{output.name}' ({len(window)} bytes) should be "
             f"at least {len(data)} bytes",
             field=f"outputs[{output.name}].parameters[shared_memory_byte_size]",
         )
-    view[: len(data)] = data
+    window.write(data)
     output.parameters["shared_memory_region"].string_param = placement.region
     output.parameters["shared_memory_byte_size"].int64_param = len(data)
     if placement.offset:

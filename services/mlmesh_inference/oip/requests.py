@@ -39,14 +39,27 @@ _Input = pb.ModelInferRequest.InferInputTensor
 _Output = pb.ModelInferRequest.InferRequestedOutputTensor
 
 
+class Window(Protocol):
+    """Room for one output in shared memory. It stays usable for as long as somebody holds it."""
+
+    def __len__(self) -> int:
+        """Bytes that fit."""
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Put data at its start. Raises InvalidInput where it does not fit."""
+
+
 class Regions(Protocol):
-    """Registered shared memory, as requests use it. A view stays valid for as long as somebody holds it."""
+    """Registered shared memory, as requests use it. Looks at `CURRENT` for who asks."""
 
     def read(self, region: str, offset: int, size: int) -> memoryview:
-        """`size` bytes of a region, from `offset` of what was registered. Raises InvalidInput where it is not there."""
+        """`size` bytes of a region, from `offset` of what was registered.
 
-    def view_for_writing(self, region: str, offset: int, size: int) -> memoryview:
-        """The same, to put an output into."""
+        Raises NotFound for an unknown region, InvalidInput for what lies outside of it, Denied.
+        """
+
+    def window(self, region: str, offset: int, size: int) -> Window:
+        """The same place, to put an output into."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +80,7 @@ class Request:
     classes: Mapping[str, int]
     typed: bool
     options: Options = NO_OPTIONS
-    placed: Mapping[str, tuple[Placement, memoryview]] = field(default_factory=dict)
+    placed: Mapping[str, tuple[Placement, Window]] = field(default_factory=dict)
 
 
 def read(message: pb.ModelInferRequest, model: ReadyModel, regions: Regions | None = None) -> Request:
@@ -82,7 +95,7 @@ def read(message: pb.ModelInferRequest, model: ReadyModel, regions: Regions | No
     inputs, typed = _inputs(message, model, regions)
     if len(inputs) != len(model.inputs):
         _check_missing(inputs, model)
-    placed: dict[str, tuple[Placement, memoryview]] = {}
+    placed: dict[str, tuple[Placement, Window]] = {}
     if message.outputs:
         outputs, classes = _outputs(message.outputs, model, regions, placed)
     else:
@@ -256,7 +269,7 @@ def _outputs(
     wanted: Sequence[_Output],
     model: ReadyModel,
     regions: Regions | None,
-    placed: dict[str, tuple[Placement, memoryview]],
+    placed: dict[str, tuple[Placement, Window]],
 ) -> tuple[tuple[str, ...], dict[str, int]]:
     names: dict[str, None] = {}
     classes: dict[str, int] = {}
@@ -271,7 +284,7 @@ def _outputs(
         if output.parameters:
             place = _placement(output, regions)
             if place is not None and regions is not None:
-                placed[name] = place, regions.view_for_writing(place.region, place.offset, place.size)
+                placed[name] = place, regions.window(place.region, place.offset, place.size)
             if count := _classes(output, model):
                 classes[name] = count
     return tuple(names), classes
