@@ -104,6 +104,8 @@ def read_json(text: str) -> ServingConfig:
     """Read the `config` parameter of a load. Raises InvalidInput, Unsupported; both name the field."""
     _check_size(len(text.encode(errors="surrogatepass")))
     message = pb.ModelConfig()
+    if not text.lstrip().startswith("{"):
+        raise InvalidInput("the model configuration is malformed: expected an object of JSON", field="config")
     try:
         json_format.Parse(text, message, max_recursion_depth=20)
     except (json_format.ParseError, UnicodeError, RecursionError) as error:
