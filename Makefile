@@ -12,17 +12,21 @@ TORCH_BACKEND ?=
 UV := $(if $(TORCH_BACKEND),UV_TORCH_BACKEND=$(TORCH_BACKEND)) $(BIN)/uv
 PACKAGES := mlmesh_runtime mlmesh_registry mlmesh_training mlmesh_inference mlmesh_local mlmesh_cli
 PROTOS := $(shell find protos -name '*.proto')
-SOURCES := $(shell find protos services mesh manifests/base -type f -not -name '*.pyc' -not -name '*_pb2*' -not -name '*.binpb') pyproject.toml README.md
+SOURCES := $(shell find protos services mesh manifests/base -type f -not -name '*.pyc' -not -name '*_pb2*' -not -name '*.binpb' -not -path '*/target/*') pyproject.toml README.md
 # More arguments for what is run: make test ARGS="-k registry", make demo ARGS=--fast
 ARGS ?=
 
-.PHONY: help install gen check test tools bench demo up
+FRONT := services/mlmesh_front
+FRONT_SOURCES := $(wildcard $(FRONT)/src/*.rs $(FRONT)/Cargo.* $(FRONT)/pyproject.toml $(FRONT)/*.pyi)
+HAS_CARGO := $(shell command -v cargo 2>/dev/null)
+
+.PHONY: help install gen check test tools bench demo up front
 
 help: ## Show this
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  \033[1mmake %-8s\033[0m %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 install: $(VENV)/.installed ## Make .venv with everything in it, stubs generated
-	@:
+	@$(MAKE) front || echo "make: the native transport is left out; everything else is there" >&2
 
 $(BIN)/uv:
 	@python=$$(for name in python3 python3.14 python3.13 python3.12 python3.11; do \
@@ -34,6 +38,16 @@ $(BIN)/uv:
 $(VENV)/.installed: $(BIN)/uv pyproject.toml protos/generate.py $(PROTOS)
 	@echo "Installing into $(VENV): some gigabytes (torch) the first time, seconds after that"
 	@$(UV) pip install --python $(BIN)/python --editable '.[all]' --group dev
+	@touch $@
+
+front: $(VENV)/.installed ## Build the native transport (Rust); says so and goes on where there is no cargo
+	@$(if $(HAS_CARGO),$(MAKE) $(VENV)/.front,echo "front: no cargo here, so the native transport is left out (MLMESH_TRANSPORT=grpcio needs none)")
+
+build/front/.built: $(FRONT_SOURCES) | $(BIN)/uv
+	@rm -rf build/front && $(UV) build --quiet --wheel --out-dir build/front $(FRONT) && touch $@
+
+$(VENV)/.front: build/front/.built $(VENV)/.installed
+	@$(UV) pip install --quiet --python $(BIN)/python --reinstall-package mlmesh-front build/front/*.whl
 	@touch $@
 
 gen: install ## Generate the stubs in place, as a build does
@@ -55,9 +69,11 @@ $(TEST_VENV)/.installed: $(VENV)/.installed $(SOURCES)
 	@rm -rf build/wheel && $(UV) build --quiet --wheel --out-dir build/wheel
 	@[[ -x $(TEST_VENV)/bin/python ]] || $(UV) venv --quiet --python $(BIN)/python $(TEST_VENV)
 	@$(UV) pip install --quiet --python $(TEST_VENV)/bin/python --reinstall-package mlmesh "$$(echo build/wheel/*.whl)[all]" --group dev
+	@if compgen -G 'build/front/*.whl' >/dev/null; then \
+	  $(UV) pip install --quiet --python $(TEST_VENV)/bin/python --reinstall-package mlmesh-front build/front/*.whl; fi
 	@touch $@
 
-test: $(TEST_VENV)/.installed ## Run the test suite against the built wheel
+test: front $(TEST_VENV)/.installed ## Run the test suite against the built wheel
 	MLMESH_TEST_WHEEL=1 $(TEST_VENV)/bin/python -m pytest $(ARGS)
 
 tools: ## Get the programs that some tests use: grpcurl, kustomize, istioctl, crdserver; PostgreSQL, etcd, Swift, MLflow

@@ -69,6 +69,9 @@ def open_channel(
         if outbound_host:
             authority = authority or target
             dial = f"{outbound_host}:{port}"
+    elif authority is None:
+        # gRPC would send the path, percent-encoded: no authority by RFC 3986, and not every server takes it.
+        authority = "localhost"
     options = channel_options(limits)
     if authority:
         options.append(("grpc.default_authority", authority))

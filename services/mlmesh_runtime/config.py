@@ -38,6 +38,14 @@ VARIABLES: tuple[Variable, ...] = (
         meaning="Where the gRPC server listens: host:port (port 0 picks a free one) or unix:path (mode 0600).",
     ),
     Variable(
+        name="MLMESH_TRANSPORT",
+        default="grpcio",
+        meaning=(
+            "What speaks gRPC: grpcio; native (the optional module mlmesh_front, faster, without TLS: for the side "
+            "behind a sidecar); or auto: native where the module is installed and no TLS is served."
+        ),
+    ),
+    Variable(
         name="MLMESH_METRICS_LISTEN",
         default="",
         meaning="Where Prometheus metrics are served over HTTP at /metrics: host:port. Empty: nowhere.",
@@ -160,6 +168,7 @@ class Settings:
 
     service: str
     listen: str = "127.0.0.1:0"
+    transport: str = "grpcio"
     metrics_listen: str = ""
     data_dir: Path = Path("data")
     log_level: str = "info"
@@ -188,6 +197,7 @@ class Settings:
         return cls(
             service=read.text("OTEL_SERVICE_NAME") or service,
             listen=read.address("MLMESH_LISTEN"),
+            transport=read.choice("MLMESH_TRANSPORT", {"grpcio", "native", "auto"}),
             metrics_listen=read.address("MLMESH_METRICS_LISTEN", unix=False),
             data_dir=Path(read.text("MLMESH_DATA_DIR")),
             log_level=read.choice("MLMESH_LOG_LEVEL", {"debug", "info", "warning", "error"}),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import inspect
 import logging
@@ -24,9 +25,9 @@ import grpc
 from mlmesh_runtime import telemetry
 from mlmesh_runtime.calls import CURRENT
 from mlmesh_runtime.direct import DirectMethod
-from mlmesh_runtime.errors import InvalidInput, MeshError, Unsupported
+from mlmesh_runtime.errors import MeshError, Unsupported
 from mlmesh_runtime.lanes import StreamLane, UnaryCall
-from mlmesh_runtime.rpcs import Gate, Method, Rpc
+from mlmesh_runtime.rpcs import Gate, Method, Rpc, deadline_missing
 from mlmesh_runtime.status import InternalError, single_cause, to_status
 from mlmesh_runtime.streams import HandedOver, IdleWatch, Requests, StreamContext, decode, pump, receive
 
@@ -54,6 +55,10 @@ class Wrapper:
         if method.direct is not None:
             return grpc.unary_unary_rpc_method_handler(self._direct_unary(method, handler.unary_unary, method.direct))
         return grpc.unary_unary_rpc_method_handler(self._unary_unary(method, handler.unary_unary))
+
+    def ordinary(self, method: Method, handler: Any) -> grpc.RpcMethodHandler[Any, Any]:
+        """The servicer's method itself, for what its direct method hands back."""
+        return self.wrap(dataclasses.replace(method, direct=None), handler)
 
     def _unary_unary(self, method: Method, behaviour: Callable[[Any, Any], Any]) -> Any:
         async def unary_unary(raw: bytes, context: Any) -> bytes:
@@ -115,12 +120,17 @@ class Wrapper:
         if self._gate.draining:
             raise rpc.method.going_away()
         read = rpc.call.context.read
-        lane = StreamLane(rpc, functools.partial(receive, rpc, read), direct)
-        self._gate.lanes[rpc] = lane.end
+        native = getattr(rpc.call.context, "direct_lane", None)
+        if native is not None:
+            rpc.lane = native(rpc, direct)
+        else:
+            rpc.lane = StreamLane(rpc, functools.partial(receive, rpc, read), direct)
+        self._gate.lanes.add(rpc)
         try:
-            first = await lane.run()
+            first = await rpc.lane.run()
         finally:
-            del self._gate.lanes[rpc]
+            self._gate.lanes.discard(rpc)
+            rpc.lane = None
         if first is not None:
             handed = HandedOver(rpc, first, read)
             await pump(rpc, behaviour(handed, StreamContext(rpc, handed)))
@@ -176,9 +186,7 @@ class Wrapper:
         if method.internal:
             return
         if method.deadline_required and rpc.call.deadline is None:
-            raise InvalidInput(
-                "a deadline is required: set a timeout on the call (grpcurl: -max-time)", reason="DEADLINE_REQUIRED"
-            )
+            raise deadline_missing()
         if method.endless or method.streams:
             rpc.task = asyncio.current_task()
         self._gate.admit(rpc)

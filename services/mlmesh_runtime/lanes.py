@@ -177,6 +177,9 @@ class StreamLane:
                 self._reader.cancel()
             self.changed.set()
 
+    def moved(self) -> None:
+        """The stream's reader says."""
+
     def hand_over(self, message: StreamMessage) -> None:
         """From this message on the ordinary method answers."""
         self._handed = message

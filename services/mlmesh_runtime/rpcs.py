@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from mlmesh_runtime import telemetry
 from mlmesh_runtime.calls import Call
 from mlmesh_runtime.direct import DirectMethod
-from mlmesh_runtime.errors import MeshError, NotReady, Overloaded
+from mlmesh_runtime.errors import InvalidInput, MeshError, NotReady, Overloaded
 from mlmesh_runtime.identity import identity_of
 from mlmesh_runtime.limits import Limits
 
@@ -25,17 +26,18 @@ class Meters:
     def __init__(self, kind: str, service: str, name: str) -> None:
         labels = (kind, service, name)
         self._labels = labels
-        self._handled: dict[str, Callable[[], None]] = {}
+        self._handled: dict[str, Callable[[float], None]] = {}
         self.started = telemetry.RPC_STARTED.labels(*labels).inc
         self.seconds = telemetry.RPC_SECONDS.labels(*labels).observe
+        self.observe_many = functools.partial(telemetry.observe_many, telemetry.RPC_SECONDS.labels(*labels))
         self.received = telemetry.MESSAGES_RECEIVED.labels(*labels).inc
         self.sent = telemetry.MESSAGES_SENT.labels(*labels).inc
 
-    def handled(self, code: str) -> None:
+    def handled(self, code: str, count: int = 1) -> None:
         inc = self._handled.get(code)
         if inc is None:
             inc = self._handled[code] = telemetry.RPC_HANDLED.labels(*self._labels, code).inc
-        inc()
+        inc(count)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,10 +70,23 @@ class Method:
     going_away: Callable[[], MeshError] = dataclasses.field(default_factory=lambda: going_away)
 
 
+class Lane(Protocol):
+    """A stream that a direct method answers."""
+
+    async def run(self) -> bytes | None:
+        """Answer it to its end, or up to the message that was handed over, which is returned."""
+
+    def end(self, error: MeshError) -> None:
+        """Read no more; answer what was read, then end with this error."""
+
+    def moved(self) -> int | None:
+        """Grows with every message that comes or goes; None where `Rpc.touched` says when that was."""
+
+
 class Rpc:
     """One RPC in flight."""
 
-    __slots__ = ("admitted", "call", "code", "ended", "method", "peer", "reader", "span", "task", "touched")
+    __slots__ = ("admitted", "call", "code", "ended", "lane", "method", "peer", "reader", "span", "task", "touched")
 
     def __init__(self, method: Method, context: Any, identity_source: str) -> None:
         self.call = Call(context, method.path, identity_source)
@@ -84,6 +99,7 @@ class Rpc:
         self.touched = self.call.started
         self.task: asyncio.Task[Any] | None = None
         self.span: telemetry.ServerSpan | None = None
+        self.lane: Lane | None = None
 
     def end(self, error: MeshError) -> None:
         """Make the servicer's method end, and tell `error` to the client."""
@@ -101,19 +117,17 @@ class Gate:
         self.in_flight = 0
         self.streams: Counter[str] = Counter()
         self.endless: set[Rpc] = set()
-        self.lanes: dict[Rpc, Callable[[MeshError], None]] = {}
-        """Open direct streams, and how each is ended at a message boundary."""
+        self.lanes: set[Rpc] = set()
+        """Open direct streams."""
+        self.direct: Callable[[], int] = lambda: 0
+        """How many calls are inside that the transport counts itself."""
         self.draining = False
 
     def admit(self, rpc: Rpc) -> None:
         """Count an RPC in. Raises Overloaded where a bound is reached, Unauthenticated for an ambiguous identity."""
         limits = self.limits
-        if self.in_flight >= limits.concurrent_rpcs_max:
-            raise Overloaded(
-                f"the server handles {limits.concurrent_rpcs_max} calls already",
-                reason="TOO_MANY_RPCS",
-                retry_after_s=limits.retry_after_s,
-            )
+        if self.in_flight + self.direct() >= limits.concurrent_rpcs_max:
+            raise too_many_rpcs(limits)
         if self.identity_source == "tls" or rpc.method.streams:
             identity = identity_of(rpc.call)
             if rpc.method.streams:
@@ -148,10 +162,27 @@ class Gate:
     def end_endless(self) -> None:
         """End the RPCs that have no end of their own (watches, direct streams) so that their clients go elsewhere."""
         self.draining = True
-        for rpc, end in list(self.lanes.items()):
-            end(rpc.method.going_away())
+        for rpc in list(self.lanes):
+            if rpc.lane is not None:
+                rpc.lane.end(rpc.method.going_away())
         for rpc in list(self.endless):
             rpc.end(going_away())
+
+
+def too_many_rpcs(limits: Limits) -> Overloaded:
+    """What a caller is told when the server is full."""
+    return Overloaded(
+        f"the server handles {limits.concurrent_rpcs_max} calls already",
+        reason="TOO_MANY_RPCS",
+        retry_after_s=limits.retry_after_s,
+    )
+
+
+def deadline_missing() -> InvalidInput:
+    """What a caller is told who set no deadline where one is required."""
+    return InvalidInput(
+        "a deadline is required: set a timeout on the call (grpcurl: -max-time)", reason="DEADLINE_REQUIRED"
+    )
 
 
 def going_away() -> NotReady:

@@ -11,11 +11,10 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
-import grpc
 from google.protobuf.descriptor import ServiceDescriptor
 
 from mlmesh_runtime import health as health_protocol
-from mlmesh_runtime import telemetry
+from mlmesh_runtime import telemetry, transport
 from mlmesh_runtime.channel import keepalive_options
 from mlmesh_runtime.config import ConfigError, Settings, split_address
 from mlmesh_runtime.direct import DirectMethod
@@ -31,9 +30,6 @@ from mlmesh_runtime.tls import RotatingCredentials
 __all__ = ["Server", "Service", "run"]
 
 logger = logging.getLogger(__name__)
-
-# Health and reflection answer even when every slot is taken; this is how many of them gRPC lets in on top.
-_INTERNAL_RPCS_MAX = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +91,7 @@ class Server:
         self.draining = asyncio.Event()
         """Set when the server begins to go away."""
         self._gate = Gate(self._limits, settings.identity_source)
-        self._server: grpc.aio.Server | None = None
+        self._server: Any = None
         self._metrics: telemetry.MetricsEndpoint | None = None
         self._stopping: asyncio.Task[None] | None = None
         self._hurry = asyncio.Event()
@@ -106,10 +102,11 @@ class Server:
         self._on_drain.append(callback)
 
     async def __aenter__(self) -> Server:
-        self._server = grpc.aio.server(
-            options=server_options(self._limits, tls=self._settings.tls is not None),
-            maximum_concurrent_rpcs=self._limits.concurrent_rpcs_max + _INTERNAL_RPCS_MAX,
-        )
+        choice = transport.choose(self._settings)
+        options = server_options(self._limits, tls=self._settings.tls is not None)
+        self._server = transport.make(choice, self._limits, self._gate, options)
+        telemetry.TRANSPORT.clear()
+        telemetry.TRANSPORT.labels(choice.name, choice.reason).set(1)
         try:
             self._register(self._server)
             self.address = self._bind(self._server)
@@ -130,6 +127,8 @@ class Server:
                 "address": self.address,
                 "metrics": self.metrics_address,
                 "tls": self._settings.tls is not None,
+                "transport": choice.name,
+                "transport_reason": choice.reason,
                 "services": [service.descriptor.full_name for service in self._services],
                 "pid": os.getpid(),
             },
@@ -183,7 +182,7 @@ class Server:
         await self._close_metrics()
         logger.info("stopped", extra={"address": self.address})
 
-    async def _stop_calls(self, server: grpc.aio.Server, grace_s: float) -> None:
+    async def _stop_calls(self, server: Any, grace_s: float) -> None:
         async with asyncio.TaskGroup() as group:
             stopped = group.create_task(server.stop(grace_s))
             hurry = group.create_task(self._hurry.wait())
@@ -197,7 +196,7 @@ class Server:
             metrics, self._metrics = self._metrics, None
             await asyncio.to_thread(metrics.close)
 
-    def _register(self, server: grpc.aio.Server) -> None:
+    def _register(self, server: Any) -> None:
         wrapper = Wrapper(self._gate)
         protocols = [Protocol("v1"), Protocol("v1alpha")]
         index = DescriptorIndex(
@@ -229,7 +228,7 @@ class Server:
         for service in builtin:
             _add(server, wrapper, service, internal=True)
 
-    def _bind(self, server: grpc.aio.Server) -> str:
+    def _bind(self, server: Any) -> str:
         listen = self._settings.listen
         credentials = RotatingCredentials(self._settings.tls).server_credentials() if self._settings.tls else None
         try:
@@ -289,6 +288,7 @@ def _add(server: Any, wrapper: Wrapper, service: Service, *, internal: bool) -> 
 
         check = checker([method.input_type for method in service.descriptor.methods])
     wrapped: dict[str, Any] = {}
+    direct: dict[str, Any] = {}
     for method_name, handler in handlers.items():
         if method_name in service.direct and handler.request_streaming != handler.response_streaming:
             raise ValueError(f"{name}.{method_name} streams in one direction only: no direct method can answer it")
@@ -309,7 +309,9 @@ def _add(server: Any, wrapper: Wrapper, service: Service, *, internal: bool) -> 
             going_away=service.going_away,
         )
         wrapped[method_name] = wrapper.wrap(method, handler)
-    server.add_registered_method_handlers(name, wrapped)
+        if method.direct is not None:
+            direct[method_name] = method, wrapper.ordinary(method, handler)
+    transport.register(server, name, wrapped, direct)
 
 
 def _metrics_endpoint(listen: str) -> telemetry.MetricsEndpoint:

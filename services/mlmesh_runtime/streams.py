@@ -148,6 +148,7 @@ class IdleWatch:
     def __init__(self, rpc: Rpc, idle_s: float) -> None:
         self._rpc, self._idle_s = rpc, idle_s
         self._loop = asyncio.get_running_loop()
+        self._moved: int | None = None
 
     def __enter__(self) -> None:
         self._timer = self._loop.call_later(self._idle_s, self._look)
@@ -156,12 +157,25 @@ class IdleWatch:
         self._timer.cancel()
 
     def _look(self) -> None:
-        rpc, quiet_s = self._rpc, time.monotonic() - self._rpc.touched
+        rpc = self._rpc
+        if rpc.lane is not None and (moved := rpc.lane.moved()) is not None:
+            if moved != self._moved:
+                self._moved = moved
+                rpc.touched = time.monotonic()
+            elif time.monotonic() - rpc.touched >= self._idle_s:
+                rpc.lane.end(self._error())
+                return
+            self._timer = self._loop.call_later(self._idle_s / 4, self._look)
+            return
+        quiet_s = time.monotonic() - rpc.touched
         if rpc.reader is not None and quiet_s >= self._idle_s:
             if rpc.ended is None:
-                rpc.ended = TimedOut(f"nothing moved on the stream for {self._idle_s:g} s", reason="STREAM_IDLE")
+                rpc.ended = self._error()
                 rpc.reader.cancel()
             return
         # While the handler is busy elsewhere the silence is its own.
         left_s = self._idle_s - quiet_s if rpc.reader is not None else self._idle_s
         self._timer = self._loop.call_later(left_s, self._look)
+
+    def _error(self) -> TimedOut:
+        return TimedOut(f"nothing moved on the stream for {self._idle_s:g} s", reason="STREAM_IDLE")

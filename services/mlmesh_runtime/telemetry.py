@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from wsgiref.simple_server import WSGIServer
 
@@ -41,6 +41,8 @@ from prometheus_client import (
     ProcessCollector,
     start_http_server,
 )
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 from mlmesh_runtime.calls import Call
 from mlmesh_runtime.config import Settings, split_address
@@ -48,6 +50,36 @@ from mlmesh_runtime.config import Settings, split_address
 logger = logging.getLogger(__name__)
 
 REGISTRY = CollectorRegistry()
+
+
+class _Bulk(Collector):
+    """Sources that count by themselves and add to the metrics only when somebody looks. First in the registry."""
+
+    def __init__(self) -> None:
+        self._sources: list[Callable[[], None]] = []
+
+    def add(self, source: Callable[[], None]) -> None:
+        """Ask this one too, on whatever thread looks."""
+        self._sources = [*self._sources, source]
+
+    def remove(self, source: Callable[[], None]) -> None:
+        """Ask it one last time."""
+        source()
+        self._sources = [other for other in self._sources if other is not source]
+
+    def collect(self) -> Iterator[Metric]:
+        """No metrics of its own."""
+        for source in self._sources:
+            source()
+        return iter(())
+
+    def describe(self) -> Iterator[Metric]:
+        """No metrics of its own."""
+        return iter(())
+
+
+BULK = _Bulk()
+REGISTRY.register(BULK)
 ProcessCollector(registry=REGISTRY)
 PlatformCollector(registry=REGISTRY)
 GCCollector(registry=REGISTRY)
@@ -67,6 +99,12 @@ MESSAGES_SENT = Counter("grpc_server_msg_sent", "Messages sent on streams.", _ME
 RPC_IN_FLIGHT = Gauge(
     "mlmesh_server_rpcs_in_flight", "RPCs being handled, health and reflection apart.", registry=REGISTRY
 )
+TRANSPORT = Gauge(
+    "mlmesh_server_transport_info",
+    "1 for the transport that serves, and why it does.",
+    ("transport", "reason"),
+    registry=REGISTRY,
+)
 TLS_RELOADS = Counter(
     "mlmesh_tls_reloads",
     "Changed certificate files: taken (ok), or unusable and the old certificate kept (refused).",
@@ -78,6 +116,17 @@ TLS_EXPIRY = Gauge(
     "When the served certificate expires, Unix time.",
     registry=REGISTRY,
 )
+
+
+def observe_many(histogram: Histogram, counts: Sequence[int], seconds: float) -> None:
+    """Add observations counted elsewhere: how many fell into each bucket (the last is +Inf), and their sum."""
+    # The library has no public way; a test holds this one to what its `observe` does.
+    buckets: Sequence[Any] = histogram._buckets
+    for bucket, count in zip(buckets, counts, strict=True):
+        if count:
+            bucket.inc(count)
+    histogram._sum.inc(seconds)
+
 
 _PROPAGATOR = TraceContextTextMapPropagator()
 
@@ -102,6 +151,13 @@ class _State:
 def tracing() -> bool:
     """Whether spans can be recorded at all in this process."""
     return _State.provider is not None
+
+
+def recording() -> int:
+    """Of which calls spans are recorded: 0 none, 1 those that their caller sampled, 2 perhaps any."""
+    if _State.provider is None:
+        return 0
+    return 1 if _State.follows else 2
 
 
 def current_context() -> otel_context.Context:

@@ -1,0 +1,186 @@
+//! The socket under HTTP/2, with an eye on the frames that come in: h2 answers pings, settings and resets by itself,
+//! and does not say how many there were.
+
+use std::cell::{Cell, RefCell};
+use std::io;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll};
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpStream, UnixStream};
+
+use crate::hub::now_ns;
+
+/// Control frames that cost a peer nothing: so many at once, and so many a second.
+const CONTROL_BURST: f64 = 2000.0;
+const CONTROL_RATE: f64 = 1000.0;
+/// Pings that came too early before a connection is ended, as in gRPC.
+const PING_STRIKES: u32 = 2;
+
+/// What was seen on one connection.
+pub struct Seen {
+    pub last_read_ns: Cell<u64>,
+    pub resets: RefCell<Vec<u32>>,
+    /// The peer broke a bound.
+    pub abuse: Cell<Option<&'static str>>,
+    ping_interval_ns: u64,
+    last_ping_ns: Cell<u64>,
+    strikes: Cell<u32>,
+    tokens: Cell<f64>,
+    tokens_ns: Cell<u64>,
+}
+
+impl Seen {
+    pub fn new(ping_interval_ns: u64) -> Self {
+        let now = now_ns();
+        Seen {
+            last_read_ns: Cell::new(now),
+            resets: RefCell::new(Vec::new()),
+            abuse: Cell::new(None),
+            ping_interval_ns,
+            last_ping_ns: Cell::new(0),
+            strikes: Cell::new(0),
+            tokens: Cell::new(CONTROL_BURST),
+            tokens_ns: Cell::new(now),
+        }
+    }
+
+    /// An answer was sent: the peer may ping again.
+    pub fn answered(&self) {
+        self.strikes.set(0);
+        self.last_ping_ns.set(0);
+    }
+
+    /// Take from the bucket of control frames.
+    pub fn control(&self, cost: f64, what: &'static str) {
+        let now = self.last_read_ns.get();
+        let gained = now.saturating_sub(self.tokens_ns.get()) as f64 / 1e9 * CONTROL_RATE;
+        self.tokens_ns.set(now);
+        let left = (self.tokens.get() + gained).min(CONTROL_BURST) - cost;
+        self.tokens.set(left);
+        if left < 0.0 {
+            self.abuse.set(Some(what));
+        }
+    }
+
+    fn ping(&self) {
+        let now = self.last_read_ns.get();
+        let last = self.last_ping_ns.replace(now);
+        if last != 0 && now.saturating_sub(last) < self.ping_interval_ns {
+            self.strikes.set(self.strikes.get() + 1);
+            if self.strikes.get() > PING_STRIKES {
+                self.abuse.set(Some("too_many_pings"));
+            }
+        }
+    }
+
+    fn frame(&self, kind: u8, flags: u8, len: usize, stream: u32) {
+        match kind {
+            0 if len == 0 && flags & 1 == 0 => self.control(1.0, "too many empty frames"),
+            2 => self.control(1.0, "too many priorities"),
+            3 => self.resets.borrow_mut().push(stream),
+            4 => self.control(5.0, "too many settings"),
+            6 if flags & 1 == 0 => {
+                self.control(1.0, "too_many_pings");
+                self.ping();
+            }
+            _ => {}
+        }
+    }
+}
+
+pub enum Socket {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+}
+
+pub struct Metered {
+    socket: Socket,
+    seen: Rc<Seen>,
+    /// Bytes until the next frame's head.
+    skip: usize,
+    head: [u8; 9],
+    filled: usize,
+}
+
+impl Metered {
+    pub fn new(socket: Socket, seen: Rc<Seen>) -> Self {
+        // The preface comes first.
+        Metered { socket, seen, skip: 24, head: [0; 9], filled: 0 }
+    }
+
+    fn look(&mut self, mut bytes: &[u8]) {
+        self.seen.last_read_ns.set(now_ns());
+        while !bytes.is_empty() {
+            if self.skip > 0 {
+                let count = self.skip.min(bytes.len());
+                self.skip -= count;
+                bytes = &bytes[count..];
+                continue;
+            }
+            let count = (9 - self.filled).min(bytes.len());
+            self.head[self.filled..self.filled + count].copy_from_slice(&bytes[..count]);
+            self.filled += count;
+            bytes = &bytes[count..];
+            if self.filled == 9 {
+                self.filled = 0;
+                let head = &self.head;
+                let len = usize::from(head[0]) << 16 | usize::from(head[1]) << 8 | usize::from(head[2]);
+                let stream = u32::from_be_bytes([head[5] & 0x7f, head[6], head[7], head[8]]);
+                self.skip = len;
+                self.seen.frame(head[3], head[4], len, stream);
+            }
+        }
+    }
+}
+
+impl AsyncRead for Metered {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let before = buf.filled().len();
+        let polled = match &mut self.socket {
+            Socket::Tcp(socket) => Pin::new(socket).poll_read(cx, buf),
+            Socket::Unix(socket) => Pin::new(socket).poll_read(cx, buf),
+        };
+        if buf.filled().len() > before {
+            let this = &mut *self;
+            this.look(&buf.filled()[before..]);
+        }
+        polled
+    }
+}
+
+impl AsyncWrite for Metered {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        match &mut self.socket {
+            Socket::Tcp(socket) => Pin::new(socket).poll_write(cx, buf),
+            Socket::Unix(socket) => Pin::new(socket).poll_write(cx, buf),
+        }
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        match &mut self.socket {
+            Socket::Tcp(socket) => Pin::new(socket).poll_write_vectored(cx, bufs),
+            Socket::Unix(socket) => Pin::new(socket).poll_write_vectored(cx, bufs),
+        }
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match &mut self.socket {
+            Socket::Tcp(socket) => Pin::new(socket).poll_shutdown(cx),
+            Socket::Unix(socket) => Pin::new(socket).poll_shutdown(cx),
+        }
+    }
+}
