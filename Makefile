@@ -10,7 +10,7 @@ TEST_VENV := build/test-venv
 # torch's CPU build is a fraction of the size where its index can be reached: make install TORCH_BACKEND=cpu
 TORCH_BACKEND ?=
 UV := $(if $(TORCH_BACKEND),UV_TORCH_BACKEND=$(TORCH_BACKEND)) $(BIN)/uv
-PACKAGES := mlmesh_runtime mlmesh_registry mlmesh_training mlmesh_inference mlmesh_local mlmesh_cli
+PACKAGES := mlmesh_runtime mlmesh_registry mlmesh_training mlmesh_inference mlmesh_client mlmesh_local mlmesh_cli
 PROTOS := $(shell find protos -name '*.proto')
 SOURCES := $(shell find protos services mesh manifests/base -type f -not -name '*.pyc' -not -name '*_pb2*' -not -name '*.binpb' -not -path '*/target/*') pyproject.toml README.md
 # More arguments for what is run: make test ARGS="-k registry", make demo ARGS=--fast

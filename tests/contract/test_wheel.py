@@ -133,6 +133,7 @@ def test_every_package_says_that_it_is_typed(archive: zipfile.ZipFile) -> None:
         "mlmesh_registry",
         "mlmesh_training",
         "mlmesh_inference",
+        "mlmesh_client",
         "mlmesh_local",
         "mlmesh_cli",
     }
