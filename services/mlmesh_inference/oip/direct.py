@@ -8,13 +8,10 @@ streams of sequences and of decoupled models, and streams whose metadata asks fo
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Final
 
 from google.protobuf.message import DecodeError
-from prometheus_client.core import CounterMetricFamily
-from prometheus_client.registry import Collector
 
 from mlmesh_inference.catalog import Catalog, ReadyModel
 from mlmesh_inference.oip import wire
@@ -22,6 +19,7 @@ from mlmesh_inference.oip.infer import DECOUPLED, failure, work_of
 from mlmesh_inference.oip.plans import Plans, Replies, plan_of
 from mlmesh_inference.oip.requests import Regions, Request, read
 from mlmesh_inference.oip.stream import ANNOUNCED
+from mlmesh_inference.oip.stream_replies import MESSAGES
 from mlmesh_inference.running import Work
 from mlmesh_inference.tensors import Array
 from mlmesh_inference.tracing import request_trace
@@ -30,7 +28,6 @@ from mlmesh_runtime.direct import DirectCall
 from mlmesh_runtime.errors import InvalidInput, MeshError, Unauthenticated, Unsupported
 from mlmesh_runtime.identity import XFCC, identity_of, xfcc_uris
 from mlmesh_runtime.status import InternalError, code_of
-from mlmesh_runtime.telemetry import REGISTRY
 from open_inference import grpc_service_pb2 as pb
 
 _LOG = logging.getLogger(__name__)
@@ -40,28 +37,6 @@ TENANTS_MAX: Final = 4096
 GRPC_ERRORS: Final = "triton_grpc_error"
 GENERIC_METADATA: Final[tuple[str, ...]] = (ANNOUNCED[0], "x-oip-dialect")
 """Metadata of streams that the generic path answers."""
-
-
-class _Messages(Collector):
-    """Counts stream messages by how they were answered. Plain numbers: they are read when metrics are."""
-
-    def __init__(self) -> None:
-        self.by_code: Counter[str] = Counter()
-
-    def collect(self) -> list[CounterMetricFamily]:
-        """See prometheus_client."""
-        family = CounterMetricFamily(
-            "mlmesh_inference_stream_messages",
-            "Messages of inference streams by how they were answered, in place: a status code.",
-            labels=("code",),
-        )
-        for code, count in list(self.by_code.items()):
-            family.add_metric((code,), count)
-        return [family]
-
-
-MESSAGES: Final = _Messages()
-REGISTRY.register(MESSAGES)
 
 
 class Tenants:

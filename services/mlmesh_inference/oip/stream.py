@@ -37,7 +37,7 @@ from mlmesh_inference.catalog import Catalog, ReadyModel
 from mlmesh_inference.moving import MOVED, RESUMED, OpenSequences, OpenStreams, SequenceKey, Why, travelling
 from mlmesh_inference.oip import requests
 from mlmesh_inference.oip.infer import Prepared, prepare, shutting_down
-from mlmesh_inference.oip.stream_replies import empty, failed, part, unexpected_error
+from mlmesh_inference.oip.stream_replies import MESSAGES, empty, failed, part, unexpected_error
 from mlmesh_inference.running import SequenceControl
 from mlmesh_inference.tensors import Array
 from mlmesh_inference.tokens import FIELD, SequenceState, Token, Tokens, unpack
@@ -285,19 +285,20 @@ class _Stream:
             slot.starts = key if sequence.start else None
 
     def _resume(self, parameter: pb.InferParameter) -> None:
-        """Take over what the token carries. Raises InvalidInput for a token that is refused, NotFound for a state whose
-        version is not served here."""
+        """Take over what the token carries. Nobody fails for a token that is refused: what goes on without a state says
+        so itself."""
         try:
             if parameter.WhichOneof("parameter_choice") != "string_param":
                 raise InvalidInput(f"'{RESUME}' parameter must be a string", field=FIELD)
             token = self._shared.tokens.read(parameter.string_param, owner=self._owner, now_s=self._shared.wall())
             for item in token.sequences:
                 self._restore(item)
-        except MeshError:
+        except MeshError as error:
             RESUMED.labels("refused").inc()
-            raise
-        self._moves = token.moves
-        RESUMED.labels("resumed").inc()
+            _LOG.info("a stream did not resume", extra={"reason": error.reason, "error": error.message})
+        else:
+            self._moves = token.moves
+            RESUMED.labels("resumed").inc()
 
     def _restore(self, item: SequenceState) -> None:
         model = self._shared.catalog.find(item.model, str(item.version))
@@ -318,6 +319,7 @@ class _Stream:
             async with contextlib.aclosing(answers):
                 async for item in answers:
                     await self._say(part(prepared, item))
+            MESSAGES.by_code["OK"] += 1
             if prepared.request.options.empty_final:
                 await self._say(empty(prepared))
         except MeshError as error:
@@ -362,9 +364,12 @@ class _Stream:
         error = slot.error
         if error is None and slot.prepared is not None:
             try:
-                return pb.ModelStreamInferResponse(infer_response=slot.prepared.reply(slot.arrays, final=True))
+                reply = pb.ModelStreamInferResponse(infer_response=slot.prepared.reply(slot.arrays, final=True))
             except Exception as caught:
                 error = caught
+            else:
+                MESSAGES.by_code["OK"] += 1
+                return reply
         told = error if isinstance(error, MeshError) else unexpected_error(error)
         if self._grpc_errors:
             raise told

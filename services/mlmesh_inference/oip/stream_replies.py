@@ -3,15 +3,43 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
+from typing import Final
+
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 from mlmesh_inference.oip import replies
 from mlmesh_inference.oip.infer import Prepared, failure
 from mlmesh_inference.running import Answer
 from mlmesh_runtime.errors import InvalidInput, MeshError
 from mlmesh_runtime.status import InternalError, code_of
+from mlmesh_runtime.telemetry import REGISTRY
 from open_inference import grpc_service_pb2 as pb
 
 _LOG = logging.getLogger(__name__)
+
+
+class _Messages(Collector):
+    """Counts stream messages by how they were answered. Plain numbers: they are read when metrics are."""
+
+    def __init__(self) -> None:
+        self.by_code: Counter[str] = Counter()
+
+    def collect(self) -> list[CounterMetricFamily]:
+        """See prometheus_client."""
+        family = CounterMetricFamily(
+            "mlmesh_inference_stream_messages",
+            "Messages of inference streams by how they were answered, in place: a status code.",
+            labels=("code",),
+        )
+        for code, count in list(self.by_code.items()):
+            family.add_metric((code,), count)
+        return [family]
+
+
+MESSAGES: Final = _Messages()
+REGISTRY.register(MESSAGES)
 
 
 def part(prepared: Prepared, item: Answer) -> pb.ModelStreamInferResponse:
@@ -33,6 +61,7 @@ def empty(prepared: Prepared) -> pb.ModelStreamInferResponse:
 
 def failed(name: str, model: str, error: MeshError, *, details: bool) -> pb.ModelStreamInferResponse:
     """An error in the place of an answer; `details`: with its code and reason, for clients that know to look."""
+    MESSAGES.by_code[code_of(error).name] += 1
     reply = failure(name, model, error)
     if details:
         parameters = reply.infer_response.parameters
