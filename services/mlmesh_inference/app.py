@@ -11,9 +11,13 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Final
 
 from mlmesh.inference.v1 import control_pb2, control_pb2_grpc
+from mlmesh_inference.building import EXECUTOR as COMPILER
+from mlmesh_inference.building import building, operations_service, tensorrt_kind
+from mlmesh_inference.builds import Builds
 from mlmesh_inference.cache import ModelCache
 from mlmesh_inference.catalog import Catalog, State, Status
 from mlmesh_inference.config import InferenceSettings, ProtocolSettings
+from mlmesh_inference.config_engines import EngineSettings
 from mlmesh_inference.control import WATCH_METHODS, InferenceControlServicer
 from mlmesh_inference.engines.base import EngineKind
 from mlmesh_inference.engines.onnx import OnnxKind
@@ -30,6 +34,7 @@ from mlmesh_inference.oip.servicer import METHODS, OpenInferenceServicer
 from mlmesh_inference.oip.shared_memory import SharedMemory
 from mlmesh_inference.oip.stream import Streaming
 from mlmesh_inference.registry import RegistryClient
+from mlmesh_inference.renewal import LoadedVersions
 from mlmesh_inference.tokens import Tokens
 from mlmesh_inference.trace_settings import TraceSettings
 from mlmesh_inference.tracing import SpanTracer
@@ -46,9 +51,9 @@ _LOG = logging.getLogger(__name__)
 _SERVICE: Final = grpc_service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"]
 
 
-def engine_kinds() -> tuple[EngineKind, ...]:
+def engine_kinds(tensorrt: TensorRTKind | None = None) -> tuple[EngineKind, ...]:
     """Engines in the order of preference."""
-    return (TensorRTKind(), OnnxKind())
+    return (tensorrt or TensorRTKind(), OnnxKind())
 
 
 def server_version() -> str:
@@ -111,6 +116,7 @@ def services(
     *,
     protocol: ProtocolSettings | None = None,
     traces: TraceSettings | None = None,
+    builds: Builds | None = None,
 ) -> list[Service]:
     """What the process serves, on one port."""
     protocol = protocol or ProtocolSettings()
@@ -140,10 +146,11 @@ def services(
         ),
         Service(
             add=control_pb2_grpc.add_InferenceControlServiceServicer_to_server,
-            servicer=InferenceControlServicer(catalog, kinds, streaming.open),
+            servicer=InferenceControlServicer(catalog, kinds, streaming.open, builds),
             descriptor=control_pb2.DESCRIPTOR.services_by_name["InferenceControlService"],
             deadline_exempt=WATCH_METHODS,
         ),
+        *([] if builds is None else [operations_service(builds)]),
     ]
 
 
@@ -154,7 +161,9 @@ async def serve(settings: Settings, *, source: Source | None = None, kinds: Sequ
         settings: of the process. source: instead of the registry, for tests. kinds: engines, best first.
     """
     inference = InferenceSettings.from_settings(settings)
-    kinds = engine_kinds() if kinds is None else kinds
+    engines = EngineSettings.from_environ(settings.environ)
+    tensorrt = tensorrt_kind(engines, settings.data_dir)
+    kinds = engine_kinds(tensorrt) if kinds is None else kinds
     health = HealthStatuses()
     traces = TraceSettings(exporting=tracing())
     model_health = ModelHealth(health)
@@ -163,32 +172,42 @@ async def serve(settings: Settings, *, source: Source | None = None, kinds: Sequ
     channel = open_channel(settings.registry_target, settings=settings)
     if not inference.selectors:
         _LOG.warning("MLMESH_SERVE is empty: nothing is served until RepositoryModelLoad asks for it")
-    async with channel, Executors({"disk": 2, "build": 2}) as executors:
-        loader = Loader(
-            Loading(
-                source=source or RegistryClient(channel),
-                cache=ModelCache(settings.data_dir / "cache"),
-                catalog=catalog,
-                kinds=kinds,
-                settings=inference,
-                disk=executors["disk"],
-                build=executors["build"],
-                tracer=SpanTracer(admits=traces.admits),
-            ),
-            on_synced=model_health.synced,
+    async with channel, Executors({"disk": 2, "build": 2, COMPILER: 1}) as executors:
+        loading = Loading(
+            source=source or RegistryClient(channel),
+            cache=ModelCache(settings.data_dir / "cache"),
+            catalog=catalog,
+            kinds=kinds,
+            settings=inference,
+            disk=executors["disk"],
+            build=executors["build"],
+            tracer=SpanTracer(admits=traces.admits),
         )
+        loader = Loader(loading, on_synced=model_health.synced)
+        served = LoadedVersions(loading, loader.record)
+        made = building(engines, tensorrt, served, executors, data_dir=settings.data_dir, channel=channel)
         going_away = asyncio.Event()
         streaming = streaming_of(catalog, settings, inference)
         server = Server(
             settings,
-            services(catalog, loader, kinds, going_away, streaming, protocol=inference.protocol, traces=traces),
+            services(
+                catalog,
+                loader,
+                kinds,
+                going_away,
+                streaming,
+                protocol=inference.protocol,
+                traces=traces,
+                builds=made.builds,
+            ),
             health=health,
         )
         server.on_drain(going_away.set)
         server.on_drain(streaming.open.drain)
         async with server, asyncio.TaskGroup() as group:
-            loading = group.create_task(loader.run())
+            background = [group.create_task(loader.run()), group.create_task(made.run(catalog))]
             await server.serve_until_signal()
-            loading.cancel()
+            for task in background:
+                task.cancel()
         for ready in catalog.ready_models():
             ready.runner.abort()

@@ -81,7 +81,7 @@ class Build:
 
     @property
     def version_name(self) -> str:
-        """ "models/{model}/versions/{number}"."""
+        """The name "models/{model}/versions/{number}"."""
         return f"models/{self.model}/versions/{self.version}"
 
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Final
 
 from mlmesh_inference.running import Runner
@@ -70,6 +71,7 @@ class ReadyModel:
     concurrency: int = 1
     config: ServingConfig = field(default_factory=ServingConfig)
     composing: tuple[tuple[str, int], ...] = ()
+    path: Path | None = None
     inputs: Mapping[str, TensorSpec] = field(init=False)
     outputs: Mapping[str, TensorSpec] = field(init=False)
     output_names: tuple[str, ...] = field(init=False)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from mlmesh_inference import config_engines
 from mlmesh_inference.desired import Selector, parse_selectors
 from mlmesh_runtime.config import ConfigError, Settings, Variable
 
@@ -80,6 +81,31 @@ VARIABLES: tuple[Variable, ...] = (
             "all servers have the same. Without one such a stream stays until its sequences end."
         ),
     ),
+    Variable(
+        name="MLMESH_ENGINE",
+        default="auto",
+        meaning=(
+            "Engine of models that do not declare one (mlmesh.engine): auto, onnxruntime, openvino, torch, "
+            "torch-compiled, tensorrt."
+        ),
+    ),
+    Variable(
+        name="MLMESH_PRECISION",
+        default="",
+        meaning=(
+            "Precision of models that do not declare one (mlmesh.precision): fp32, bf16 or fp16. Empty: as the model "
+            "says. A lower one is used where it is faster and answers within the tolerance."
+        ),
+    ),
+    Variable(
+        name="MLMESH_ENGINE_TUNING",
+        default="background",
+        meaning=(
+            "When engines are tried and measured: background, while ONNX Runtime serves; load, before a version is "
+            "ready; off, only where a model declares another engine than ONNX Runtime."
+        ),
+    ),
+    *config_engines.VARIABLES,
 )
 
 

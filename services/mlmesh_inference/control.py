@@ -10,9 +10,11 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from mlmesh.inference.v1 import control_pb2 as pb
 from mlmesh.inference.v1 import control_pb2_grpc as stubs
+from mlmesh_inference.builds import Builds
 from mlmesh_inference.catalog import Catalog, Status
 from mlmesh_inference.engines.base import EngineKind
 from mlmesh_inference.moving import OpenStreams
+from mlmesh_inference.operations import operation, operation_name
 from mlmesh_runtime.errors import NotFound, Unsupported
 
 WATCH_METHODS: Final = frozenset({"WatchServedVersions"})
@@ -22,10 +24,13 @@ WATCH_METHODS: Final = frozenset({"WatchServedVersions"})
 class InferenceControlServicer(stubs.InferenceControlServiceServicer):
     """Implements InferenceControlService over a catalog, the engines that were tried in their order, open streams."""
 
-    def __init__(self, catalog: Catalog, kinds: Sequence[EngineKind], streams: OpenStreams) -> None:
+    def __init__(
+        self, catalog: Catalog, kinds: Sequence[EngineKind], streams: OpenStreams, builds: Builds | None = None
+    ) -> None:
         self._catalog = catalog
         self._kinds = kinds
         self._streams = streams
+        self._builds = builds
 
     async def ListServedVersions(
         self,
@@ -62,8 +67,14 @@ class InferenceControlServicer(stubs.InferenceControlServiceServicer):
         return pb.GetServedVersionResponse(served_version=self._served(status))
 
     async def BuildEngine(self, request: pb.BuildEngineRequest, context: Any) -> Operation:  # noqa: ARG002
-        """Not implemented."""
-        raise Unsupported("BuildEngine is not implemented", reason="METHOD_NOT_IMPLEMENTED")
+        """An operation, begun or joined."""
+        if self._builds is None:
+            raise Unsupported("this process builds no engines", reason="METHOD_NOT_IMPLEMENTED")
+        _, model, _, number = request.name.split("/")
+        build = self._builds.start(
+            model, int(number), request.engine, request_id=request.request_id, build_only=request.build_only
+        )
+        return operation(build)
 
     async def MoveStreams(self, request: pb.MoveStreamsRequest, context: Any) -> pb.MoveStreamsResponse:  # noqa: ARG002
         """Ask streams to open again."""
@@ -96,6 +107,9 @@ class InferenceControlServicer(stubs.InferenceControlServiceServicer):
             default_version=status.default,
             model_sha256=status.sha256,
         )
+        build = self._builds.under_way(status.model, status.version) if self._builds else None
+        if build is not None:
+            served.build_operation = operation_name(build)
         ready = self._catalog.ready(status.model, status.version)
         if ready is not None:
             served.batch_size_max = ready.policy.rows_max if ready.policy.batches else 1

@@ -212,6 +212,10 @@ class Loader:
         keys |= {(model, version) for (model, _), version in view.aliases.items()}
         return {file.sha256 for key in keys if key in view.versions for file in view.versions[key].files}
 
+    def record(self, model: str, version: int) -> VersionRecord | None:
+        """What is known of a version, None when nothing is."""
+        return None if self._view is None else self._view.versions.get((model, version))
+
     async def load(self, model: str, override: Override | None = None) -> None:
         """Load by hand; see oip.repository.Repository. Raises WrongState (ENGINE_FAILED) when it cannot be loaded."""
         if override is not None or model in self._overrides:

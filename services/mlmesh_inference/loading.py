@@ -18,7 +18,8 @@ from mlmesh_inference.catalog import Catalog, ReadyModel, State
 from mlmesh_inference.config import InferenceSettings
 from mlmesh_inference.configured import ConfigError, batched, read_labels, rows_bounds, sample, served_signature
 from mlmesh_inference.desired import ModelFile, VersionRecord, signature_mismatch
-from mlmesh_inference.engines.base import BuiltEngine, Engine, EngineError, EngineKind, EngineOptions, build_preferred
+from mlmesh_inference.engine_options import engine_options
+from mlmesh_inference.engines.base import BuiltEngine, Engine, EngineError, EngineKind, build_preferred
 from mlmesh_inference.follow import Backoff, Sleep, Source
 from mlmesh_inference.oip.model_config import read_text
 from mlmesh_inference.pipelines.assembly import (
@@ -29,6 +30,7 @@ from mlmesh_inference.pipelines.assembly import (
     callers_signature,
     others,
     runner_for,
+    warm_up_step,
 )
 from mlmesh_inference.scheduling.batcher import Batcher, Observer
 from mlmesh_inference.scheduling.policy import BatchPolicy
@@ -100,6 +102,7 @@ class Loading:
         file = record.model_file
         self.catalog.begin(model, version, total_bytes=record.size, sha256=file.sha256 if file else "")
         built: BuiltEngine | None = None
+        path: Path | None = None
         try:
             await self._fetch_until_here(record, stalled)
             folder = await run_blocking(self.disk, self.cache.lay_out, record)
@@ -122,7 +125,7 @@ class Loading:
         except Exception as error:  # the other models must go on
             _LOG.exception("loading failed unexpectedly", extra={"model": model, "version": version})
             return self._failed(record, built, f"{type(error).__name__} while loading; the log says more")
-        return Prepared(record=record, built=built, served=served, config=config, labels=labels)
+        return Prepared(record=record, built=built, served=served, config=config, labels=labels, path=path)
 
     def _failed(self, record: VersionRecord, built: BuiltEngine | None, error: str) -> str:
         if built is not None:
@@ -152,6 +155,7 @@ class Loading:
             concurrency=engine.concurrency,
             config=prepared.config,
             composing=engine.composing if isinstance(engine, Ensemble) else (),
+            path=prepared.path,
         )
         why = prepared.built.reason
         self.catalog.install(ready, engine=engine.name, engine_reason=why)
@@ -180,7 +184,7 @@ class Loading:
             built = self._build(path, config)
             try:
                 bounds = Served.of(_of_a_step(config), built.engine, self.settings).policy
-                warm_up(built.engine, bounds)
+                warm_up_step(built.engine, batches=bounds.batches)
             except BaseException:
                 built.engine.close()
                 raise
@@ -202,15 +206,7 @@ class Loading:
         return built
 
     def _build(self, path: Path, config: ServingConfig) -> BuiltEngine:
-        rows_max, rows_preferred = rows_bounds(
-            config, rows_max=self.settings.rows_max, rows_preferred=self.settings.rows_preferred
-        )
-        options = EngineOptions(
-            threads=self.settings.threads,
-            concurrency=config.instances or self.settings.concurrency,
-            rows_max=rows_max,
-            rows_preferred=rows_preferred,
-        )
+        options = engine_options(config, self.settings)
         kinds = [kind for kind in self.kinds if kind.name.startswith(config.engine)]
         if not kinds:
             names = ", ".join(kind.name for kind in self.kinds)
@@ -308,6 +304,8 @@ class Prepared:
     served: Served
     config: ServingConfig
     labels: Mapping[str, tuple[str, ...]]
+    path: Path | None = None
+    """The model file, None for an ensemble."""
 
 
 def _batcher(engine: Engine, policy: BatchPolicy, observer: Observer, name: str) -> Batcher:

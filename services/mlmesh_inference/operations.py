@@ -126,9 +126,14 @@ def parse_filter(text: str) -> Callable[[Build], bool]:
     return keep
 
 
+def operation_name(build: Build) -> str:
+    """The name "operations/{id}"."""
+    return f"{COLLECTION}/{build.id}"
+
+
 def operation(build: Build) -> ops.Operation:
     """A build as an operation: EngineBuildMetadata, and in the end an EngineBuild or an error."""
-    result = ops.Operation(name=f"{COLLECTION}/{build.id}", done=build.done)
+    result = ops.Operation(name=operation_name(build), done=build.done)
     metadata = pb.EngineBuildMetadata(
         name=build.version_name,
         engine=build.engine,

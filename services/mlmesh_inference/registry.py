@@ -69,7 +69,8 @@ def _event(message: pb.WatchModelsResponse) -> Event | None:
     if kind in {"model", "deleted_model"}:
         # Its versions were announced as deleted before; what it holds never changes.
         told = message.model if kind == "model" else message.deleted_model
-        servable = told.kind != pb.MODEL_KIND_DATASET
+        # Compiled engines of models are kept as models of their own; see sharing.
+        servable = told.kind != pb.MODEL_KIND_DATASET and told.labels.get("mlmesh-kind") != "engines"
         return Named(revision=revision, model=told.name.removeprefix("models/"), servable=servable)
     if kind == "deleted_alias":
         model, alias = _parts(message.deleted_alias.name)

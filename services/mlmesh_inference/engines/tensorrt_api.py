@@ -56,7 +56,7 @@ def load_module() -> ModuleType:
 
 
 def flavour(trt: ModuleType) -> str:
-    """ "tensorrt" or "tensorrt_rtx": what a plan belongs to, beside the version."""
+    """The name "tensorrt" or "tensorrt_rtx": what a plan belongs to, beside the version."""
     return "tensorrt_rtx" if trt.__name__.startswith("tensorrt_rtx") else "tensorrt"
 
 
