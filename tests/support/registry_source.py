@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 
 from mlmesh_inference.desired import ModelFile, VersionRecord
 from mlmesh_inference.events import AliasDeleted, AliasMoved, Bookmark, Event, Named, Published, Withdrawn
@@ -54,6 +54,14 @@ class MemoryRegistry:
         record = VersionRecord(
             model=model, version=version, files=(file,), signature=signature, quarantined=quarantined
         )
+        await self._add(Published(revision=self.revision + 1, record=record))
+
+    async def publish_files(
+        self, model: str, version: int, files: Mapping[str, bytes], *, signature: Signature | None = None
+    ) -> None:
+        """A version of several files appears."""
+        made = tuple(self.blob(data, path) for path, data in files.items())
+        record = VersionRecord(model=model, version=version, files=made, signature=signature)
         await self._add(Published(revision=self.revision + 1, record=record))
 
     async def delete(self, model: str, version: int) -> None:

@@ -7,10 +7,14 @@ ensemble can; its version is held as long as the ensemble stands.
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+import numpy as np
 
 from mlmesh_inference.catalog import Catalog, ReadyModel, State
 from mlmesh_inference.engines.base import Engine, EngineError, EngineFacts
@@ -26,11 +30,14 @@ from mlmesh_inference.sequence_plan import SequencePlan
 from mlmesh_inference.sequences import Sequencer
 from mlmesh_inference.serving import SequenceConfig, ServingConfig, Step
 from mlmesh_inference.statistics import Statistics
-from mlmesh_inference.tensors import Array, Signature
+from mlmesh_inference.tensors import Array, Signature, object_array
+
+_LOG = logging.getLogger(__name__)
 
 STEPS_MAX: Final = 64
 """Most steps of an ensemble."""
 PLATFORM: Final = "ensemble"
+_WARM: Final = 32
 
 _Key = tuple[str, int]
 
@@ -233,6 +240,28 @@ def build_ensemble(
         for local in locals_.values():
             local.engine.close()
         raise
+
+
+def warm_up_step(engine: Engine, *, batches: bool) -> None:
+    """Run a model of a step once on zeros, so that the first request does not pay for what an engine puts off.
+
+    Free dimensions are taken as 32, which images and texts have plenty of; a model that wants others is passed over.
+    Blocking.
+    """
+    inputs = {}
+    for spec in engine.signature.inputs:
+        shape = [_WARM if dim == -1 else dim for dim in spec.shape]
+        if batches:
+            shape[0] = 1
+        inputs[spec.name] = (
+            np.zeros(shape, spec.datatype.dtype)
+            if spec.datatype.itemsize
+            else object_array([b""] * math.prod(shape), shape)
+        )
+    try:
+        engine.run(inputs, [spec.name for spec in engine.signature.outputs])
+    except EngineError as error:
+        _LOG.warning("warm-up passed over", extra={"error": str(error)})
 
 
 def _check_parameters(config: ServingConfig) -> None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from mlmesh_inference.engines.base import EngineError, EngineFacts
 from mlmesh_inference.pipelines.plan import ANY_SHAPE
@@ -132,6 +132,13 @@ class Options:
 
     def _wrong(self, name: str, value: str, expected: str) -> EngineError:
         return EngineError(f"parameter {self.step}.{name}: expected {expected}; got {value[:100]!r}")
+
+
+def imaging() -> Any:
+    """Pillow. A step asks for it when it is made, so that a version that needs it fails to load where it is missing."""
+    from PIL import Image  # noqa: PLC0415  only versions with images need it
+
+    return Image
 
 
 def lines(path: Path) -> list[str]:

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
 from mlmesh_inference.tensors import Array
+
+
+def labelling() -> Any:
+    """scipy.ndimage. A step asks for it when it is made: what is missing is found out when a version is loaded."""
+    from scipy import ndimage  # noqa: PLC0415  only versions with boxes need it
+
+    return ndimage
 
 
 def components(chances: Array, threshold: float, *, count_max: int) -> Iterator[tuple[Array, float]]:
@@ -15,8 +23,7 @@ def components(chances: Array, threshold: float, *, count_max: int) -> Iterator[
     Gives for each its outline, corners of pixels that include its convex hull, float64 [points, 2] as x, y; and the
     mean of the map over it.
     """
-    from scipy import ndimage  # noqa: PLC0415  only versions with this step need it
-
+    ndimage = labelling()
     labels, count = ndimage.label(chances > threshold, structure=np.ones((3, 3), np.int8))
     if not count:
         return

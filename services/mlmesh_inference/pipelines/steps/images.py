@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 
 from mlmesh_inference.engines.base import EngineError
-from mlmesh_inference.pipelines.steps.base import BuiltIn, Options, tensor
+from mlmesh_inference.pipelines.steps.base import BuiltIn, Options, imaging, tensor
 from mlmesh_inference.tensors import Array, Signature
 from mlmesh_runtime.errors import InvalidInput
 
@@ -28,15 +28,14 @@ def decode(data: object, *, place: int, pixels_max: int, mode: str) -> Any:
 
     Only the header is looked at before the pixels are known to be few enough, and only these formats are tried.
     """
-    from PIL import Image, UnidentifiedImageError  # noqa: PLC0415  only versions with this step need it
-
     field = f"inputs[image][{place}]"
-    bombs = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+    pillow = imaging()
+    bombs = (pillow.DecompressionBombError, pillow.DecompressionBombWarning)
     if not isinstance(data, bytes):
         raise InvalidInput("an image is BYTES: a PNG or JPEG file", field=field)
     try:
-        image: Any = Image.open(io.BytesIO(data), formats=FORMATS)
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, *bombs) as error:
+        image = pillow.open(io.BytesIO(data), formats=FORMATS)
+    except (OSError, ValueError, SyntaxError, *bombs) as error:
         raise InvalidInput("it is neither a PNG nor a JPEG file", field=field) from error
     width, height = image.size
     if width * height > pixels_max or not width * height:
@@ -46,7 +45,7 @@ def decode(data: object, *, place: int, pixels_max: int, mode: str) -> Any:
         if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
             # What shines through is white paper.
             image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = pillow.alpha_composite(pillow.new("RGBA", image.size, "white"), image)
         return image.convert(mode)
     except (OSError, ValueError, SyntaxError, MemoryError, *bombs) as error:
         raise InvalidInput("the image's data is damaged", field=field) from error
@@ -78,6 +77,7 @@ class ImageStep(BuiltIn):
     """
 
     def __init__(self, options: Options) -> None:
+        imaging()
         path = options.file("statistics", "statistics.json")
         saved: Mapping[str, Any] = _UNKNOWN if path is None else statistics(path)
         self._channels = options.integer("channels", saved["shape"][0], low=1, high=3)
@@ -128,6 +128,7 @@ class DecodeStep(BuiltIn):
     """
 
     def __init__(self, options: Options) -> None:
+        imaging()
         self._pixels_max = options.integer("pixels_max", PIXELS_MAX, low=1, high=1 << 28)
         options.finish()
         self.signature = Signature(inputs=(tensor("image", "BYTES"),), outputs=(tensor("pixels", "UINT8", -1, -1, 3),))

@@ -13,8 +13,15 @@ from typing import Any, Final
 import numpy as np
 
 from mlmesh_inference.engines.base import EngineError
-from mlmesh_inference.pipelines.steps.base import BuiltIn, Options, lines, tensor
-from mlmesh_inference.pipelines.steps.boxes import clockwise, components, expanded, least_rectangle, reading_order
+from mlmesh_inference.pipelines.steps.base import BuiltIn, Options, imaging, lines, tensor
+from mlmesh_inference.pipelines.steps.boxes import (
+    clockwise,
+    components,
+    expanded,
+    labelling,
+    least_rectangle,
+    reading_order,
+)
 from mlmesh_inference.tensors import Array, Signature
 from mlmesh_runtime.errors import InvalidInput
 
@@ -31,6 +38,7 @@ class DetectInputStep(BuiltIn):
     """
 
     def __init__(self, options: Options) -> None:
+        self._pillow = imaging()
         self._side_min = options.integer("side_min", 736, low=32, high=4096)
         self._side_max = options.integer("side_max", 2048, low=self._side_min, high=4096)
         self._mean, self._std = _normalisation(options)
@@ -42,16 +50,14 @@ class DetectInputStep(BuiltIn):
 
     def compute(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         """See BuiltIn."""
-        from PIL import Image  # noqa: PLC0415  only versions with this step need it
-
         pixels = inputs["pixels"]
         height, width = pixels.shape[:2]
         scale = max(1.0, self._side_min / min(height, width))
         scale = min(scale, self._side_max / max(height, width))
         size = tuple(min(max(round(side * scale / 32), 1) * 32, 4096) for side in (width, height))
         if size != (width, height):
-            image: Any = Image.fromarray(pixels)
-            pixels = np.asarray(image.resize(size, Image.Resampling.BILINEAR))
+            image = self._pillow.fromarray(pixels)
+            pixels = np.asarray(image.resize(size, self._pillow.Resampling.BILINEAR))
         return {"x": _network_input(pixels, self._mean, self._std, flip=self._flip)[None]}
 
 
@@ -66,6 +72,7 @@ class BoxesStep(BuiltIn):
     """
 
     def __init__(self, options: Options) -> None:
+        labelling()
         self._threshold = options.number("threshold", 0.3, low=0.01, high=0.99)
         self._score_min = options.number("score_min", 0.5, low=0, high=1)
         self._unclip = options.number("unclip", 1.6, low=0, high=10)
@@ -105,6 +112,7 @@ class CropsStep(BuiltIn):
     """
 
     def __init__(self, options: Options) -> None:
+        self._pillow = imaging()
         self._height = options.integer("height", 48, low=8, high=512)
         self._width_min = options.integer("width_min", 320, low=8, high=4096)
         self._width_max = options.integer("width_max", 2048, low=self._width_min, high=8192)
@@ -119,9 +127,7 @@ class CropsStep(BuiltIn):
 
     def compute(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         """See BuiltIn."""
-        from PIL import Image  # noqa: PLC0415
-
-        image: Any = Image.fromarray(inputs["pixels"])
+        image = self._pillow.fromarray(inputs["pixels"])
         crops = [self._crop(image, box.astype(np.float64)) for box in inputs["boxes"]]
         widest = max([self._width_min, *(crop.shape[2] for crop in crops)])
         width = min(-(-widest // self._multiple) * self._multiple, self._width_max)
@@ -131,18 +137,17 @@ class CropsStep(BuiltIn):
         return {"x": result}
 
     def _crop(self, image: Any, box: Array) -> Array:
-        from PIL import Image  # noqa: PLC0415
-
         (wide, high) = (max(1, round(side)) for side in _sides(box))
         if wide > image.width + image.height or high > image.width + image.height:
             raise InvalidInput("a box is larger than its image", field="inputs[boxes]")
-        crop = image.transform((wide, high), Image.Transform.PERSPECTIVE, _perspective(box, wide, high), _bicubic())
+        how = self._pillow.Transform.PERSPECTIVE, _perspective(box, wide, high), self._pillow.Resampling.BICUBIC
+        crop = image.transform((wide, high), *how)
         if high >= 1.5 * wide:
             # A line that runs from top to bottom is read from the side.
-            crop = crop.transpose(Image.Transpose.ROTATE_90)
+            crop = crop.transpose(self._pillow.Transpose.ROTATE_90)
             wide, high = high, wide
         width = min(max(1, -(-self._height * wide // high)), self._width_max)
-        crop = crop.resize((width, self._height), Image.Resampling.BILINEAR)
+        crop = crop.resize((width, self._height), self._pillow.Resampling.BILINEAR)
         return _network_input(np.asarray(crop), self._mean, self._std, flip=self._flip)
 
 
@@ -194,12 +199,6 @@ def _sides(box: Array) -> tuple[float, float]:
     """Width and height of a box, the longer of opposite sides."""
     lengths = np.linalg.norm(box - np.roll(box, -1, axis=0), axis=1)
     return float(max(lengths[0], lengths[2])), float(max(lengths[1], lengths[3]))
-
-
-def _bicubic() -> Any:
-    from PIL import Image  # noqa: PLC0415
-
-    return Image.Resampling.BICUBIC
 
 
 def _perspective(box: Array, wide: int, high: int) -> list[float]:
