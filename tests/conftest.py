@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support.postgres import postgres, registry_template, shared_url
 from tests.support.s3 import s3
+from tests.support.server import served_by
 
 __all__ = ["postgres", "registry_template", "s3", "shared_url"]
 
@@ -31,3 +34,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def repository() -> Path:
     """The root of the repository; tests run from it, also those of an installed wheel."""
     return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(params=["grpcio", "native"])
+def each_transport(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs a test once a transport: its servers are served by that. `pytest.mark.usefixtures("each_transport")`."""
+    name: str = request.param
+    spec = importlib.util.find_spec("mlmesh_front")
+    if name == "native" and (spec is None or spec.origin is None):
+        pytest.skip("the native transport is not built (make front; it needs cargo)")
+    with served_by(name):
+        yield name

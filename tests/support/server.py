@@ -21,9 +21,27 @@ from mlmesh_runtime.server import Server, Service
 LOG_LINES_MAX = 5000
 
 
+class _Transport:
+    """What the servers of a test are served by, where the test itself does not say."""
+
+    name = "grpcio"
+
+
+@contextlib.contextmanager
+def served_by(transport: str) -> Iterator[None]:
+    """Serve every server of this block, here or in a process, by this transport (TLS by grpcio all the same)."""
+    before, _Transport.name = _Transport.name, transport
+    try:
+        yield
+    finally:
+        _Transport.name = before
+
+
 def settings(**changes: Any) -> Settings:
     """Settings of a test server: a free loopback port, short grace, nothing exported."""
-    return dataclasses.replace(Settings(service="test", listen="127.0.0.1:0", grace_s=2.0), **changes)
+    transport = "grpcio" if changes.get("tls") is not None else _Transport.name
+    base = Settings(service="test", listen="127.0.0.1:0", grace_s=2.0, transport=transport)
+    return dataclasses.replace(base, **changes)
 
 
 @contextlib.asynccontextmanager
@@ -107,9 +125,12 @@ def spawn(
     ...     address = process.listening()
     """
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("MLMESH_", "OTEL_", "POD_"))}
+    given = dict(env or {})
+    if _Transport.name != "grpcio" and "MLMESH_TLS_CERT" not in given:
+        given.setdefault("MLMESH_TRANSPORT", _Transport.name)
     popen = subprocess.Popen(
         [*python, *command],
-        env={**kept, **(env or {})},
+        env={**kept, **given},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

@@ -21,6 +21,8 @@ from mlmesh_runtime.server import Service
 from tests.support.echo import EchoServicer, Protos, echo_service
 from tests.support.server import serving
 
+pytestmark = pytest.mark.usefixtures("each_transport")
+
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 
 

@@ -17,6 +17,8 @@ from mlmesh_runtime.server import Service
 from tests.support.echo import PROTOS, EchoServicer, Text, echo_service
 from tests.support.server import serving
 
+pytestmark = pytest.mark.usefixtures("each_transport")
+
 BOMB_BYTES = 64 * 1024 * 1024
 # grpc-timeout travels with few digits, rounded up: in whole seconds from about 100 s.
 ROUNDING_S = 1.0

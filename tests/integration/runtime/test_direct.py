@@ -17,6 +17,8 @@ from tests.integration.runtime.test_calls import refused, requests
 from tests.support.echo import PROTOS, EchoServicer, Text, echo_service
 from tests.support.server import serving
 
+pytestmark = pytest.mark.usefixtures("each_transport")
+
 
 class Later:
     """A direct method that answers nothing by itself: the test looks at what came, and answers."""

@@ -17,6 +17,8 @@ from mlmesh_runtime.limits import Limits
 from tests.support.echo import PROTOS, EchoServicer, Text, echo_service
 from tests.support.server import serving, spawn
 
+pytestmark = pytest.mark.usefixtures("each_transport")
+
 PEER = str(Path(__file__).parent.parent.parent / "support" / "echo_process.py")
 
 

@@ -21,6 +21,8 @@ from mlmesh_runtime.telemetry import REGISTRY, Telemetry
 from tests.support.echo import PROTOS, EchoServicer, Protos, Text, echo_service
 from tests.support.server import serving, settings
 
+pytestmark = pytest.mark.usefixtures("each_transport")
+
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 SAMPLED, UNSAMPLED = f"00-{TRACE}-{PARENT}-01", f"00-{TRACE}-{PARENT}-00"
 
@@ -44,7 +46,7 @@ def recording() -> Iterator[Recording]:
     running.telemetry.shutdown()
 
 
-async def test_metrics_by_method_and_code_over_http() -> None:
+async def test_metrics_by_method_and_code_over_http(each_transport: str) -> None:
     async def fail(request: Any) -> None:
         if request.text == "missing":
             raise errors.NotFound("no")
@@ -53,7 +55,7 @@ async def test_metrics_by_method_and_code_over_http() -> None:
         for _ in range(3):
             yield Text()
 
-    protos = Protos("test.metrics")
+    protos = Protos(f"test.metrics.{each_transport}")
     async with (
         serving(echo_service(EchoServicer(fail, protos), protos), metrics_listen="127.0.0.1:0") as server,
         open_channel(server.address) as channel,
@@ -65,7 +67,7 @@ async def test_metrics_by_method_and_code_over_http() -> None:
         [_ async for _ in stub.Chat(three())]
         [_ async for _ in stub.Expand(protos.Text(count=4))]
         page = await asyncio.to_thread(_get, f"http://{server.metrics_address}/metrics")
-    echo = 'grpc_service="test.metrics.Echo"'
+    echo = f'grpc_service="test.metrics.{each_transport}.Echo"'
     unary = f'grpc_method="Unary",{echo},grpc_type="unary"'
     chat = f'grpc_method="Chat",{echo},grpc_type="bidi_stream"'
     expand = f'grpc_method="Expand",{echo},grpc_type="server_stream"'
