@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from mlmesh_inference.engines.base import Engine
-from mlmesh_inference.running import Answer, Sink, Work, run
+from mlmesh_inference.running import Answer, Sink, Work, run, shape_key
 from mlmesh_inference.scheduling.execution import Clock, Run, execute, outcomes
 from mlmesh_inference.scheduling.limiter import GradientLimiter
 from mlmesh_inference.scheduling.pace import Pace, end_ns
@@ -102,6 +102,14 @@ class Batcher:
         self._queue = BatchQueue(policy)
         self._pace = Pace(self._full_rows, seconds)
         self._limiter = self._make_limiter() if policy.limiter else None
+        self._limit = self._limiter.limit if self._limiter is not None else 1 << 62
+        self._one_level = policy.levels == 1
+        self._bounds_waits = any(queue.timeout_us for queue in (policy.queue, *policy.queues.values()))
+        self._plenty = policy.items_max(1) if self._one_level else 0
+        """As long as fewer wait, no level is full."""
+        self._row_ns = self._turn_ns = 0.0
+        self._least_ns = 0
+        self._bound()
         self._loop = asyncio.get_running_loop()
         self._workers: Workers[Run] = Workers(engine.concurrency, name=f"engine-{name}", work=self._execute)
         self._running: list[Run] = []
@@ -149,25 +157,38 @@ class Batcher:
         """
         if self._draining:
             raise NotReady(f"model '{self._name}' is being unloaded", reason="MODEL_NOT_READY")
-        now, policy, queue = self._clock(), self._policy, self._queue
-        level = 1 if policy.levels == 1 else policy.level(work.priority)
-        item = Pending(work, sink, self._shape_key(work), now, work.rows, level)
-        deadline_ns = work.deadline_ns
-        timeout_ns = policy.timeout_ns(level, work.timeout_us)
-        item.order_ns = now + PATIENCE_NS
-        if deadline_ns or timeout_ns:
-            latest = now + timeout_ns if timeout_ns else deadline_ns
-            item.latest_ns = min(latest, deadline_ns) if deadline_ns else latest
-            item.order_ns = min(item.order_ns, item.latest_ns)
-            if deadline_ns and deadline_ns <= now:
-                self._observer.dropped(item, "expired")
-                raise _expired()
-        if not len(queue):
+        now, queue = self._clock(), self._queue
+        level = 1 if self._one_level else self._policy.level(work.priority)
+        deadline_ns = latest = work.deadline_ns
+        order = now + PATIENCE_NS
+        start_by = 0
+        if self._bounds_waits or work.timeout_us:
+            timeout_ns = self._policy.timeout_ns(level, work.timeout_us)
+            if timeout_ns:
+                start_by = now + timeout_ns
+                latest = min(latest, start_by) if latest else start_by
+        if 0 < latest < order:
+            order = latest
+        item = Pending(work, sink, self._shape_key(work), now, work.rows, level, latest, order)
+        if 0 < deadline_ns <= now:
+            self._observer.dropped(item, "expired")
+            raise _expired()
+        waiting = queue.count
+        if waiting or len(self._running) >= self._instances:
+            if (
+                waiting >= self._plenty
+                or waiting + self._running_items >= self._limit
+                or 0 < latest < now + queue.rows * self._row_ns + self._turn_ns
+            ):
+                self._admit(item, deadline_ns, start_by)
+            if deadline_ns:
+                # A run that begins later than this is over too late, even if it goes faster than usual.
+                latest = deadline_ns - self._least_ns
+                item.latest_ns = min(latest, start_by) if start_by else latest
+        else:
             self._since_ns = now
-        if len(self._running) >= self._instances or len(queue):
-            self._admit(item, deadline_ns, timeout_ns)
         queue.add(item)
-        if len(self._running) < self._instances and not self._wake_scheduled:
+        if not self._wake_scheduled and len(self._running) < self._instances:
             # At the end of this turn of the loop: requests that came in one turn run together.
             self._wake_scheduled = True
             self._loop.call_soon(self._dispatch)
@@ -179,58 +200,57 @@ class Batcher:
     def _shape_key(self, work: Work) -> Hashable:
         if self._fixed_shapes:
             return work.outputs
-        return (tuple([(name, array.shape[1:]) for name, array in work.inputs.items()]), work.outputs)
+        return work.shape_key or shape_key(work.inputs, work.outputs)
 
-    def _admit(self, item: Pending, deadline_ns: int, timeout_ns: int) -> None:
+    def _admit(self, item: Pending, deadline_ns: int, start_by: int) -> None:
         """All instances are busy, or others wait: refuse what has no room or cannot be in time."""
-        queue, level, alone = self._queue, item.level, self._policy.levels == 1
-        if (len(queue) if alone else queue.held(level)) >= self._policy.items_max(level):
+        queue, level = self._queue, item.level
+        if queue.held(level) >= self._policy.items_max(level):
             self._make_room(item, "refused", self._full())
-        limiter = self._limiter
         # What is less urgent does not stand in the way.
-        if limiter is not None and (
-            (len(queue) if alone else queue.waiting(level)) + self._running_items >= limiter.limit
-        ):
+        if queue.waiting(level) + self._running_items >= self._limit:
             self._make_room(item, "limited", self._limited())
-        full_ns = self._pace.full_ns
-        if (deadline_ns or timeout_ns) and full_ns and self._policy.admission:
-            self._check_in_time(item, deadline_ns, timeout_ns)
-            if deadline_ns:
-                # A run that begins later than this is over too late, even if it goes faster than usual.
-                own = max(full_ns - self._pace.margin_ns, self._pace.batch_ns(item.rows) / 2)
-                item.latest_ns = min(item.latest_ns, deadline_ns - int(own))
-
-    def _check_in_time(self, item: Pending, deadline_ns: int, timeout_ns: int) -> None:
-        pace, now, instances = self._pace, item.arrived_ns, self._instances
-        ahead = self._queue.rows_ahead(item)
-        # First as if nothing that runs had got anywhere yet: most requests are in time even so.
-        turns = ahead // self._full_rows // instances + 2
-        margin = pace.margin_ns
-        at_most = turns * pace.full_ns + margin
-        by_start = now + timeout_ns if timeout_ns else 0
-        if (not deadline_ns or now + at_most <= deadline_ns) and (not by_start or now + at_most <= by_start):
+        pace, now = self._pace, item.arrived_ns
+        if not (deadline_ns or start_by) or not pace.full_ns or not self._policy.admission:
             return
         end = end_ns(
             pace,
             now_ns=now,
-            rows_ahead=ahead,
+            rows_ahead=queue.rows_ahead(item),
             rows=item.rows,
             full_rows=self._full_rows,
             ends_ns=[running.ends_ns for running in self._running],
-            instances=instances,
+            instances=self._instances,
         )
-        late = 0.0
-        if deadline_ns:
-            late = end + margin - deadline_ns
-        if by_start:
-            late = max(late, end - pace.full_ns + margin - by_start)
+        late = end + pace.margin_ns - deadline_ns if deadline_ns else 0.0
+        if start_by:
+            late = max(late, end - pace.full_ns + pace.margin_ns - start_by)
         if late > 0:
             self._observer.dropped(item, "would_expire")
             raise Overloaded(
-                f"model '{self._name}' could not answer in time: {len(self._queue)} requests wait",
+                f"model '{self._name}' could not answer in time: {queue.count} requests wait",
                 reason="WOULD_EXPIRE",
                 retry_after_s=self._spread(late / 1e9),
             )
+
+    def _bound(self) -> None:
+        """Bounds that spare most requests a closer look: nothing takes longer, nothing less."""
+        pace = self._pace
+        self._row_ns = pace.full_ns / self._full_rows / self._instances
+        self._turn_ns = 2 * pace.full_ns + pace.margin_ns
+        self._least_ns = int(max(pace.full_ns - pace.margin_ns, pace.batch_ns(1) / 2))
+
+    def _learn(self, run: Run, done_ns: int, inside: int) -> None:
+        """A batch is back: how fast the engine is, and how many requests may be inside."""
+        took = run.engine_end_ns - run.formed_ns
+        pace, count = self._pace, len(run.items)
+        if run.alone is None:
+            pace.observe(run.rows, took)
+            self._bound()
+        if self._limiter is not None:
+            seen = done_ns * count - sum([item.arrived_ns for item in run.items])
+            self._limiter.observe(done_ns, requests=count, seen_ns=seen, base_ns=took, inside=inside)
+            self._limit = self._limiter.limit
 
     def _make_room(self, item: Pending, outcome: str, error: Overloaded) -> None:
         """Refuse this request, or another one in its place. Returns where it may come in."""
@@ -332,8 +352,6 @@ class Batcher:
         inside = len(self._queue) + self._running_items
         self._running_items -= len(run.items)
         self._running_rows -= run.rows
-        if run.alone is None:
-            self._pace.observe(run.rows, run.engine_end_ns - run.formed_ns)
         self._dispatch()
         failed: list[Pending] = []
         for item, outcome in zip(run.items, outcomes(run), strict=True):
@@ -348,14 +366,7 @@ class Batcher:
                 failed.append(item)
                 sink.fail(self._failure(outcome))
         done_ns = self._clock()
-        if self._limiter is not None:
-            self._limiter.observe(
-                done_ns,
-                requests=len(run.items),
-                seen_ns=done_ns * len(run.items) - sum([item.arrived_ns for item in run.items]),
-                base_ns=run.engine_end_ns - run.formed_ns,
-                inside=inside,
-            )
+        self._learn(run, done_ns, inside)
         self._observer.batch_done(
             BatchReport(
                 items=run.items,

@@ -1,16 +1,17 @@
-"""How many requests may be inside at once, so that waiting stays short whether or not callers set deadlines.
+"""How many requests may be inside at once, so that waiting stays short also for callers who set no deadlines.
 
-The gradient limit of Netflix's concurrency-limits (E. Jouppi et al., "Performance under load", 2018; class
-GradientLimit): once a window, with `base` the time a request takes without waiting and `seen` what requests took,
+The gradient limit of Netflix's concurrency-limits (2018; class GradientLimit): once a window, with `base` the time that
+a request takes without waiting and `seen` the time that requests took,
 
     gradient = min(1, max(1/2, TOLERANCE * base / seen))
-    limit   := 4/5 * limit + 1/5 * (gradient * limit + sqrt(limit))
+    limit   := limit + SMOOTHING * (gradient * limit + sqrt(limit) - limit)
 
-One thing is different, and it is why this variant was chosen over Gradient2, Vegas and AIMD by simulation
-(`benchmarks/inference_limits.py`): `base` is not guessed from the least or the long-term average of what requests took,
-but measured, as the time of their batch in the engine. So a lasting overload is not taken for the normal state
-(Gradient2 drifts to its upper bound), and filling batches is not taken for a queue (Vegas stops below full batches).
-In balance waiting takes about TOLERANCE times the batch.
+One thing is different: `base` is not guessed from the least or from the long-term average of what requests took, but
+measured, as the time of their batch in the engine. In simulation (`benchmarks/inference_limits.py`) that is what
+decides. Gradient2's average comes to take a lasting overload for normal, and its limit is back at the upper bound after
+ten minutes. Vegas takes the filling of batches for a queue, and goes on refusing half of 64 harmless callers after an
+overload has passed. AIMD does neither, but needs a target that somebody must know for every model. In balance requests
+take about TOLERANCE times their batch.
 
 The limit never falls below what keeps every instance busy with full batches several times over, and it does not fall
 while requests take less than `HARMLESS_NS`: nobody is refused for a few milliseconds.
@@ -21,11 +22,11 @@ from __future__ import annotations
 import math
 from typing import Final
 
-TOLERANCE: Final = 8.0
+TOLERANCE: Final = 5.0
 """Waiting that is taken for normal, in times of a batch."""
 HARMLESS_NS: Final = 100_000_000
 WINDOW_NS: Final = 100_000_000
-_SMOOTHING: Final = 0.2
+_SMOOTHING: Final = 0.5
 _REQUESTS_MIN: Final = 8
 
 

@@ -40,12 +40,13 @@ class BatchQueue:
         self._mixed = False
         self._serial = 0
         self._sweep_in = 0
-        self._count = 0
+        self.count = 0
+        """Requests that wait."""
         self.rows = 0
         """Rows that wait."""
 
     def __len__(self) -> int:
-        return self._count
+        return self.count
 
     def __iter__(self) -> Iterator[Pending]:
         yield from self._alike
@@ -56,30 +57,28 @@ class BatchQueue:
         """Requests of this level and of more urgent ones."""
         if self._mixed:
             return sum(len(self._levels[urgent]) for urgent in self._order if urgent <= level)
-        return self._count if self._count and self._alike[0].level <= level else 0
+        return self.count if self.count and self._alike[0].level <= level else 0
 
     def held(self, level: int) -> int:
         """Requests of this level."""
         if self._mixed:
             known = self._levels.get(level)
             return 0 if known is None else len(known)
-        return self._count if self._count and self._alike[0].level == level else 0
+        return self.count if self.count and self._alike[0].level == level else 0
 
     def add(self, item: Pending) -> None:
         """Queue a request."""
         self._serial += 1
         item.serial = self._serial
+        self.count += 1
+        self.rows += item.rows
         if not self._mixed:
             alike = self._alike
             if not alike or self._fits(alike[-1], item):
                 alike.append(item)
-                self._count += 1
-                self.rows += item.rows
                 return
             self._mix()
         self._put(item)
-        self._count += 1
-        self.rows += item.rows
 
     def rows_ahead(self, item: Pending) -> int:
         """Rows that run before this request would, if it were queued now; not more than that."""
@@ -101,9 +100,9 @@ class BatchQueue:
     def _fits(last: Pending, item: Pending) -> bool:
         return (
             item.order_ns >= last.order_ns
-            and item.level == last.level
             and item.shape_key == last.shape_key
             and item.work.tenant == last.work.tenant
+            and item.level == last.level
         )
 
     def _mix(self) -> None:
@@ -121,12 +120,12 @@ class BatchQueue:
 
     def _left(self, item: Pending) -> None:
         """A request left the levels."""
-        self._count -= 1
+        self.count -= 1
         self.rows -= item.rows
         if not len(self._levels[item.level]):
             del self._levels[item.level]
             self._order.remove(item.level)
-        if not self._count:
+        if not self.count:
             self._mixed = False
 
     def make_room(self, item: Pending, now_ns: int) -> tuple[Pending | None, list[Pending]]:
@@ -140,7 +139,7 @@ class BatchQueue:
         if self._sweep_in < 0:
             gone = self._sweep(now_ns)
             # Looking at all of them costs each refusal as much as looking at eight.
-            self._sweep_in = self._count // 8
+            self._sweep_in = self.count // 8
             if gone:
                 return None, gone
         if not self._mixed:
@@ -162,7 +161,7 @@ class BatchQueue:
         if not self._mixed:
             left = set(map(id, gone))
             self._alike = deque(item for item in self._alike if id(item) not in left)
-            self._count = len(self._alike)
+            self.count = len(self._alike)
             self.rows -= sum(item.rows for item in gone)
             return gone
         for item in gone:
@@ -201,7 +200,7 @@ class BatchQueue:
             alike.popleft()
             if batch and (rows >= preferred or len(batch) >= rows_max):
                 break
-        self._count = len(alike)
+        self.count = len(alike)
         self.rows -= rows + left
         return batch, dropped
 
@@ -236,5 +235,5 @@ class BatchQueue:
         self._alike.clear()
         self._levels.clear()
         self._order.clear()
-        self._mixed, self._count, self.rows = False, 0, 0
+        self._mixed, self.count, self.rows = False, 0, 0
         return items
