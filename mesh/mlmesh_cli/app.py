@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mlmesh_cli.commands import importing, promotion, versions  # noqa: F401  commands of `mlmesh models`
+from mlmesh_cli.commands import importing, promotion, samples, versions  # noqa: F401  commands of `mlmesh models`
 from mlmesh_cli.commands.apply import apply
 from mlmesh_cli.commands.audit import audit_app
 from mlmesh_cli.commands.certs import certs_app
@@ -21,6 +21,7 @@ from mlmesh_cli.commands.models import models_app
 from mlmesh_cli.commands.optimize import optimize
 from mlmesh_cli.commands.quota import quota_app
 from mlmesh_cli.commands.routes import routes
+from mlmesh_cli.commands.streams import streams_app
 from mlmesh_cli.commands.studies import studies_app
 from mlmesh_cli.commands.traces import traces_app
 from mlmesh_cli.commands.train import train_app
@@ -73,6 +74,7 @@ app.command(rich_help_panel=_WORK)(infer)
 app.add_typer(quota_app, name="quota", rich_help_panel=_WORK)
 app.add_typer(audit_app, name="audit", rich_help_panel=_LOOK)
 app.command(rich_help_panel=_LOOK)(routes)
+app.add_typer(streams_app, name="streams", rich_help_panel=_LOOK)
 app.add_typer(traces_app, name="traces", rich_help_panel=_LOOK)
 app.add_typer(certs_app, name="certs", rich_help_panel=_LOOK)
 

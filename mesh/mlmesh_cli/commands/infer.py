@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mlmesh_cli.options import DEFAULT_STATE_DIR, Output, OutputFormat, StateDir
 from mlmesh_cli.terminal import Terminal, run
+
+if TYPE_CHECKING:
+    from mlmesh_cli.inferring import Metadata
+    from mlmesh_cli.names import ModelReference
+    from open_inference.grpc_service_pb2_grpc import GRPCInferenceServiceAsyncStub
 
 
 def infer(
@@ -24,6 +30,14 @@ def infer(
     input_file: Annotated[
         Path | None,
         typer.Option("--input", help="Tensor in .npy or JSON instead of images.", exists=True, dir_okay=False),
+    ] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option("--image", help="PNG or JPEG file; may be repeated.", exists=True, dir_okay=False),
+    ] = None,
+    text: Annotated[list[str] | None, typer.Option("--text", help="A text; may be repeated.")] = None,
+    audio: Annotated[
+        list[Path] | None, typer.Option("--audio", help="WAV file; may be repeated.", exists=True, dir_okay=False)
     ] = None,
     stream: Annotated[bool, typer.Option("--stream", "-s", help="Send all over one stream.")] = False,
     header: Annotated[list[str] | None, typer.Option("--header", "-H", help="NAME=VALUE; may be repeated.")] = None,
@@ -45,8 +59,32 @@ def infer(
       mlmesh infer mnist --stream --count 100 --header x-user=ada
 
       mlmesh infer mnist --input image.npy -o json
+
+      mlmesh infer ocr --image receipt.png
+
+      mlmesh infer minilm --text "a cat on a mat" --text "the stock market"
+
+      mlmesh infer voice --audio call.wav
     """
     terminal = Terminal(output)
+
+    async def _media(
+        stub: GRPCInferenceServiceAsyncStub,
+        reference: ModelReference,
+        metadata: Metadata,
+        *files: Sequence[Any],
+    ) -> None:
+        from mlmesh_cli.errors import CliError  # noqa: PLC0415
+        from mlmesh_cli.media import ask, given  # noqa: PLC0415
+        from mlmesh_cli.render.media import heard_view  # noqa: PLC0415
+
+        heard = await ask(stub, reference, given(*files), metadata=metadata, timeout_s=max(timeout, 60.0))
+        terminal.show(heard_view(heard), {"answers": [each.as_dict() for each in heard]})
+        failed = [each for each in heard if each.error]
+        if failed:
+            raise CliError(
+                f"{len(failed)} of {len(heard)} failed, the first with {failed[0].error}", reason="REQUESTS_FAILED"
+            )
 
     async def main() -> None:
         from mlmesh_cli.connection import Connection  # noqa: PLC0415  keeps `mlmesh --help` quick
@@ -62,6 +100,9 @@ def infer(
         metadata = tuple((name.lower(), value) for name, value in headers.items())
         async with Connection.from_environment(state_dir) as connection:
             stub = await connection.inference()
+            if image or text or audio:
+                await _media(stub, reference, metadata, image or [], text or [], audio or [])
+                return
             queries = await queries_for(
                 stub, reference, metadata, start=index, count=count, dataset=dataset, input_file=input_file
             )
