@@ -27,6 +27,11 @@ RANK_MAX: Final = 16
 ELEMENTS_MAX: Final = 1 << 31
 """Most elements of a tensor: more cannot be carried by one message in any datatype."""
 
+OBJECTS_MAX: Final = 1 << 20
+"""Most elements of a BYTES tensor: each is an object of its own."""
+CONVERTED_MAX: Final = 1 << 22
+"""Most elements in typed contents that are converted one by one; there is no such bound for raw contents."""
+
 _LENGTH = struct.Struct("<I")
 
 
@@ -162,6 +167,7 @@ def decode_raw(kind: Datatype, shape: Sequence[int], raw: bytes | memoryview, *,
 
 def _decode_raw_bytes(shape: Sequence[int], count: int, raw: bytes, *, tensor: str, model: str) -> Array:
     """Each element is a four byte little-endian length and that many bytes, which may be none and may hold NUL."""
+    _check_objects(count, tensor=tensor)
     size, place = len(raw), 0
     elements: list[bytes] = []
     # A count is believed only as far as the bytes can carry it: no element takes less than four.
@@ -198,6 +204,12 @@ def _check_strings(elements: Sized, count: int, *, tensor: str, model: str) -> N
         )
 
 
+def _check_objects(count: int, *, tensor: str) -> None:
+    if count > OBJECTS_MAX:
+        message = f"input '{tensor}' of BYTES has {count} elements, at most {OBJECTS_MAX} are allowed"
+        raise InvalidInput(message, field=f"inputs[{tensor}].shape", reason="SHAPE_MISMATCH")
+
+
 def object_array(elements: Sequence[object], shape: Sequence[int]) -> Array:
     """Array of Python objects; numpy would take nested sequences apart."""
     array = np.empty(len(elements), object)
@@ -209,6 +221,7 @@ def decode_typed(kind: Datatype, shape: Sequence[int], values: Sequence[Any], *,
     """Array from the typed field of InferTensorContents that `kind.contents` names. A value out of range is refused."""
     count = element_count(shape, tensor=tensor)
     if kind.itemsize == 0:
+        _check_objects(count, tensor=tensor)
         _check_strings(values, count, tensor=tensor, model=model)
         return object_array(values, shape)
     if len(values) != count:
@@ -217,6 +230,12 @@ def decode_typed(kind: Datatype, shape: Sequence[int], values: Sequence[Any], *,
             f"got {len(values) * kind.itemsize}",
             field=f"inputs[{tensor}]",
             reason="SHAPE_MISMATCH",
+        )
+    if count > CONVERTED_MAX:
+        raise InvalidInput(
+            f"input '{tensor}' has {count} elements in typed contents, at most {CONVERTED_MAX} are allowed: send "
+            "raw_input_contents",
+            field=f"inputs[{tensor}].contents",
         )
     wide = _WIDE.get(kind.contents, kind.dtype)
     array = np.fromiter(values, wide, count)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 from mlmesh_inference.catalog import ReadyModel
 from mlmesh_inference.oip.parameters import FINAL, Placement
@@ -13,6 +14,9 @@ from mlmesh_runtime.errors import InvalidInput
 from open_inference import grpc_service_pb2 as pb
 
 __all__ = ["FINAL", "write"]
+
+CLASSES_MAX: Final = 1 << 18
+"""Most classes of one output, all rows together: each is a text of its own."""
 
 _Tensor = pb.ModelInferResponse.InferOutputTensor
 
@@ -43,7 +47,7 @@ def write(
         arrays = list(arrays)
         for place, name in enumerate(names):
             if count := request.classes.get(name):
-                arrays[place] = classify(arrays[place], count, model.labels, batched=model.policy.batches)
+                arrays[place] = _classes(name, arrays[place], count, model)
                 kinds[place] = DATATYPES["BYTES"]
     typed = request.typed and not request.placed and all(kind.contents for kind in kinds)
     for name, kind, array in zip(names, kinds, arrays, strict=True):
@@ -57,6 +61,17 @@ def write(
         else:
             response.raw_output_contents.append(encode_raw(kind, array))
     return response
+
+
+def _classes(name: str, array: Array, count: int, model: ReadyModel) -> Array:
+    batched = model.policy.batches
+    rows = array.shape[0] if batched else 1
+    if rows * min(count, array.size // max(rows, 1)) > CLASSES_MAX:
+        raise InvalidInput(
+            f"'classification' of output '{name}' gives more than {CLASSES_MAX} classes",
+            field=f"outputs[{name}].parameters[classification]",
+        )
+    return classify(array, count, model.labels, batched=batched)
 
 
 def _write_typed(output: _Tensor, kind: Datatype, array: Array) -> None:

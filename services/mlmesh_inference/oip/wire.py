@@ -12,7 +12,6 @@ for byte, and a test holds the two together. Where it is not installed the Pytho
 from __future__ import annotations
 
 import importlib
-import struct
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -33,10 +32,21 @@ RECORDS_MAX: Final = 8192
 ID: Final = 0x1A
 """Tag of `id`, in requests and in responses."""
 _RAW: Final = 0x3A
-_INPUT: Final = 0x2A
-_CONTENTS: Final = 0x2A
 _HEADER: Final = frozenset({0x0A, 0x12, 0x22, 0x2A, 0x32})
 _TENSORS: Final = frozenset({0x2A, 0x32})
+_FIELDS: Final = {
+    "": {
+        1: "model_name",
+        2: "model_version",
+        3: "id",
+        4: "parameters",
+        5: "inputs",
+        6: "outputs",
+        7: "raw_input_contents",
+    },
+    "inputs": {1: "name", 2: "datatype", 3: "shape", 4: "parameters", 5: "contents"},
+    "outputs": {1: "name", 2: "parameters"},
+}
 
 PACKED: Final = {"fp32_contents": 0x32, "fp64_contents": 0x3A}
 """Tags of the typed contents whose elements lie on the wire as in memory."""
@@ -129,30 +139,33 @@ def check(message: bytes) -> None:
         return
     try:
         _walk(message)
-    except (IndexError, struct.error):
+    except IndexError:
         return
 
 
 def _walk(message: bytes) -> None:
-    records, stack = 0, [(0, len(message), False)]
+    records = 0
+    stack: list[tuple[int, int, str]] = [(0, len(message), "")]
     while stack:
-        at, end, tensor = stack.pop()
+        at, end, inside = stack.pop()
+        names = _FIELDS[inside]
         while at < end:
             records += 1
+            tag, at = _varint(message, at)
             if records > RECORDS_MAX:
+                name = names.get(tag >> 3, str(tag >> 3))
                 raise InvalidInput(
                     f"a message of {len(message)} bytes has more than {RECORDS_MAX} fields",
-                    field="inputs[].parameters" if tensor else "inputs",
+                    field=f"{inside}[].{name}" if inside else name,
                 )
-            tag, at = _varint(message, at)
             kind = tag & 7
             if kind == 2:
                 length, start = _varint(message, at)
                 at = start + length
                 if at > end:
                     return
-                if not tensor and tag in _TENSORS:
-                    stack.append((start, at, True))
+                if not inside and tag in _TENSORS:
+                    stack.append((start, at, names[tag >> 3]))
             elif kind == 0:
                 at = _varint(message, at)[1]
             else:
