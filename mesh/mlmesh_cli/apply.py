@@ -10,9 +10,11 @@ import grpc
 
 from mlmesh.local.v1 import local_pb2 as pb
 from mlmesh_cli.errors import CliError, RpcFailure, rpc_failure
+from mlmesh_cli.moving import Moved, follow_weights
 
 if TYPE_CHECKING:
     from mlmesh.local.v1.local_pb2_grpc import LocalMeshServiceAsyncStub
+    from mlmesh_cli.connection import Connection
 
 
 _DEADLINE_S = 30.0
@@ -45,6 +47,19 @@ async def apply_documents(
             "correct it and apply again; nothing was changed, the configuration before stays active",
             reason=failure.reason or failure.code,
         ) from None
+
+
+async def streams_follow(connection: Connection, response: pb.ApplyResponse) -> Moved | None:
+    """Has open streams follow the routes, where they changed; None where they did not.
+
+    What cannot be asked is left: a change that is active is not undone because a process just restarts.
+    """
+    if not any(change.kind == "VirtualService" and change.action != "unchanged" for change in response.changes):
+        return None
+    try:
+        return await follow_weights(connection)
+    except grpc.aio.AioRpcError:
+        return None
 
 
 def _problems(failure: RpcFailure) -> str:

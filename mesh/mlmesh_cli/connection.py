@@ -22,10 +22,12 @@ from mlmesh.local.v1 import local_pb2, local_pb2_grpc
 from mlmesh_cli.config import SERVICE_PORT, CliSettings, service_target
 from mlmesh_cli.errors import CliError, not_running
 from mlmesh_local.state import StateDir
+from mlmesh_runtime.config import split_address
 
 if TYPE_CHECKING:
     from mlmesh.registry.v1 import registry_pb2_grpc
     from mlmesh.training.v1 import training_pb2_grpc
+    from mlmesh_client import AioClient
     from open_inference import grpc_service_pb2_grpc
 
 CLIENT_WORKLOAD = "toolbox"
@@ -170,6 +172,18 @@ class Connection:
         from open_inference import grpc_service_pb2_grpc  # noqa: PLC0415
 
         return grpc_service_pb2_grpc.GRPCInferenceServiceStub(await self.channel("inference", workload=workload))
+
+    async def inference_client(self, *, workload: str = "") -> AioClient:
+        """Inference, by the client library; closed with this connection."""
+        from mlmesh_client import AioClient  # noqa: PLC0415
+
+        route = await self.route("inference", workload=workload)
+        if route.outbound_host:
+            _, port = split_address(route.target)
+            client = AioClient(f"{route.outbound_host}:{port}", authority=route.target, timeout=SERVICE_DEADLINE_S)
+        else:
+            client = AioClient(route.target, timeout=SERVICE_DEADLINE_S)
+        return await self._stack.enter_async_context(client)
 
     async def otlp_endpoint(self) -> str:
         """Where client spans go ("host:port"), empty when there is no collector."""

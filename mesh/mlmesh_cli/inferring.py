@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ import numpy as np
 from mlmesh_cli.errors import CliError
 from mlmesh_cli.tensors import Array, outputs
 from mlmesh_cli.tracing import request_span
+from mlmesh_client import AioClient, InferenceError, Result
+from mlmesh_runtime.telemetry import inject
 from open_inference import grpc_service_pb2 as oip
 
 if TYPE_CHECKING:
@@ -24,7 +27,6 @@ Metadata = tuple[tuple[str, str], ...]
 # Every this-many-th request of a command is traced, beginning with the first.
 _TRACE_EVERY = 100
 STREAM_DEADLINE_S = 3600.0
-_WRITE_AFTER_END = "Internal error from Core"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,11 +94,14 @@ def classify(tensors: dict[str, Array]) -> tuple[int, float]:
 
 def read_answer(query: Query, response: oip.ModelInferResponse, latency_s: float, trace_id: str = "") -> Answer:
     """An answer from a response message."""
-    tensors = outputs(response)
+    return _answer(query, response.model_version, outputs(response), latency_s, trace_id)
+
+
+def _answer(query: Query, version: str, tensors: dict[str, Array], latency_s: float, trace_id: str) -> Answer:
     predicted, confidence = classify(tensors)
     return Answer(
         name=query.name,
-        version=response.model_version,
+        version=version,
         predicted=predicted,
         confidence=confidence,
         expected=query.expected,
@@ -163,7 +168,7 @@ async def infer_unary(
 
 
 async def infer_stream(
-    stub: GRPCInferenceServiceAsyncStub,
+    client: AioClient,
     queries: Sequence[Query],
     *,
     metadata: Metadata = (),
@@ -172,48 +177,51 @@ async def infer_stream(
 ) -> list[Answer]:
     """Sends every query over one stream, at most `in_flight` unanswered. Answers come in the order of the queries.
 
+    The stream outlives connections: it goes on elsewhere when its server goes away or the mesh wants it to move.
+
     Raises:
-        grpc.aio.AioRpcError: the stream itself failed.
-        CliError: the stream ended before the last answer.
+        CliError: the stream could not go on.
     """
-    room = asyncio.Semaphore(in_flight)
     sent: list[float] = []
     answers: list[Answer] = []
-
-    async def requests() -> AsyncIterator[oip.ModelInferRequest]:
-        for query in queries:
-            await room.acquire()
-            sent.append(time.perf_counter())
-            yield query.request
-
+    model, version = queries[0].request.model_name, queries[0].request.model_version
     with request_span("mlmesh infer --stream") as span:
-        call = stub.ModelStreamInfer(requests(), metadata=metadata, timeout=STREAM_DEADLINE_S)
-        try:
-            async for message in call:
-                index = len(answers)
-                took = time.perf_counter() - sent[index]
-                answer = _stream_answer(queries[index], message, took, span.trace_id)
-                answers.append(answer)
-                each(answer)
-                room.release()
-        except grpc.aio.AioRpcError as error:
-            # A write that meets a stream already ended with OK fails with this text in place of a status.
-            if error.details() != _WRITE_AFTER_END:
-                raise
-    if len(answers) != len(queries):
-        problem = f"the stream ended after {len(answers)} of {len(queries)} answers"
-        raise CliError(problem, "try again; `mlmesh status` shows what restarted", reason="STREAM_CUT")
+        traced = (*metadata, *inject().items())
+        async with client.stream(model, version=version, in_flight=in_flight, metadata=traced) as stream:
+
+            async def send() -> None:
+                # A stream that fails says so to whoever waits for results.
+                with contextlib.suppress(InferenceError):
+                    for query in queries:
+                        # A query may be sent more than once, and every message gets an id of its own.
+                        message = oip.ModelInferRequest()
+                        message.CopyFrom(query.request)
+                        await stream.send_message(message, timeout=STREAM_DEADLINE_S)
+                        sent.append(time.perf_counter())
+                    stream.done_sending()
+
+            async with asyncio.TaskGroup() as group:
+                group.create_task(send())
+                try:
+                    async for result in stream:
+                        took = time.perf_counter() - sent[len(answers)]
+                        answer = _stream_answer(queries[len(answers)], result, took, span.trace_id)
+                        answers.append(answer)
+                        each(answer)
+                except InferenceError as error:
+                    raise CliError(
+                        f"the stream ended after {len(answers)} of {len(queries)} answers with "
+                        f"{error.code}: {error.message}",
+                        "try again; `mlmesh status` shows what restarted",
+                        reason="STREAM_CUT",
+                    ) from None
     return answers
 
 
-def _stream_answer(query: Query, message: oip.ModelStreamInferResponse, took: float, trace_id: str) -> Answer:
-    if message.error_message:
+def _stream_answer(query: Query, result: Result, took: float, trace_id: str) -> Answer:
+    if result.error is not None:
+        error = f"{result.error.code}: {result.error.message}"
         return Answer(
-            name=query.name,
-            expected=query.expected,
-            latency_s=took,
-            error=message.error_message,
-            trace_id=trace_id,
-            tensors={},
+            name=query.name, expected=query.expected, latency_s=took, error=error, trace_id=trace_id, tensors={}
         )
-    return read_answer(query, message.infer_response, took, trace_id)
+    return _answer(query, result.model_version, dict(result.outputs), took, trace_id)

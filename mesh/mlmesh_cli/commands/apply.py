@@ -30,6 +30,9 @@ def apply(
     prune: Annotated[
         bool, typer.Option("--prune", help="Also remove active resources that are not in these files.")
     ] = False,
+    move: Annotated[
+        bool, typer.Option("--move-streams/--leave-streams", help="Have open streams follow changed weights.")
+    ] = True,
     state_dir: StateDir = DEFAULT_STATE_DIR,
     output: Output = OutputFormat.TABLE,
 ) -> None:
@@ -46,10 +49,11 @@ def apply(
     terminal = Terminal(output)
 
     async def main() -> None:
-        from mlmesh_cli.apply import apply_documents  # noqa: PLC0415  keeps `mlmesh --help` quick
+        from mlmesh_cli.apply import apply_documents, streams_follow  # noqa: PLC0415  keeps `mlmesh --help` quick
         from mlmesh_cli.connection import Connection  # noqa: PLC0415
         from mlmesh_cli.defaults import read_documents  # noqa: PLC0415
         from mlmesh_cli.render.status import changes_view  # noqa: PLC0415
+        from mlmesh_cli.render.streams import moved_line  # noqa: PLC0415
 
         wanted = [*(paths or []), *(file or [])]
         if not wanted:
@@ -57,6 +61,10 @@ def apply(
         documents = read_documents(wanted)
         async with Connection.from_environment(state_dir) as connection:
             response = await apply_documents(await connection.control(), documents, dry_run=dry_run, prune=prune)
-        terminal.show(changes_view(response, dry_run=dry_run), response)
+            terminal.show(changes_view(response, dry_run=dry_run), response)
+            if move and not dry_run:
+                moved = await streams_follow(connection, response)
+                if moved is not None and moved.streams:
+                    terminal.say(f"streams follow the weights: {moved_line(moved)}")
 
     run(terminal, main)

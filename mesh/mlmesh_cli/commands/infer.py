@@ -109,7 +109,7 @@ def infer(
             async with exporting(await connection.otlp_endpoint()):
                 if stream:
                     answers = await infer_stream(
-                        stub,
+                        await connection.inference_client(),
                         queries,
                         metadata=metadata,
                         in_flight=max(concurrency, 8),

@@ -39,7 +39,7 @@ def test_every_command_of_the_issue_is_here() -> None:
     assert names == {
         "init", "up", "down", "status", "apply", "demo", "train",
         "studies", "jobs", "models", "datasets", "infer", "routes", "traces", "certs",
-        "quota", "audit", "optimize",
+        "quota", "audit", "optimize", "streams",
     }  # fmt: skip
 
 
@@ -368,20 +368,34 @@ def test_infer_sends_a_file(mesh: FakeMesh, tmp_path: Path) -> None:
     assert np.frombuffer(sent.raw_input_contents[0], np.float32).tolist() == [1.0] * 64
 
 
-def test_a_stream_that_ends_early_is_a_failure(mesh: FakeMesh) -> None:
+def test_a_stream_that_ends_early_goes_on(mesh: FakeMesh) -> None:
     _serve_model(mesh)
     whole = mesh.inference._answers["ModelStreamInfer"]
+    connections = 0
 
     def stream(requests: Any, context: Any) -> Iterator[Any]:
+        nonlocal connections
+        connections += 1
         for number, response in enumerate(whole(requests, context)):
             if number == 2:
                 return
             yield response
 
     mesh.inference["ModelStreamInfer"] = stream
+    result = mesh.run("infer", "digits", "--stream", "--count", "5", "-o", "json")
+    assert result.exit_code == 0, result.stderr
+    assert len(result.stdout.splitlines()) == 5
+    assert connections == 3
+
+
+def test_a_stream_that_is_refused_is_a_failure(mesh: FakeMesh) -> None:
+    _serve_model(mesh)
+    mesh.inference["ModelStreamInfer"] = lambda _requests, context: abort(
+        context, grpc.StatusCode.PERMISSION_DENIED, "RBAC: access denied"
+    )
     result = mesh.run("infer", "digits", "--stream", "--count", "5")
     assert result.exit_code == 1
-    assert "ended after 2 of 5 answers" in result.stderr
+    assert "PERMISSION_DENIED: RBAC: access denied" in result.stderr
 
 
 def test_services_are_called_through_the_sidecar_of_the_toolbox(mesh: FakeMesh) -> None:
