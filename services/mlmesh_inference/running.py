@@ -38,7 +38,8 @@ class Work:
     """A checked request.
 
     Attributes:
-        inputs: arrays by name, of the signature's dtypes and shapes. outputs: names wanted, in that order.
+        inputs: arrays by name, of the signature's dtypes and shapes, not always aligned or writable.
+        outputs: names wanted, in that order.
         rows: size of the batch dimension, 1 for a model without one.
         deadline_ns: of the monotonic clock, 0 for none: when the caller stops waiting.
         timeout_us: longest wait in the queue that the request itself asks for (the protocol's `timeout`), 0 for none;

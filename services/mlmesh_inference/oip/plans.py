@@ -174,7 +174,10 @@ class Plan:
     def work(
         self, message: bytes, spans: Sequence[int], deadline_ns: int, tenant: str, trace: object | None
     ) -> Work | None:
-        """The work of a request with this header whose raw contents are at `spans`; None when they do not fit."""
+        """The work of a request with this header whose raw contents are at `spans`; None when they do not fit.
+
+        Its inputs are views of the message, wherever they begin there, so not always aligned.
+        """
         if len(spans) != self._spans:
             return None
         inputs: dict[str, Array] = {}
@@ -184,11 +187,7 @@ class Plan:
             at += 2
             size = feed.size
             if end - start == size > 0:
-                # A bytes object's own bytes are aligned to 16, so its slices are too.
-                if start % feed.kind.itemsize:
-                    inputs[feed.name] = np.ndarray(feed.shape, feed.kind.dtype, message[start:end])
-                else:
-                    inputs[feed.name] = np.ndarray(feed.shape, feed.kind.dtype, message, start)
+                inputs[feed.name] = np.ndarray(feed.shape, feed.kind.dtype, message, start)
             elif (array := self._unusual(feed, message, start, end)) is not None:
                 inputs[feed.name] = array
             else:

@@ -50,7 +50,8 @@ def _execute(
 ) -> list[Array]:
     first = items[0].work
     if len(items) == 1:
-        inputs = first.inputs
+        # Inputs are views of requests, wherever they begin there; joining several aligns them as well.
+        inputs = {name: array if array.flags.aligned else array.copy() for name, array in first.inputs.items()}
     else:
         inputs = {name: np.concatenate([item.work.inputs[name] for item in items]) for name in first.inputs}
     if run is not None:
