@@ -20,6 +20,7 @@ from mlmesh_local.resources.model import (
     Deployment,
     Destination,
     DestinationRule,
+    EnvoyFilter,
     Gateway,
     HttpRule,
     PeerAuthentication,
@@ -207,11 +208,12 @@ class _Check:
     # Policies
 
     def policies(self) -> None:
-        selecting: tuple[PeerAuthentication | AuthorizationPolicy | Telemetry | Gateway, ...] = (
+        selecting: tuple[PeerAuthentication | AuthorizationPolicy | Telemetry | Gateway | EnvoyFilter, ...] = (
             *self._resources.specs(PeerAuthentication),
             *self._resources.specs(AuthorizationPolicy),
             *self._resources.specs(Telemetry),
             *self._resources.specs(Gateway),
+            *self._resources.specs(EnvoyFilter),
         )
         for policy in selecting:
             scope = policy.meta.namespace

@@ -10,7 +10,11 @@ from mlmesh_local.resources.meta import (
 )
 from mlmesh_local.resources.model_policy import (
     AuthorizationPolicy,
+    EnvoyFilter,
+    FilterPatch,
     MtlsMode,
+    PatchContext,
+    PatchOperation,
     PeerAuthentication,
     PolicyRule,
     Telemetry,
@@ -66,6 +70,7 @@ Spec = (
     | PeerAuthentication
     | AuthorizationPolicy
     | Telemetry
+    | EnvoyFilter
     | Deployment
     | Service
     | ServiceAccount
@@ -83,9 +88,11 @@ __all__ = [
     "EntryEndpoint",
     "EntryPort",
     "EnvironmentVariable",
+    "EnvoyFilter",
     "Fault",
     "FaultAbort",
     "FaultDelay",
+    "FilterPatch",
     "Gateway",
     "GatewayServer",
     "HashKey",
@@ -97,6 +104,8 @@ __all__ = [
     "Mirror",
     "MtlsMode",
     "OutlierDetection",
+    "PatchContext",
+    "PatchOperation",
     "PeerAuthentication",
     "PolicyRule",
     "Probe",

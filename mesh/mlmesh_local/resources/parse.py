@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlmesh_local.resources.destinations import parse_destination_rule
+from mlmesh_local.resources.extensions import parse_envoy_filter
 from mlmesh_local.resources.fields import Fields
 from mlmesh_local.resources.gateways import parse_gateway, parse_service_entry
 from mlmesh_local.resources.model import Meta, Spec
@@ -49,6 +50,7 @@ _KINDS: dict[str, _Kind] = {
     "PeerAuthentication": _Kind(group="security.istio.io", versions=_SECURITY, parse=parse_peer_authentication),
     "AuthorizationPolicy": _Kind(group="security.istio.io", versions=_SECURITY, parse=parse_authorization_policy),
     "Telemetry": _Kind(group="telemetry.istio.io", versions=("v1", "v1alpha1"), parse=parse_telemetry),
+    "EnvoyFilter": _Kind(group="networking.istio.io", versions=("v1alpha3",), parse=parse_envoy_filter),
     "Deployment": _Kind(group="apps", versions=("v1",), parse=parse_deployment),
     "Service": _Kind(group="", versions=("v1",), parse=parse_service),
     "ServiceAccount": _Kind(group="", versions=("v1",), parse=parse_service_account),

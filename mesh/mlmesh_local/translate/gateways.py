@@ -81,7 +81,7 @@ def _listener(view: View, proxy: ProxyNode, port: int, served: list[Served]) -> 
         _, server = group[0]
         chain: Json = {
             "name": route_name,
-            "filters": [manager(view, proxy, "gateway", route_name, f"outbound_{name}")],
+            "filters": [manager(view, proxy, "gateway", route_name, f"outbound_{name}", port=port)],
         }
         if server.tls:
             chain["transport_socket"] = tls.gateway_server(server.tls, view.world.trust_domain)

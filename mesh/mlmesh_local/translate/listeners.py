@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Final, Literal
 
 from mlmesh_local.envoy_types import Json, typed
 from mlmesh_local.model import ProxyNode
-from mlmesh_local.resources.model import MtlsMode
+from mlmesh_local.resources.model import FilterPatch, MtlsMode
 from mlmesh_local.translate import tls
 from mlmesh_local.translate.authorization import authorization_filters
 from mlmesh_local.translate.names import ADS, address, filter_of, inbound_cluster
@@ -15,6 +15,7 @@ from mlmesh_local.translate.routes import FAULT_FILTER
 from mlmesh_local.translate.view import View
 
 Role = Literal["inbound", "outbound", "gateway"]
+_CONTEXTS: Final = {"inbound": "SIDECAR_INBOUND", "outbound": "SIDECAR_OUTBOUND", "gateway": "GATEWAY"}
 
 _MANAGER = "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager"
 _GRPC_STATS = "envoy.extensions.filters.http.grpc_stats.v3.FilterConfig"
@@ -26,13 +27,13 @@ _INSPECTOR = "envoy.extensions.filters.listener.tls_inspector.v3.TlsInspector"
 _ISTIO_ALPN = ["istio-http/1.0", "istio-http/1.1", "istio-h2", "istio-peer-exchange", "istio"]
 
 
-def manager(view: View, proxy: ProxyNode, role: Role, route_name: str, stat_prefix: str) -> Json:
+def manager(view: View, proxy: ProxyNode, role: Role, route_name: str, stat_prefix: str, *, port: int) -> Json:
     """A connection manager as network filter; its routes come over RDS."""
     config: Json = {
         "stat_prefix": stat_prefix,
         "codec_type": "AUTO",
         "rds": {"config_source": ADS, "route_config_name": route_name},
-        "http_filters": _filters(role),
+        "http_filters": _patched(_filters(role), view.patches(proxy, _CONTEXTS[role], port)),
         "server_name": "istio-envoy",
         "normalize_path": True,
         "stream_idle_timeout": "0s",
@@ -75,6 +76,23 @@ def _filters(role: Role) -> list[Json]:
     ]
 
 
+def _patched(filters: list[Json], patches: tuple[FilterPatch, ...]) -> list[Json]:
+    """Filters with those that EnvoyFilters add; a patch whose place is not there adds nothing, as in Istio."""
+    for patch in patches:
+        names = [each["name"] for each in filters]
+        if patch.sub_filter and patch.sub_filter not in names:
+            continue
+        if patch.operation == "INSERT_FIRST" or (patch.operation == "INSERT_BEFORE" and not patch.sub_filter):
+            place = 0
+        elif patch.operation == "INSERT_BEFORE":
+            place = names.index(patch.sub_filter)
+        else:
+            place = names.index(patch.sub_filter) + 1 if patch.sub_filter else len(names)
+        # The router ends every request: nothing comes after it.
+        filters.insert(min(place, len(filters) - 1), dict(patch.value))
+    return filters
+
+
 def outbound_listener(view: View, proxy: ProxyNode, port: int) -> Json:
     """Where a sidecar's application dials to call services on a port; routed by authority."""
     name = f"{proxy.outbound_address}_{port}"
@@ -82,7 +100,7 @@ def outbound_listener(view: View, proxy: ProxyNode, port: int) -> Json:
         "name": name,
         "address": address(proxy.outbound_address, port),
         "traffic_direction": "OUTBOUND",
-        "filter_chains": [{"filters": [manager(view, proxy, "outbound", str(port), f"outbound_{name}")]}],
+        "filter_chains": [{"filters": [manager(view, proxy, "outbound", str(port), f"outbound_{name}", port=port)]}],
     }
 
 
@@ -94,7 +112,7 @@ def inbound_listener(view: View, proxy: ProxyNode, port: int, mode: MtlsMode) ->
         "address": address(proxy.pod_address, port),
         "traffic_direction": "INBOUND",
     }
-    http = [manager(view, proxy, "inbound", inbound_cluster(port), f"inbound_{name}")]
+    http = [manager(view, proxy, "inbound", inbound_cluster(port), f"inbound_{name}", port=port)]
     secure: Json = {"name": "mtls", "filters": http, "transport_socket": tls.mesh_server(view.world.trust_domain)}
     if mode == "STRICT":
         return {**listener, "filter_chains": [secure]}

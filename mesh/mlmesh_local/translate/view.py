@@ -18,6 +18,8 @@ from mlmesh_local.resources.model import (
     Deployment,
     Destination,
     DestinationRule,
+    EnvoyFilter,
+    FilterPatch,
     Gateway,
     LoadBalancer,
     MtlsMode,
@@ -110,6 +112,22 @@ class View:
     def gateways(self, proxy: ProxyNode) -> tuple[Gateway, ...]:
         """Gateways whose servers a gateway proxy runs."""
         return tuple(g for g in self.resources.specs(Gateway) if selects(g.selector, proxy.labels))
+
+    def patches(self, proxy: ProxyNode, context: str, port: int) -> tuple[FilterPatch, ...]:
+        """More HTTP filters for a listener of a proxy: those of the root namespace first, then by priority and age."""
+        filters = [
+            one
+            for one in self.resources.specs(EnvoyFilter)
+            if one.meta.namespace in (self.world.root_namespace, proxy.namespace)
+            and selects(one.selector, proxy.labels)
+        ]
+        filters.sort(key=lambda one: (one.meta.namespace != self.world.root_namespace, one.priority))
+        return tuple(
+            patch
+            for one in filters
+            for patch in one.patches
+            if patch.context in ("ANY", context) and patch.port in (0, port)
+        )
 
     # Security and telemetry
 

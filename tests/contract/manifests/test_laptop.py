@@ -34,7 +34,7 @@ def test_the_files_as_they_are() -> None:
     assert replicas["inference-v1"] == 2
 
 
-@pytest.mark.parametrize("overlay", ["cpu", "gpu"])
+@pytest.mark.parametrize("overlay", ["cpu", "gpu", "json"])
 def test_what_production_applies(overlay: str, tmp_path: Path) -> None:
     rendered = tmp_path / "all.yaml"
     rendered.write_text(yaml.safe_dump_all(manifests.render(manifests.OVERLAYS / overlay)))

@@ -14,7 +14,8 @@ CPU = manifests.OVERLAYS / "cpu"
 GPU = manifests.OVERLAYS / "gpu"
 PROD = manifests.OVERLAYS / "prod"
 KUBEFLOW = manifests.OVERLAYS / "kubeflow"
-FOLDERS = [manifests.BASE, manifests.ISTIO, CPU, GPU, PROD, KUBEFLOW]
+JSON = manifests.OVERLAYS / "json"
+FOLDERS = [manifests.BASE, manifests.ISTIO, CPU, GPU, PROD, KUBEFLOW, JSON]
 SCALED = ("inference-v1", "inference-v2", "ingressgateway")
 
 
@@ -30,7 +31,7 @@ def test_our_renderer_and_kustomize_agree(folder: Path) -> None:
     assert _by_name(manifests.render(folder)) == _by_name(real)
 
 
-@pytest.mark.parametrize("folder", [CPU, GPU, PROD, KUBEFLOW], ids=lambda path: cast(Path, path).name)
+@pytest.mark.parametrize("folder", [CPU, GPU, PROD, KUBEFLOW, JSON], ids=lambda path: cast(Path, path).name)
 def test_overlays_hold_workloads_and_traffic(folder: Path) -> None:
     rendered = set(_by_name(manifests.render(folder)))
     gone = {("PersistentVolumeClaim", "registry-data")} if folder is PROD else set()
@@ -38,7 +39,7 @@ def test_overlays_hold_workloads_and_traffic(folder: Path) -> None:
     assert set(_by_name(manifests.documents(manifests.ISTIO))) <= rendered
 
 
-@pytest.mark.parametrize("folder", [CPU, GPU, PROD, KUBEFLOW], ids=lambda path: cast(Path, path).name)
+@pytest.mark.parametrize("folder", [CPU, GPU, PROD, KUBEFLOW, JSON], ids=lambda path: cast(Path, path).name)
 def test_applying_again_does_not_undo_the_autoscalers(folder: Path) -> None:
     deployments = manifests.of_kind(manifests.render(folder), "Deployment")
     assert {name for name, d in deployments.items() if "replicas" not in d["spec"]} == set(SCALED)
