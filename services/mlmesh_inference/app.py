@@ -16,12 +16,14 @@ from mlmesh_inference.building import building, operations_service, tensorrt_kin
 from mlmesh_inference.builds import Builds
 from mlmesh_inference.cache import ModelCache
 from mlmesh_inference.catalog import Catalog, State, Status
+from mlmesh_inference.choosing import EngineChooser
 from mlmesh_inference.config import InferenceSettings, ProtocolSettings
 from mlmesh_inference.config_engines import EngineSettings
 from mlmesh_inference.control import WATCH_METHODS, InferenceControlServicer
 from mlmesh_inference.engines.base import EngineKind
-from mlmesh_inference.engines.onnx import OnnxKind
+from mlmesh_inference.engines.kinds import engine_kinds as model_file_kinds
 from mlmesh_inference.engines.tensorrt import TensorRTKind
+from mlmesh_inference.engines.verdicts import VerdictStore
 from mlmesh_inference.follow import Source
 from mlmesh_inference.loader import Loader
 from mlmesh_inference.loading import Loading
@@ -38,6 +40,7 @@ from mlmesh_inference.renewal import LoadedVersions
 from mlmesh_inference.tokens import Tokens
 from mlmesh_inference.trace_settings import TraceSettings
 from mlmesh_inference.tracing import SpanTracer
+from mlmesh_inference.tuning import tune
 from mlmesh_runtime.channel import open_channel
 from mlmesh_runtime.config import Settings
 from mlmesh_runtime.direct import DirectMethod
@@ -52,8 +55,8 @@ _SERVICE: Final = grpc_service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceSer
 
 
 def engine_kinds(tensorrt: TensorRTKind | None = None) -> tuple[EngineKind, ...]:
-    """Engines in the order of preference."""
-    return (tensorrt or TensorRTKind(), OnnxKind())
+    """Engines in the order of preference, before anything is measured."""
+    return (tensorrt or TensorRTKind(), *model_file_kinds())
 
 
 def server_version() -> str:
@@ -182,6 +185,13 @@ async def serve(settings: Settings, *, source: Source | None = None, kinds: Sequ
             disk=executors["disk"],
             build=executors["build"],
             tracer=SpanTracer(admits=traces.admits),
+            chooser=EngineChooser(
+                kinds,
+                inference,
+                VerdictStore(settings.data_dir / "verdicts"),
+                disk=executors["disk"],
+                build=executors["build"],
+            ),
         )
         loader = Loader(loading, on_synced=model_health.synced)
         served = LoadedVersions(loading, loader.record)
@@ -206,6 +216,7 @@ async def serve(settings: Settings, *, source: Source | None = None, kinds: Sequ
         server.on_drain(streaming.open.drain)
         async with server, asyncio.TaskGroup() as group:
             background = [group.create_task(loader.run()), group.create_task(made.run(catalog))]
+            background.append(group.create_task(tune(loading)))
             await server.serve_until_signal()
             for task in background:
                 task.cancel()

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
+from mlmesh_inference.engines.base import EngineFacts
+from mlmesh_inference.engines.selection import Trial
 from mlmesh_inference.running import Runner
 from mlmesh_inference.scheduling.policy import BatchPolicy
 from mlmesh_inference.serving import ServingConfig
@@ -72,6 +74,8 @@ class ReadyModel:
     config: ServingConfig = field(default_factory=ServingConfig)
     composing: tuple[tuple[str, int], ...] = ()
     path: Path | None = None
+    facts: EngineFacts = field(default_factory=EngineFacts)
+    trials: tuple[Trial, ...] = ()
     inputs: Mapping[str, TensorSpec] = field(init=False)
     outputs: Mapping[str, TensorSpec] = field(init=False)
     output_names: tuple[str, ...] = field(init=False)
@@ -185,6 +189,12 @@ class Catalog:
         before = self._statuses.get(key) or Status(model=ready.name, version=ready.version, state=State.READY)
         self._route()
         self._put(replace(before, state=State.READY, engine=engine, engine_reason=engine_reason, error=""))
+
+    def amend(self, ready: ReadyModel, *, engine_reason: str) -> None:
+        """Say more of a version that answers, with the same runner."""
+        status = self._statuses.get((ready.name, ready.version))
+        if status is not None:
+            self.install(ready, engine=status.engine, engine_reason=engine_reason)
 
     def fail(self, model: str, version: int, error: str) -> None:
         """It could not be loaded."""

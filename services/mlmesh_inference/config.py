@@ -109,6 +109,10 @@ VARIABLES: tuple[Variable, ...] = (
 )
 
 
+ENGINES: Final = ("auto", "onnxruntime", "openvino", "torch", "torch-compiled", "tensorrt")
+"""What MLMESH_ENGINE may be."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProtocolSettings:
     """Choices that the Open Inference Protocol leaves to a server.
@@ -136,9 +140,12 @@ class ProtocolSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InferenceSettings:
-    """Bounds and selectors of an inference process."""
+    """Bounds and selectors of an inference process, and what its engines are to be where a model does not say."""
 
     selectors: tuple[Selector, ...] = ()
+    engine: str = "auto"
+    precision: str = ""
+    tuning: str = "background"
     rows_max: int = 64
     rows_preferred: int = 8
     queue_items_max: int = 256
@@ -161,6 +168,9 @@ class InferenceSettings:
             cpus = len(os.sched_getaffinity(0))
         return cls(
             selectors=selectors,
+            engine=_choice(settings.environ, "MLMESH_ENGINE", ENGINES),
+            precision=_choice(settings.environ, "MLMESH_PRECISION", ("", "fp32", "bf16", "fp16")),
+            tuning=_choice(settings.environ, "MLMESH_ENGINE_TUNING", ("background", "load", "off")),
             rows_max=rows_max,
             rows_preferred=min(preferred, rows_max),
             queue_items_max=_count(settings.environ, "MLMESH_QUEUE_ITEMS_MAX"),

@@ -13,6 +13,7 @@ from mlmesh.inference.v1 import control_pb2_grpc as stubs
 from mlmesh_inference.builds import Builds
 from mlmesh_inference.catalog import Catalog, Status
 from mlmesh_inference.engines.base import EngineKind
+from mlmesh_inference.engines.selection import Trial
 from mlmesh_inference.moving import OpenStreams
 from mlmesh_inference.operations import operation, operation_name
 from mlmesh_runtime.errors import NotFound, Unsupported
@@ -113,12 +114,29 @@ class InferenceControlServicer(stubs.InferenceControlServiceServicer):
         ready = self._catalog.ready(status.model, status.version)
         if ready is not None:
             served.batch_size_max = ready.policy.rows_max if ready.policy.batches else 1
+            served.batch_size_preferred = ready.policy.rows_preferred if ready.policy.batches else 1
+            served.precision = ready.facts.precision
+            served.memory_bytes = ready.facts.memory_bytes
+            served.trials.extend(map(_trial, ready.trials))
             served.inference_count = ready.statistics.inference_count
             served.execution_count = ready.statistics.execution_count
             served.queue_depth = ready.runner.depth
             served.concurrency_limit = ready.statistics.concurrency_limit
             served.stream_count = self._streams.open_at(status.model, status.version)
         return served
+
+
+def _trial(trial: Trial) -> pb.EngineTrial:
+    message = pb.EngineTrial(
+        engine=trial.engine,
+        precision=trial.precision,
+        chosen=trial.chosen,
+        reason=trial.reason,
+        error_max=trial.error_max,
+    )
+    for rows, seconds in trial.batch_times:
+        message.batch_times.add(rows=rows).duration.FromNanoseconds(int(seconds * 1e9))
+    return message
 
 
 def _timestamp(seconds: float) -> Timestamp:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -15,11 +15,22 @@ import numpy as np
 
 from mlmesh_inference.cache import ModelCache
 from mlmesh_inference.catalog import Catalog, ReadyModel, State
+from mlmesh_inference.choosing import EngineChooser, Plan, Queue, When
 from mlmesh_inference.config import InferenceSettings
 from mlmesh_inference.configured import ConfigError, batched, read_labels, rows_bounds, sample, served_signature
 from mlmesh_inference.desired import ModelFile, VersionRecord, signature_mismatch
 from mlmesh_inference.engine_options import engine_options
-from mlmesh_inference.engines.base import BuiltEngine, Engine, EngineError, EngineKind, build_preferred
+from mlmesh_inference.engines.base import (
+    BuiltEngine,
+    Engine,
+    EngineError,
+    EngineFacts,
+    EngineKind,
+    MemorySource,
+    build_preferred,
+)
+from mlmesh_inference.engines.memory import GrowthMeter
+from mlmesh_inference.engines.selection import Trial, chosen
 from mlmesh_inference.follow import Backoff, Sleep, Source
 from mlmesh_inference.oip.model_config import read_text
 from mlmesh_inference.pipelines.assembly import (
@@ -37,6 +48,7 @@ from mlmesh_inference.scheduling.policy import BatchPolicy
 from mlmesh_inference.serving import CONFIG_FILE, ServingConfig
 from mlmesh_inference.statistics import Statistics, Tracer
 from mlmesh_inference.tensors import Array, Signature, TensorSpec, show
+from mlmesh_inference.tuning import settle
 from mlmesh_runtime.chunks import crc32c
 from mlmesh_runtime.errors import Corrupt, InvalidInput, MeshError, NotFound
 from mlmesh_runtime.executors import BoundedExecutor, run_blocking
@@ -44,6 +56,8 @@ from mlmesh_runtime.executors import BoundedExecutor, run_blocking
 _LOG = logging.getLogger(__name__)
 
 CORRUPT_ATTEMPTS_MAX: Final = 3
+GROWTH: Final = GrowthMeter()
+"""Memory that engines take; one a process, because memory is the process's."""
 _PLATFORMS: Final = {"onnxruntime-cpu": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}
 
 
@@ -58,6 +72,8 @@ class Loading:
     Args:
         source: bytes. cache: the disk. catalog: is told how it goes. kinds: engines in order of preference.
         disk, build: executors for files and for engines.
+        chooser: has engines tried; without one the first of `kinds` that can serves for good.
+        waiting: versions that serve and whose engines are yet to be tried; see tuning.tune.
     """
 
     source: Source
@@ -69,6 +85,8 @@ class Loading:
     build: BoundedExecutor
     tracer: Tracer | None = None
     sleep: Sleep = asyncio.sleep
+    chooser: EngineChooser | None = None
+    waiting: Queue[tuple[Prepared, ReadyModel]] = field(default_factory=Queue)
     dependencies: Dependencies = field(init=False)
 
     def __post_init__(self) -> None:
@@ -102,7 +120,6 @@ class Loading:
         file = record.model_file
         self.catalog.begin(model, version, total_bytes=record.size, sha256=file.sha256 if file else "")
         built: BuiltEngine | None = None
-        path: Path | None = None
         try:
             await self._fetch_until_here(record, stalled)
             folder = await run_blocking(self.disk, self.cache.lay_out, record)
@@ -111,21 +128,52 @@ class Loading:
             if config.steps:
                 built = await self._ensemble(record, config, folder, stalled)
                 served = Served.of(config, built.engine, self.settings)
+                prepared = Prepared(record=record, built=built, served=served, config=config, folder=folder)
             else:
                 path = folder / _model_path(record, config)
                 self.catalog.progress(model, version, State.BUILDING)
-                built = await run_blocking(self.build, self._built, path, record, config)
-                served = Served.of(config, built.engine, self.settings)
-                self.catalog.progress(model, version, State.WARMING_UP)
-                await run_blocking(self.build, warm_up, built.engine, served.policy)
-                await run_blocking(self.build, run_samples, built.engine, config, served, folder)
+                prepared = await self.make(record, config, folder, path, await self._plan(record, config, path))
+                built = prepared.built
+                prepared = await settle(self, prepared)
+                built = prepared.built
             labels = await run_blocking(self.disk, read_labels, folder, config)
         except (LoadError, EngineError, ConfigError) as error:
             return self._failed(record, built, str(error))
         except Exception as error:  # the other models must go on
             _LOG.exception("loading failed unexpectedly", extra={"model": model, "version": version})
             return self._failed(record, built, f"{type(error).__name__} while loading; the log says more")
-        return Prepared(record=record, built=built, served=served, config=config, labels=labels, path=path)
+        return replace(prepared, labels=labels)
+
+    async def _plan(self, record: VersionRecord, config: ServingConfig, path: Path) -> Plan | None:
+        if self.chooser is None:
+            return None
+        digest = next(file.sha256 for file in record.files if path.as_posix().endswith(f"/{file.path}"))
+        return await self.chooser.plan(path, digest, config, engine_options(config, self.settings))
+
+    async def make(
+        self, record: VersionRecord, config: ServingConfig, folder: Path, path: Path, plan: Plan | None
+    ) -> Prepared:
+        """Build and warm up one engine for a version. Raises LoadError, EngineError, ConfigError; closes it then."""
+        measured = GROWTH.begin()
+        try:
+            built = await run_blocking(self.build, self._built, path, record, config, plan)
+            try:
+                served = Served.of(config, built.engine, self.settings)
+                if self.catalog.ready(record.model, record.version) is None:
+                    self.catalog.progress(record.model, record.version, State.WARMING_UP)
+                await run_blocking(self.build, warm_up, built.engine, served.policy)
+                await run_blocking(self.build, run_samples, built.engine, config, served, folder)
+            except BaseException:
+                built.engine.close()
+                raise
+            facts, grown = built.engine.facts, GROWTH.end(measured)
+            if facts.memory_source is MemorySource.WEIGHTS and grown:
+                facts = replace(facts, memory_bytes=grown, memory_source=MemorySource.RESIDENT)
+        finally:
+            GROWTH.cancel(measured)
+        return Prepared(
+            record=record, built=built, served=served, config=config, folder=folder, path=path, plan=plan, facts=facts
+        )
 
     def _failed(self, record: VersionRecord, built: BuiltEngine | None, error: str) -> str:
         if built is not None:
@@ -156,6 +204,8 @@ class Loading:
             config=prepared.config,
             composing=engine.composing if isinstance(engine, Ensemble) else (),
             path=prepared.path,
+            facts=prepared.facts or engine.facts,
+            trials=prepared.trials,
         )
         why = prepared.built.reason
         self.catalog.install(ready, engine=engine.name, engine_reason=why)
@@ -163,6 +213,8 @@ class Loading:
             "model ready",
             extra={"model": record.model, "version": record.version, "engine": engine.name, "why": why},
         )
+        if prepared.plan is not None and prepared.plan.when is When.AFTER and not chosen(prepared.trials):
+            self.waiting.put((record.model, record.version), (prepared, ready))
         return before
 
     async def _ensemble(
@@ -181,9 +233,10 @@ class Loading:
         self.catalog.progress(model, version, State.BUILDING)
 
         def local(path: Path) -> LocalModel:
-            built = self._build(path, config)
+            alone = _of_a_step(config)
+            built = self._build(path, alone)
             try:
-                bounds = Served.of(_of_a_step(config), built.engine, self.settings).policy
+                bounds = Served.of(alone, built.engine, self.settings).policy
                 warm_up_step(built.engine, batches=bounds.batches)
             except BaseException:
                 built.engine.close()
@@ -197,16 +250,18 @@ class Loading:
             raise LoadError(problem)
         return BuiltEngine(engine=ensemble, reason=ensemble.reason)
 
-    def _built(self, path: Path, record: VersionRecord, config: ServingConfig) -> BuiltEngine:
+    def _built(self, path: Path, record: VersionRecord, config: ServingConfig, plan: Plan | None = None) -> BuiltEngine:
         """Build, and hold the file against what the registry says of it. On the build executor."""
-        built = self._build(path, config)
+        built = self._build(path, config, plan)
         if record.signature is not None and (problem := signature_mismatch(record.signature, built.engine.signature)):
             built.engine.close()
             raise LoadError(problem)
         return built
 
-    def _build(self, path: Path, config: ServingConfig) -> BuiltEngine:
+    def _build(self, path: Path, config: ServingConfig, plan: Plan | None = None) -> BuiltEngine:
         options = engine_options(config, self.settings)
+        if plan is not None:
+            return build_preferred(plan.kinds, path, options, precision=plan.precision)
         kinds = [kind for kind in self.kinds if kind.name.startswith(config.engine)]
         if not kinds:
             names = ", ".join(kind.name for kind in self.kinds)
@@ -303,9 +358,14 @@ class Prepared:
     built: BuiltEngine
     served: Served
     config: ServingConfig
-    labels: Mapping[str, tuple[str, ...]]
+    folder: Path
+    labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     path: Path | None = None
     """The model file, None for an ensemble."""
+    plan: Plan | None = None
+    facts: EngineFacts | None = None
+    """Of the engine, with the memory that it was seen to take; None leaves its own."""
+    trials: tuple[Trial, ...] = ()
 
 
 def _batcher(engine: Engine, policy: BatchPolicy, observer: Observer, name: str) -> Batcher:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -143,8 +143,13 @@ class BuiltEngine:
     reason: str
 
 
-def build_preferred(kinds: Sequence[EngineKind], model: Path, options: EngineOptions) -> BuiltEngine:
+def build_preferred(
+    kinds: Sequence[EngineKind], model: Path, options: EngineOptions, *, precision: str = "fp32"
+) -> BuiltEngine:
     """Build with the first kind that is available and takes the model; the reason tells what was passed over.
+
+    Args:
+        precision: that the very first kind is asked for; the others are asked for that of the options.
 
     Raises EngineError with the refusals when none takes it.
     """
@@ -156,7 +161,7 @@ def build_preferred(kinds: Sequence[EngineKind], model: Path, options: EngineOpt
             absent.append(f"{kind.name}: {probe.reason}")
             continue
         try:
-            engine = kind.build(model, options)
+            engine = kind.build(model, replace(options, precision=precision) if kind is kinds[0] else options)
         except EngineError as error:
             refused.append(f"{kind.name} refused the model: {error}")
             continue

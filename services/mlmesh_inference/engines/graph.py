@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from mlmesh_inference.engines.base import EngineError
+from mlmesh_inference.tensors import Array, Signature
 
 NODES_MAX: Final = 500_000
 RANK_MAX: Final = 64
@@ -265,3 +266,26 @@ def _numbers(memory: mmap.mmap, value: int | _Span) -> list[int]:
         if len(result) > RANK_MAX:
             raise ValueError("too many dimensions")
     return result
+
+
+class IntegerGuard:
+    """Holds integers of a request against what a model can take, for engines that do not look themselves.
+
+    An index into a table must be in it (ONNX counts negative ones from the end); any other integer must fit 32 bits.
+    """
+
+    def __init__(self, graph: Graph, signature: Signature) -> None:
+        bounds = graph.index_bounds()
+        self._limits: dict[str, tuple[int, int]] = {}
+        for spec in signature.inputs:
+            if spec.name in bounds:
+                self._limits[spec.name] = (-bounds[spec.name], bounds[spec.name] - 1)
+            elif spec.datatype.dtype.kind in "iu" and spec.datatype.itemsize == 8:
+                self._limits[spec.name] = (-(1 << 31), (1 << 31) - 1)
+
+    def check(self, inputs: Mapping[str, Array]) -> None:
+        """Raises EngineError that names the input."""
+        for name, (low, high) in self._limits.items():
+            array = inputs.get(name)
+            if array is not None and array.size and not (low <= array.min() and array.max() <= high):
+                raise EngineError(f"input '{name}' has a value that is not from {low} to {high}")

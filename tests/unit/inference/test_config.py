@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 
 from mlmesh_inference.config import VARIABLES, InferenceSettings
@@ -34,19 +32,45 @@ def test_everything_can_be_said() -> None:
             MLMESH_QUEUE_ITEMS_MAX="10",
             MLMESH_ENGINE_CONCURRENCY="3",
             MLMESH_ENGINE_THREADS="2",
+            MLMESH_ENGINE="OpenVINO",
+            MLMESH_PRECISION="bf16",
+            MLMESH_ENGINE_TUNING="load",
         )
     )
-    assert dataclasses.asdict(found) == {
-        "selectors": (dataclasses.asdict(Selector(model="*", alias="stable")),),
-        "rows_max": 4,
-        "rows_preferred": 4,
-        "queue_items_max": 10,
-        "concurrency": 3,
-        "threads": 2,
-    }
+    assert found == InferenceSettings(
+        selectors=(Selector(model="*", alias="stable"),),
+        engine="openvino",
+        precision="bf16",
+        tuning="load",
+        rows_max=4,
+        rows_preferred=4,
+        queue_items_max=10,
+        concurrency=3,
+        threads=2,
+    )
 
 
-@pytest.mark.parametrize("name", [variable.name for variable in VARIABLES])
+NUMBERS = (
+    "MLMESH_BATCH_ROWS_MAX",
+    "MLMESH_BATCH_ROWS_PREFERRED",
+    "MLMESH_QUEUE_ITEMS_MAX",
+    "MLMESH_ENGINE_CONCURRENCY",
+    "MLMESH_ENGINE_THREADS",
+)
+WORDS = ("MLMESH_ENGINE", "MLMESH_PRECISION", "MLMESH_ENGINE_TUNING", "MLMESH_OIP_DIALECT", "MLMESH_OIP_COMPAT")
+
+
+def test_the_variables_tested_here_are_described() -> None:
+    assert {*NUMBERS, *WORDS} <= {variable.name for variable in VARIABLES}
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_a_wrong_word_names_its_variable(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name}: expected one of .*got 'sideways'"):
+        InferenceSettings.from_settings(settings(**{name: "sideways"}))
+
+
+@pytest.mark.parametrize("name", NUMBERS)
 @pytest.mark.parametrize("value", ["0", "-1", "many", "1.5", "99999999999", "٣"])
 def test_a_wrong_number_names_its_variable(name: str, value: str) -> None:
     with pytest.raises(ConfigError, match=name):
