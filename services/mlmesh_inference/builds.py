@@ -267,11 +267,12 @@ class Builds:
         await self._finish(build_id, outcome)
 
     async def _finish(self, build_id: str, outcome: Mapping[str, Any]) -> None:
+        # Written down before it is told: what somebody was told is known after a restart.
+        await self._log.save(replace(self._builds[build_id], updated_s=self._wall(), **outcome))
         self._change(build_id, **outcome)
         del self._stops[build_id]
         if (ended := self._ended.pop(build_id, None)) is not None:
             ended.set()
-        await self._log.save(self._builds[build_id])
         await self._trim()
 
     async def _outcome(self, build: Build, stop: Stop) -> Mapping[str, Any]:

@@ -161,13 +161,13 @@ class EngineWorkshop:
         return plan
 
     async def _switch(self, build: Build, kind: Compiling, step: Callable[[Step], None], stop: Stop) -> Switched:
+        if stop.asked:
+            raise BuildCancelled("the build was cancelled; the engine is kept")
         if build.build_only:
             return Switched(engine="", reason="it was asked to build only")
         found = kind.probe()
         if not found.available:
             return Switched(engine="", reason=f"it cannot run here: {found.reason}")
-        if stop.asked:
-            raise BuildCancelled("the build was cancelled; the engine is kept")
         step(Step(phase="Comparing and switching"))
         try:
             return await self._served.renew(build.model, build.version)
