@@ -16,8 +16,8 @@ logs=$PWD/.tools/logs
 mkdir -p "$bin" "$logs"
 
 # Programs in Python, each in an environment of its own, which its versions would not share with ours: OpenStack Swift,
-# a real S3 server; MLflow, to import from; the model-signing tool.
-ENVIRONMENTS="swift mlflow model-signing"
+# a real S3 server; MLflow, to import from; the model-signing tool; the clients of KServe and MLServer.
+ENVIRONMENTS="swift mlflow model-signing kserve mlserver"
 environment() { # name
   local python stamp uv
   stamp=$PWD/.tools/$1/.$(sha256sum "tools/$1.txt" | cut -c 1-16)
@@ -135,9 +135,9 @@ for name in "${@:-all}"; do
     trainer_crds) build trainer_crds "$TRAINER_CRDS" || failed=1 ;;
     postgresql) package postgresql '/usr/lib/postgresql/*/bin/initdb' || failed=1 ;;
     etcd) package etcd-server '/usr/bin/etcd' || failed=1 ;;
-    swift | mlflow | model-signing) ;;
+    swift | mlflow | model-signing | kserve | mlserver) ;;
     *)
-      echo "tools: no such tool: $name (grpcurl, kustomize, istioctl, crdserver, trainer_crds, postgresql, etcd, swift, mlflow, model-signing)" >&2
+      echo "tools: no such tool: $name (grpcurl, kustomize, istioctl, crdserver, trainer_crds, postgresql, etcd, swift, mlflow, model-signing, kserve, mlserver)" >&2
       exit 2
       ;;
   esac

@@ -124,10 +124,11 @@ def services(
     """What the process serves, on one port."""
     protocol = protocol or ProtocolSettings()
     memory = SharedMemory() if protocol.shared_memory else None
-    streaming = dataclasses.replace(streaming, regions=memory)
-    direct: dict[str, DirectMethod] = {"ModelInfer": DirectInfer(catalog, regions=memory)}
+    raw = bool(protocol.compat)
+    streaming = dataclasses.replace(streaming, regions=memory, always_raw=raw)
+    direct: dict[str, DirectMethod] = {"ModelInfer": DirectInfer(catalog, regions=memory, always_raw=raw)}
     if protocol.dialect == TRITON:
-        direct["ModelStreamInfer"] = DirectStreamInfer(catalog, regions=memory)
+        direct["ModelStreamInfer"] = DirectStreamInfer(catalog, regions=memory, always_raw=raw)
     return [
         Service(
             add=add_to_server,

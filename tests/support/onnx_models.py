@@ -149,3 +149,33 @@ def classes(count: int = 10, width: int = 64) -> bytes:
         {"scores": (TensorProto.FLOAT, ["batch", count])},
         [numpy_helper.from_array(weights, "weights")],
     )
+
+
+def image_classes(count: int = 10, size: int = 8) -> bytes:
+    """Scores[N,count] of a fixed random linear layer over images x[N,1,size,size], FP32."""
+    weights = np.random.default_rng(7).standard_normal((size * size, count)).astype(np.float32)
+    return _model(
+        [
+            helper.make_node("Flatten", ["x"], ["flat"], axis=1),
+            helper.make_node("MatMul", ["flat", "weights"], ["scores"]),
+        ],
+        {"x": (TensorProto.FLOAT, ["batch", 1, size, size])},
+        {"scores": (TensorProto.FLOAT, ["batch", count])},
+        [numpy_helper.from_array(weights, "weights")],
+    )
+
+
+def accumulate() -> bytes:
+    """OUTPUT[N,1] = SUM_NEXT[N,1] = INPUT[N,1] + SUM[N,1], INT32, with SUM taken as 0 where START[N,1] is 1."""
+    kinds = (TensorProto.INT32, ["batch", 1])
+    return _model(
+        [
+            helper.make_node("Sub", ["one", "START"], ["keep"]),
+            helper.make_node("Mul", ["SUM", "keep"], ["kept"]),
+            helper.make_node("Add", ["INPUT", "kept"], ["SUM_NEXT"]),
+            helper.make_node("Identity", ["SUM_NEXT"], ["OUTPUT"]),
+        ],
+        dict.fromkeys(("INPUT", "START", "SUM"), kinds),
+        dict.fromkeys(("OUTPUT", "SUM_NEXT"), kinds),
+        [numpy_helper.from_array(np.array([[1]], np.int32), "one")],
+    )

@@ -34,7 +34,7 @@ def config(model: ReadyModel) -> pb.ModelConfig:
         max_batch_size=policy.rows_max if policy.batches else 0,
         input=[_input(spec, inputs.get(spec.name), start) for spec in model.signature.inputs],
         output=[_output(spec, outputs.get(spec.name), start) for spec in model.signature.outputs],
-        default_model_filename=said.model_file or ("" if said.steps else "model.onnx"),
+        default_model_filename=said.model_file or (model.path.name if model.path is not None else ""),
         parameters={name: pb.ModelParameter(string_value=value) for name, value in said.parameters.items()},
         model_warmup=[_warmup(sample) for sample in said.warmups],
     )

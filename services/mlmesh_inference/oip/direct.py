@@ -126,14 +126,17 @@ class DirectInfer:
 
     Args:
         catalog: the models. regions: registered shared memory, None where it is off.
-        plans: False reads every request in full, to compare.
+        plans: False reads every request in full, to compare. always_raw: as of requests.read.
     """
 
     _final: bool | None = None
     _sink: type[_Sink] = _Sink
 
-    def __init__(self, catalog: Catalog, *, regions: Regions | None = None, plans: bool = True) -> None:
+    def __init__(
+        self, catalog: Catalog, *, regions: Regions | None = None, plans: bool = True, always_raw: bool = False
+    ) -> None:
         self._catalog = catalog
+        self._always_raw = always_raw
         self._regions = regions
         self._plans = Plans(catalog)
         self._split: Callable[[bytes], wire.Split | None] = wire.split if plans else lambda _message: None
@@ -198,10 +201,10 @@ class DirectInfer:
 
     def _read(self, call: DirectCall, message: pb.ModelInferRequest, model: ReadyModel) -> Request:
         if self._regions is None:
-            return read(message, model)
+            return read(message, model, always_raw=self._always_raw)
         token = CURRENT.set(call.context())
         try:
-            return read(message, model, self._regions)
+            return read(message, model, self._regions, always_raw=self._always_raw)
         finally:
             CURRENT.reset(token)
 

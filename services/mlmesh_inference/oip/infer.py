@@ -56,12 +56,18 @@ class Started:
         return replies.write(self.id, self.request, self.model, await self.outcome)
 
 
-def prepare(catalog: Catalog, message: pb.ModelInferRequest, *, regions: requests.Regions | None = None) -> Prepared:
-    """Check a request of the RPC being handled. Raises any MeshError. `regions`: registered shared memory, if any."""
+def prepare(
+    catalog: Catalog,
+    message: pb.ModelInferRequest,
+    *,
+    regions: requests.Regions | None = None,
+    always_raw: bool = False,
+) -> Prepared:
+    """Check a request of the RPC being handled. Raises any MeshError. `regions`, `always_raw`: as of requests.read."""
     call = CURRENT.get()
     deadline = 0 if call is None or call.deadline is None else int(call.deadline * 1e9)
     model = catalog.resolve(message.model_name, message.model_version)
-    request = requests.read(message, model, regions)
+    request = requests.read(message, model, regions, always_raw=always_raw)
     try:
         tenant = current_identity()
     except Unauthenticated:
@@ -70,9 +76,15 @@ def prepare(catalog: Catalog, message: pb.ModelInferRequest, *, regions: request
     return Prepared(id=message.id, model=model, request=request, work=work)
 
 
-def start(catalog: Catalog, message: pb.ModelInferRequest, *, regions: requests.Regions | None = None) -> Started:
+def start(
+    catalog: Catalog,
+    message: pb.ModelInferRequest,
+    *,
+    regions: requests.Regions | None = None,
+    always_raw: bool = False,
+) -> Started:
     """Check a request and queue it, without waiting. Raises any MeshError: Unsupported for a decoupled model."""
-    prepared = prepare(catalog, message, regions=regions)
+    prepared = prepare(catalog, message, regions=regions, always_raw=always_raw)
     if prepared.model.runner.decoupled:
         raise Unsupported(DECOUPLED)
     sink = FutureSink()

@@ -49,7 +49,7 @@ def write(
             if count := request.classes.get(name):
                 arrays[place] = _classes(name, arrays[place], count, model)
                 kinds[place] = DATATYPES["BYTES"]
-    typed = request.typed and not request.placed and all(kind.contents for kind in kinds)
+    typed = request.typed and not request.always_raw and not request.placed and all(kind.contents for kind in kinds)
     for name, kind, array in zip(names, kinds, arrays, strict=True):
         output = response.outputs.add(name=name, datatype=kind.name, shape=array.shape)
         if typed:
@@ -71,7 +71,7 @@ def _classes(name: str, array: Array, count: int, model: ReadyModel) -> Array:
             f"'classification' of output '{name}' gives more than {CLASSES_MAX} classes",
             field=f"outputs[{name}].parameters[classification]",
         )
-    return classify(array, count, model.labels, batched=batched)
+    return classify(array, count, model.output_labels.get(name, model.labels), batched=batched)
 
 
 def _write_typed(output: _Tensor, kind: Datatype, array: Array) -> None:

@@ -71,7 +71,7 @@ class Request:
         classes: by output, how many of the best classes are wanted instead of the tensor.
         placed: by output, where in shared memory it is to be put.
         options: what the request's own parameters ask for.
-        typed: whether to answer in typed contents, as the request came.
+        typed: whether to answer in typed contents, as the request came; always_raw: not even then.
     """
 
     inputs: Mapping[str, Array]
@@ -81,13 +81,17 @@ class Request:
     typed: bool
     options: Options = NO_OPTIONS
     placed: Mapping[str, tuple[Placement, Window]] = field(default_factory=dict)
+    always_raw: bool = False
 
 
-def read(message: pb.ModelInferRequest, model: ReadyModel, regions: Regions | None = None) -> Request:
+def read(
+    message: pb.ModelInferRequest, model: ReadyModel, regions: Regions | None = None, *, always_raw: bool = False
+) -> Request:
     """Check and convert.
 
     Args:
         regions: registered shared memory; without it, parameters that ask for it are refused.
+        always_raw: answer in raw contents whatever came, as Triton does.
 
     Raises InvalidInput (INVALID_FIELD, SHAPE_MISMATCH) or Unsupported.
     """
@@ -108,6 +112,7 @@ def read(message: pb.ModelInferRequest, model: ReadyModel, regions: Regions | No
         typed=typed,
         options=asked,
         placed=placed,
+        always_raw=always_raw,
     )
 
 
@@ -121,7 +126,8 @@ def _inputs(message: pb.ModelInferRequest, model: ReadyModel, regions: Regions |
         place = _placement(tensor, regions) if tensor.parameters else None
         shape = tensor.shape
         if raw is not None or place is not None:
-            if tensor.HasField("contents"):
+            # MLServer's client sets the field and puts nothing into it.
+            if tensor.HasField("contents") and tensor.contents.ByteSize():
                 used = "raw_input_contents" if place is None else "shared memory"
                 raise InvalidInput(
                     f"contents field must not be specified when using {used} for '{spec.name}' for model "

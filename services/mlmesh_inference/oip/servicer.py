@@ -58,7 +58,8 @@ class OpenInferenceServicer(stubs.GRPCInferenceServiceServicer):
 
     async def ModelInfer(self, request: pb.ModelInferRequest, context: Any) -> pb.ModelInferResponse:  # noqa: ARG002
         """One request."""
-        return await start(self._catalog, request, regions=self._memory).finish()
+        raw = bool(self._settings.compat)
+        return await start(self._catalog, request, regions=self._memory, always_raw=raw).finish()
 
     # It writes by itself instead of being a generator: a task group must not be left through a yield.
     async def ModelStreamInfer(  # type: ignore[override]

@@ -67,7 +67,7 @@ class Streaming:
     Attributes:
         catalog: the models. open: who is open. tokens: writes and reads tokens.
         hold_s: how long a draining server waits for open sequences that cannot travel.
-        regions: registered shared memory, if any.
+        regions: registered shared memory, if any. always_raw: as of requests.read.
         wall: the wall clock, seconds since 1970.
     """
 
@@ -76,6 +76,7 @@ class Streaming:
     tokens: Tokens
     hold_s: float = 5.0
     regions: requests.Regions | None = None
+    always_raw: bool = False
     wall: Callable[[], float] = time.time
 
 
@@ -261,7 +262,8 @@ class _Stream:
             slot.fail(unexpected_error(error))
 
     def _start(self, slot: _Slot, message: pb.ModelInferRequest, group: asyncio.TaskGroup) -> None:
-        prepared = prepare(self._shared.catalog, message, regions=self._shared.regions)
+        shared = self._shared
+        prepared = prepare(shared.catalog, message, regions=shared.regions, always_raw=shared.always_raw)
         model = prepared.model
         self.place.used(model.name, model.version)
         slot.prepared = prepared

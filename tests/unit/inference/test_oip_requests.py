@@ -82,6 +82,12 @@ def _shape(*dims: int) -> Change:
     return change
 
 
+async def test_contents_that_are_there_and_empty_do_not_hurt_raw_ones(model: ReadyModel) -> None:
+    message = raw()
+    message.inputs[0].contents.SetInParent()
+    assert requests.read(message, model).inputs["a"].tolist() == requests.read(raw(), model).inputs["a"].tolist()
+
+
 @pytest.mark.parametrize(
     ("make", "change", "text"),
     [
@@ -92,7 +98,6 @@ def _shape(*dims: int) -> Change:
             lambda m: m.inputs[1].contents.int_contents.append(1),
             "contents field must not be specified when using raw_input_contents for 'b' for model 'm'",
         ),
-        (raw, lambda m: m.inputs[0].contents.SetInParent(), "contents field must not be specified"),
         (
             raw,
             lambda m: m.raw_input_contents.__setitem__(0, b"123"),

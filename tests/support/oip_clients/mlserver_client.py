@@ -1,0 +1,94 @@
+"""MLServer's own stubs and converters, unchanged, against the server at the address given: prints what it saw as JSON.
+
+Runs in MLServer's environment (.tools/mlserver), where nothing of ours is.
+"""
+
+import asyncio
+import json
+import sys
+
+import grpc
+from mlserver.codecs import NumpyCodec
+from mlserver.grpc import dataplane_pb2 as pb
+from mlserver.grpc.converters import ModelInferRequestConverter, ModelInferResponseConverter
+from mlserver.grpc.dataplane_pb2_grpc import GRPCInferenceServiceStub
+from mlserver.types import InferenceRequest, RequestInput
+
+HEADER = (("x-oip-dialect", "mlserver"),)
+
+
+def request(model: str, *, raw: bool, first: int = 0) -> pb.ModelInferRequest:
+    """INPUT0 = first, first + 1, ... and INPUT1 = 3, in typed contents as MLServer sends them, or raw."""
+    inputs = [
+        RequestInput(name="INPUT0", shape=[1, 16], datatype="INT32", data=list(range(first, first + 16))),
+        RequestInput(name="INPUT1", shape=[1, 16], datatype="INT32", data=[3] * 16),
+    ]
+    told = InferenceRequest(id=f"m{first}", inputs=inputs)
+    return ModelInferRequestConverter.from_types(told, model_name=model, model_version=None, use_raw=raw)
+
+
+def outputs(response: pb.ModelInferResponse) -> dict:
+    """What MLServer's own converters read from an answer."""
+    read = ModelInferResponseConverter.to_types(response)
+    found = {output.name: NumpyCodec.decode_output(output).tolist() for output in read.outputs}
+    return {"id": read.id, "model": read.model_name, **found}
+
+
+async def code_of(call) -> tuple[str, str]:
+    """Status and text of a call that must fail."""
+    try:
+        await call
+    except grpc.RpcError as error:
+        return error.code().name, error.details()
+    return "OK", ""
+
+
+async def stream(stub: GRPCInferenceServiceStub, models: list[str], metadata) -> dict:
+    """A stream with a request for each model: the answers, and how it ended."""
+
+    async def messages():
+        for place, model in enumerate(models):
+            yield request(model, raw=False, first=place)
+
+    answers = []
+    try:
+        async for response in stub.ModelStreamInfer(messages(), metadata=metadata, timeout=20):
+            answers.append(outputs(response))  # noqa: PERF401  what came before an error counts
+    except grpc.RpcError as error:
+        return {"answers": answers, "code": error.code().name, "text": error.details()}
+    return {"answers": answers, "code": "OK"}
+
+
+async def main(address: str, default: str) -> dict:
+    """All that MLServer's stubs do; `default` is the server's own dialect of streams."""
+    told: dict = {}
+    metadata = () if default == "mlserver" else HEADER
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = GRPCInferenceServiceStub(channel)
+        told["live"] = (await stub.ServerLive(pb.ServerLiveRequest())).live
+        told["ready"] = (await stub.ServerReady(pb.ServerReadyRequest())).ready
+        told["model_ready"] = (await stub.ModelReady(pb.ModelReadyRequest(name="simple"))).ready
+        model = await stub.ModelMetadata(pb.ModelMetadataRequest(name="simple"))
+        told["metadata"] = [[t.name, t.datatype, list(t.shape)] for t in model.inputs]
+        told["metadata_parameters"] = len(model.parameters)
+        for raw in (False, True):
+            answer = await stub.ModelInfer(request("simple", raw=raw))
+            told[f"infer_{raw}"] = outputs(answer)
+            told[f"mirrors_{raw}"] = bool(answer.raw_output_contents) == raw
+        told["infer_unknown"] = await code_of(stub.ModelInfer(request("nobody", raw=False)))
+        told["stream"] = await stream(stub, ["simple"] * 5, metadata)
+        told["stream_error"] = await stream(stub, ["simple", "nobody", "simple"], metadata)
+        told["stream_wrong_dialect"] = await stream(stub, ["simple"], (("x-oip-dialect", "klingon"),))
+        index = await stub.RepositoryIndex(pb.RepositoryIndexRequest(ready=True))
+        told["index"] = [[m.name, m.version, m.state] for m in index.models]
+        await stub.RepositoryModelUnload(pb.RepositoryModelUnloadRequest(model_name="simple"))
+        told["after_unload"] = await code_of(stub.ModelMetadata(pb.ModelMetadataRequest(name="simple")))
+        await stub.RepositoryModelLoad(pb.RepositoryModelLoadRequest(model_name="simple"))
+        told["after_load"] = (await stub.ModelReady(pb.ModelReadyRequest(name="simple"))).ready
+        told["load_unknown"] = await code_of(
+            stub.RepositoryModelLoad(pb.RepositoryModelLoadRequest(model_name="nobody"))
+        )
+    return told
+
+
+print(json.dumps(asyncio.run(main(sys.argv[1], sys.argv[2]))))
