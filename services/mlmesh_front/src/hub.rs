@@ -172,6 +172,8 @@ pub enum Out {
     Write { key: u64, payload: Payload },
     End { key: u64, status: Status },
     Credit { key: u64 },
+    /// All that was read before a message that cannot be was taken.
+    Refused { key: u64 },
     Graceful,
     Kill,
 }

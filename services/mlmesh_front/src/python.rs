@@ -682,7 +682,10 @@ impl Call {
         let Some(body) = stream.reads.pop_front() else {
             return Ok(match &stream.read_end {
                 Some(ReadEnd::Eof) => false.into_pyobject(py)?.to_owned().into_any().unbind(),
-                Some(ReadEnd::Broken) => true.into_pyobject(py)?.to_owned().into_any().unbind(),
+                Some(ReadEnd::Broken) => {
+                    self.shared.hub.send(Out::Refused { key: self.shared.key });
+                    true.into_pyobject(py)?.to_owned().into_any().unbind()
+                }
                 None => {
                     stream.read_wanted = true;
                     py.None()

@@ -97,6 +97,8 @@ struct Entry {
     timer_ns: u64,
     /// An end that waits for the peer to have said what it has to say.
     lingering: Option<Status>,
+    /// What is wrong with the message after those that were read; told when they are answered.
+    refusal: Option<Status>,
 }
 
 #[derive(Default)]
@@ -429,9 +431,8 @@ impl Serving {
             let _ = respond.send_response(response, true);
             return;
         }
-        if wire::header_bytes(&headers) > config.header_max {
-            let text = format!("received metadata size exceeds hard limit ({} vs. {})", wire::header_bytes(&headers), config.header_max);
-            return refuse(respond, Status::new(wire::RESOURCE_EXHAUSTED, text));
+        if let Err(status) = wire::check_metadata(&headers, config.header_max) {
+            return refuse(respond, status);
         }
         let path = parts.uri.path();
         let Some(&method) = world.hub.paths.get().and_then(|paths| paths.get(path)) else {
@@ -447,16 +448,20 @@ impl Serving {
                 }
             },
         };
+        let timeout = match headers.get("grpc-timeout") {
+            None => None,
+            Some(value) => match wire::timeout_ns(value.as_bytes()) {
+                None => return refuse(respond, Status::new(wire::INTERNAL, "Error parsing 'grpc-timeout' metadata")),
+                parsed => parsed,
+            },
+        };
         let mut calls = world.calls.borrow_mut();
         if calls.len() >= config.calls_max || self.conn.unsent.load(Acquire) > CONNECTION_UNSENT {
             drop(calls);
             return refuse(respond, Status::new(wire::RESOURCE_EXHAUSTED, "too many calls are open"));
         }
         let started_ns = now_ns();
-        let deadline_ns = headers
-            .get("grpc-timeout")
-            .and_then(|value| wire::timeout_ns(value.as_bytes()))
-            .map_or(0, |timeout| started_ns.saturating_add(timeout).max(1));
+        let deadline_ns = timeout.map_or(0, |timeout| started_ns + timeout);
         let stream_id = u32::from(respond.stream_id());
         let generation = world.generation.get();
         world.generation.set(generation.wrapping_add(1).max(1));
@@ -503,6 +508,7 @@ impl Serving {
             lane_told: false,
             timer_ns: deadline_ns,
             lingering: None,
+            refusal: None,
         });
         drop(calls);
         self.conn.streams.borrow_mut().insert(stream_id, key);
@@ -710,7 +716,14 @@ impl Reading {
     }
 
     fn refuse(&mut self, status: Status) -> Poll<()> {
-        self.world.cancel(self.shared.key, status, true);
+        let key = self.shared.key;
+        if self.streams && !self.shared.gone.load(Acquire) {
+            self.world.with(key, |entry| entry.refusal = Some(status));
+            self.world.hub.push(Event::End(self.shared.clone(), ReadEnd::Broken));
+            self.world.lane(key);
+        } else {
+            self.world.cancel(key, status, true);
+        }
         Poll::Ready(())
     }
 }
@@ -970,6 +983,11 @@ impl World {
                     _ => self.leave(key),
                 }
             }
+            Out::Refused { key } => {
+                if let Some(Some(status)) = self.with(key, |entry| entry.refusal.take()) {
+                    self.cancel(key, status, true);
+                }
+            }
             Out::Credit { key } => {
                 self.with(key, |entry| {
                     entry.shared.stalled.store(false, SeqCst);
@@ -1010,6 +1028,10 @@ impl World {
                 entry.reader.wake();
             }
             let empty = entry.slots.is_empty();
+            if empty && !failed && entry.handed.is_none() && entry.refusal.is_some() {
+                entry.lane_told = true;
+                return Some(None);
+            }
             let over = failed
                 || entry.handed.is_some_and(|slot| entry.base >= slot && empty)
                 || (empty && entry.handed.is_none() && (entry.eof || entry.closing) && entry.base == entry.read);
@@ -1017,11 +1039,18 @@ impl World {
                 return None;
             }
             entry.lane_told = true;
-            Some(entry.shared.clone())
+            Some(Some(entry.shared.clone()))
         });
-        if let Some(Some(shared)) = told {
-            self.hub.push(Event::Lane(shared));
-            self.hub.signal();
+        match told {
+            Some(Some(Some(shared))) => {
+                self.hub.push(Event::Lane(shared));
+                self.hub.signal();
+            }
+            Some(Some(None)) => {
+                self.apply(Out::Refused { key });
+                self.hub.signal();
+            }
+            _ => {}
         }
     }
 }

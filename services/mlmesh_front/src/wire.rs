@@ -56,10 +56,10 @@ fn percent_encoded(text: &str) -> HeaderValue {
     HeaderValue::from_bytes(&out).unwrap_or_else(|_| HeaderValue::from_static(""))
 }
 
-/// `grpc-timeout` in nanoseconds: one to eight digits and a unit.
+/// `grpc-timeout` in nanoseconds: digits (eight at most, by the protocol; more are taken as grpcio takes them) and a unit.
 pub fn timeout_ns(value: &[u8]) -> Option<u64> {
     let (unit, digits) = value.split_last()?;
-    if digits.is_empty() || digits.len() > 8 {
+    if digits.is_empty() || digits.len() > 18 {
         return None;
     }
     let mut number = 0u64;
@@ -78,7 +78,7 @@ pub fn timeout_ns(value: &[u8]) -> Option<u64> {
         b'n' => 1,
         _ => return None,
     };
-    number.checked_mul(scale)
+    Some(number.saturating_mul(scale).min(i64::MAX as u64 / 4))
 }
 
 /// Compression of messages in one direction of a call.
@@ -308,9 +308,24 @@ pub fn reserved(name: &str) -> bool {
     matches!(name, "te" | "content-type" | "content-length" | "grpc-encoding" | "grpc-accept-encoding" | "grpc-timeout")
 }
 
-/// Bytes of a header list as HTTP/2 counts them.
-pub fn header_bytes(headers: &HeaderMap) -> usize {
-    headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 32).sum()
+/// Whether metadata is within bounds and what it says it is.
+pub fn check_metadata(headers: &HeaderMap, max: usize) -> Result<(), Status> {
+    let mut bytes = 0;
+    for (name, value) in headers {
+        bytes += name.as_str().len() + value.len() + 32;
+        if name.as_str().ends_with("-bin") {
+            let parts = value.as_bytes().split(|&byte| byte == b',');
+            if parts.into_iter().any(|part| base64_decoded(part.trim_ascii()).is_none()) {
+                let text = format!("Error parsing '{name}' metadata: illegal base64 encoding");
+                return Err(Status::new(INTERNAL, text));
+            }
+        }
+    }
+    if bytes > max {
+        let text = format!("received metadata size exceeds hard limit ({bytes} vs. {max})");
+        return Err(Status::new(RESOURCE_EXHAUSTED, text));
+    }
+    Ok(())
 }
 
 /// Whether a W3C traceparent asks for recording.

@@ -32,8 +32,8 @@ from mlmesh_runtime.transport.context import NativeContext
 
 logger = logging.getLogger(__name__)
 
-HEADER_BYTES_MAX: Final = 16 * 1024
-"""Metadata of one call; grpcio's own hard bound."""
+HEADER_BYTES_MAX: Final = 32 * 1024
+"""Metadata of one call."""
 _OPEN, _READABLE, _WRITABLE, _CANCELLED, _LANE, _IDLE, _ORDINARY = range(7)
 _OK: Final = (None, 0, grpc.StatusCode.OK)
 _CODE_NAMES: Final = {code.value[0]: code.name for code in grpc.StatusCode}
