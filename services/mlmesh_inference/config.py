@@ -41,6 +41,19 @@ VARIABLES: tuple[Variable, ...] = (
         meaning="CPU threads of one batch.",
     ),
     Variable(
+        name="MLMESH_MODEL_MIB_MAX",
+        default="8192",
+        meaning="Largest weights of one model, in MiB; a larger one is refused before it is read.",
+    ),
+    Variable(
+        name="MLMESH_MEMORY_MIB",
+        default="",
+        meaning=(
+            "Memory that models may take together, in MiB. What would go beyond puts the longest unused versions to "
+            "sleep; a request for one loads it again. Default: no bound."
+        ),
+    ),
+    Variable(
         name="MLMESH_OIP_DIALECT",
         default="triton",
         meaning=(
@@ -140,7 +153,10 @@ class ProtocolSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InferenceSettings:
-    """Bounds and selectors of an inference process, and what its engines are to be where a model does not say."""
+    """Bounds and selectors of an inference process, and what its engines are to be where a model does not say.
+
+    `memory_bytes` 0 is no bound of what models take together.
+    """
 
     selectors: tuple[Selector, ...] = ()
     engine: str = "auto"
@@ -151,6 +167,8 @@ class InferenceSettings:
     queue_items_max: int = 256
     concurrency: int = 1
     threads: int = 1
+    model_bytes_max: int = 8 << 30
+    memory_bytes: int = 0
     stream_age_s: float = 0.0
     stream_key: bytes = field(default=b"", repr=False)
     protocol: ProtocolSettings = field(default_factory=ProtocolSettings)
@@ -176,6 +194,8 @@ class InferenceSettings:
             queue_items_max=_count(settings.environ, "MLMESH_QUEUE_ITEMS_MAX"),
             concurrency=_count(settings.environ, "MLMESH_ENGINE_CONCURRENCY", default=max(1, min(4, cpus))),
             threads=_count(settings.environ, "MLMESH_ENGINE_THREADS"),
+            model_bytes_max=_count(settings.environ, "MLMESH_MODEL_MIB_MAX") << 20,
+            memory_bytes=_count(settings.environ, "MLMESH_MEMORY_MIB", default=0) << 20,
             stream_age_s=_seconds(settings.environ, "MLMESH_STREAM_AGE_S"),
             stream_key=_key(settings.environ, "MLMESH_STREAM_KEY"),
             protocol=ProtocolSettings.from_environ(settings.environ),

@@ -29,6 +29,7 @@ from mlmesh_inference.engines.base import (
     MemorySource,
     build_preferred,
 )
+from mlmesh_inference.engines.inspection import inspect
 from mlmesh_inference.engines.memory import GrowthMeter
 from mlmesh_inference.engines.selection import Trial, chosen
 from mlmesh_inference.follow import Backoff, Sleep, Source
@@ -259,6 +260,7 @@ class Loading:
         return built
 
     def _build(self, path: Path, config: ServingConfig, plan: Plan | None = None) -> BuiltEngine:
+        inspect(path, weight_bytes_max=self.settings.model_bytes_max)
         options = engine_options(config, self.settings)
         if plan is not None:
             return build_preferred(plan.kinds, path, options, precision=plan.precision)

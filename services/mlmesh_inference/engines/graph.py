@@ -9,26 +9,26 @@ from __future__ import annotations
 import math
 import mmap
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 from mlmesh_inference.engines.base import EngineError
+from mlmesh_inference.engines.onnx_wire import (
+    BITS,
+    ELEMENTS_MAX,
+    NODES_MAX,
+    RANK_MAX,
+    Span,
+    fields,
+    read_number,
+    read_numbers,
+    read_text,
+)
 from mlmesh_inference.tensors import Array, Signature
 
-NODES_MAX: Final = 500_000
-RANK_MAX: Final = 64
-ELEMENTS_MAX: Final = 1 << 40
-
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
-_Span = tuple[int, int]
-
-# TensorProto.DataType: bits of an element, and the precision that computing with it has.
-_BITS: Final = {
-    1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 14: 64, 15: 128,
-    16: 16, 17: 8, 18: 8, 19: 8, 20: 8, 21: 4, 22: 4, 23: 4,
-}  # fmt: skip
+# TensorProto.DataType: the precision that computing with it has.
 _PRECISIONS: Final = {
     1: "fp32", 2: "int8", 3: "int8", 10: "fp16", 11: "fp64", 16: "bf16",
     17: "fp8", 18: "fp8", 19: "fp8", 20: "fp8", 21: "int4", 22: "int4", 23: "fp4",
@@ -64,7 +64,7 @@ class Weight:
     @property
     def size(self) -> int:
         """Bytes in memory; strings count as nothing."""
-        return (self.elements * _BITS.get(self.kind, 0) + 7) // 8
+        return (self.elements * BITS.get(self.kind, 0) + 7) // 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,20 +126,20 @@ def read_graph(path: Path) -> Graph:
 
 
 def _model(memory: mmap.mmap) -> Graph:
-    graph: _Span | None = None
+    graph: Span | None = None
     opsets: dict[str, int] = {}
-    for number, value in _fields(memory, (0, len(memory))):
+    for number, value in fields(memory, (0, len(memory))):
         if number == 7 and isinstance(value, tuple):
             graph = value
         elif number == 8 and isinstance(value, tuple):
-            said = dict(_fields(memory, value))
-            opsets[_text(memory, said.get(1))] = _number(said.get(2))
+            said = dict(fields(memory, value))
+            opsets[read_text(memory, said.get(1))] = read_number(said.get(2))
     if graph is None:
         raise ValueError("there is no graph in it")
     nodes: list[Node] = []
     weights: dict[str, Weight] = {}
     inputs: dict[str, tuple[int | str, ...]] = {}
-    for number, value in _fields(memory, graph):
+    for number, value in fields(memory, graph):
         if not isinstance(value, tuple):
             continue
         if number == 1:
@@ -157,115 +157,58 @@ def _model(memory: mmap.mmap) -> Graph:
     return Graph(nodes=tuple(nodes), weights=weights, inputs=inputs, opsets=opsets)
 
 
-def _node(memory: mmap.mmap, span: _Span) -> Node:
+def _node(memory: mmap.mmap, span: Span) -> Node:
     inputs: list[str] = []
     outputs: list[str] = []
     operator = domain = ""
-    for number, value in _fields(memory, span):
+    for number, value in fields(memory, span):
         if number == 1:
-            inputs.append(_text(memory, value))
+            inputs.append(read_text(memory, value))
         elif number == 2:
-            outputs.append(_text(memory, value))
+            outputs.append(read_text(memory, value))
         elif number == 4:
-            operator = _text(memory, value)
+            operator = read_text(memory, value)
         elif number == 7:
-            domain = _text(memory, value)
+            domain = read_text(memory, value)
     return Node(operator=operator, domain=domain, inputs=tuple(inputs), outputs=tuple(outputs))
 
 
-def _weight(memory: mmap.mmap, span: _Span) -> tuple[str, Weight]:
+def _weight(memory: mmap.mmap, span: Span) -> tuple[str, Weight]:
     dims: list[int] = []
     kind, name, external = 0, "", ""
-    for number, value in _fields(memory, span):
+    for number, value in fields(memory, span):
         if number == 1:
-            dims += _numbers(memory, value)
+            dims += read_numbers(memory, value)
         elif number == 2:
-            kind = _number(value)
+            kind = read_number(value)
         elif number == 8:
-            name = _text(memory, value)
+            name = read_text(memory, value)
         elif number == 13 and isinstance(value, tuple):
-            entry = dict(_fields(memory, value))
-            if _text(memory, entry.get(1)) == "location":
-                external = _text(memory, entry.get(2))
+            entry = dict(fields(memory, value))
+            if read_text(memory, entry.get(1)) == "location":
+                external = read_text(memory, entry.get(2))
     if len(dims) > RANK_MAX or min(dims, default=0) < 0 or math.prod(dims) > ELEMENTS_MAX:
         raise ValueError(f"weight '{name[:64]}' has an impossible shape")
     return name, Weight(kind=kind, dims=tuple(dims), external=external)
 
 
-def _value_info(memory: mmap.mmap, span: _Span) -> tuple[str, tuple[int | str, ...]]:
-    said = dict(_fields(memory, span))
+def _value_info(memory: mmap.mmap, span: Span) -> tuple[str, tuple[int | str, ...]]:
+    said = dict(fields(memory, span))
     dims: list[int | str] = []
-    for number, value in _fields(memory, _inner(memory, _inner(memory, said.get(2), 1), 2)):
+    for number, value in fields(memory, _inner(memory, _inner(memory, said.get(2), 1), 2)):
         if number == 1 and isinstance(value, tuple):
-            entry = dict(_fields(memory, value))
-            dims.append(_number(entry[1]) if 1 in entry else _text(memory, entry.get(2)))
-    return _text(memory, said.get(1)), tuple(dims)
+            entry = dict(fields(memory, value))
+            dims.append(read_number(entry[1]) if 1 in entry else read_text(memory, entry.get(2)))
+    return read_text(memory, said.get(1)), tuple(dims)
 
 
-def _inner(memory: mmap.mmap, value: object, wanted: int) -> _Span:
+def _inner(memory: mmap.mmap, value: object, wanted: int) -> Span:
     """The span of the message in field `wanted` of the message `value`; an empty one when there is none."""
     if isinstance(value, tuple):
-        for number, inner in _fields(memory, value):
+        for number, inner in fields(memory, value):
             if number == wanted and isinstance(inner, tuple):
                 return inner
     return (0, 0)
-
-
-def _fields(memory: mmap.mmap, span: _Span) -> Iterator[tuple[int, int | _Span]]:
-    """Fields of a message: numbers as they are, everything with a length as the span it takes."""
-    place, end = span
-    while place < end:
-        tag, place = _varint(memory, place, end)
-        kind = tag & 7
-        if kind == _VARINT:
-            value, place = _varint(memory, place, end)
-            yield tag >> 3, value
-            continue
-        if kind == _BYTES:
-            size, place = _varint(memory, place, end)
-        elif kind in (_FIXED32, _FIXED64):
-            size = 4 if kind == _FIXED32 else 8
-        else:
-            raise ValueError(f"wire type {kind}")
-        if size > end - place:
-            raise ValueError(f"a field of {size} bytes where {end - place} are left")
-        yield tag >> 3, (place, place + size)
-        place += size
-
-
-def _varint(memory: mmap.mmap, place: int, end: int) -> tuple[int, int]:
-    result = shift = 0
-    while place < end and shift < 70:
-        byte = memory[place]
-        place += 1
-        result |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return result, place
-        shift += 7
-    raise ValueError("a number that does not end")
-
-
-def _text(memory: mmap.mmap, value: object) -> str:
-    return memory[value[0] : value[1]].decode() if isinstance(value, tuple) else ""
-
-
-def _number(value: object) -> int:
-    number = value if isinstance(value, int) else 0
-    return number - (1 << 64) if number >= 1 << 63 else number
-
-
-def _numbers(memory: mmap.mmap, value: int | _Span) -> list[int]:
-    """Repeated numbers, packed or not."""
-    if isinstance(value, int):
-        return [_number(value)]
-    place, end = value
-    result = []
-    while place < end:
-        number, place = _varint(memory, place, end)
-        result.append(_number(number))
-        if len(result) > RANK_MAX:
-            raise ValueError("too many dimensions")
-    return result
 
 
 class IntegerGuard:
