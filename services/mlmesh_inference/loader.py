@@ -61,7 +61,10 @@ class Loader:
         """Models being loaded anew by hand, and the versions that this is about."""
         self._group: asyncio.TaskGroup | None = None
         self._tasks: dict[_Key, asyncio.Task[None]] = {}
+        self._leaving: set[ReadyModel] = set()
         self._aliases: dict[str, dict[str, int]] = {}
+        self._asleep: set[_Key] = set()
+        self._catalog.on_wanted = self._wake
 
     @property
     def _view(self) -> RegistryView | None:
@@ -127,17 +130,68 @@ class Loader:
             task = self._tasks[key]
             if key not in keys and status is not None and status.state is not State.DRAINING and not task.cancelling():
                 task.cancel()
+        self._asleep &= keys
         for model, version in sorted(keys - ordered):
-            if self._catalog.status(model, version) is None and (model, version) not in self._tasks:
+            if (model, version) in self._tasks:
+                continue
+            status = self._catalog.status(model, version)
+            if status is None or (status.state is State.ASLEEP and (model, version) not in self._asleep):
                 self._start(group, view.versions[model, version])
+        self._keep_budget(group)
         for model in {status.model for status in self._catalog.statuses()}:
             self._point(model, target.get(model), view)
         for status in self._catalog.statuses():
-            if (status.model, status.version) not in keys and not self._stands_in(status, target, view):
+            wanted_here = (status.model, status.version) in keys or self._stands_in(status, target, view)
+            if not wanted_here and not self._composes(status, view):
                 self._retire(group, status)
         if not self._catalog.synced and all(_settled(self._catalog.status(*key)) for key in keys):
             self._catalog.synced = True
             self._on_synced()
+
+    def _wake(self, model: str, version: int) -> None:
+        """Somebody asked for a version that sleeps."""
+        self._asleep.discard((model, version))
+        self._changed.set()
+
+    def _keep_budget(self, group: asyncio.TaskGroup) -> None:
+        """Put the longest unused versions to sleep when all together, with those on their way, take too much."""
+        view, budget = self._view, self._loading.settings.memory_bytes
+        if not budget or view is None:
+            return
+        ready = self._catalog.ready_models()
+        needed = {key for model in ready for key in model.composing}
+        residents = [
+            Resident(
+                key=(model.name, model.version),
+                memory_bytes=model.facts.memory_bytes,
+                used_s=self._used_s(model),
+                pinned=(model.name, model.version) in needed or (model.name, model.version) in self._tasks,
+            )
+            for model in ready
+        ]
+        present = {resident.key for resident in residents}
+        coming = sum(view.versions[key].size for key in self._tasks if key not in present and key in view.versions)
+        for key in make_room(residents, budget_bytes=budget, coming_bytes=coming):
+            asleep = self._catalog.sleep(*key)
+            if asleep is not None:
+                self._asleep.add(key)
+                self._tasks[key] = group.create_task(self._put_to_sleep(asleep))
+
+    def _used_s(self, ready: ReadyModel) -> float:
+        """When a version was last asked, or came."""
+        status = self._catalog.status(ready.name, ready.version)
+        return max(ready.statistics.last_inference_s, status.updated_s if status is not None else 0.0)
+
+    async def _put_to_sleep(self, ready: ReadyModel) -> None:
+        key = (ready.name, ready.version)
+        try:
+            await ready.runner.drain()
+        finally:
+            ready.statistics.close()
+            self._catalog.asleep(*key)
+            del self._tasks[key]
+            self._changed.set()
+        _LOG.info("model asleep", extra={"model": ready.name, "version": ready.version})
 
     def _start(self, group: asyncio.TaskGroup, record: VersionRecord) -> None:
         key = (record.model, record.version)
@@ -158,7 +212,7 @@ class Loader:
 
     def _point(self, model: str, want: Wanted | None, view: RegistryView) -> None:
         """Move default and aliases to what is wanted as soon as it answers; until then they stay where they may."""
-        statuses = [status for status in self._catalog.statuses(model) if status.state is State.READY]
+        statuses = [status for status in self._catalog.statuses(model) if _answers(status)]
         ready = {status.version for status in statuses if view.servable(model, status.version)}
         present = self._catalog.default_version(model)
         choices = [want.default if want else 0, present, *(want.versions if want else ())]
@@ -182,9 +236,17 @@ class Loader:
             for alias, number in self._aliases.get(model, {}).items()
         )
 
+    def _composes(self, status: Status, view: RegistryView) -> bool:
+        """Whether an ensemble that answers, or still drains, is made of this version."""
+        model, version = status.model, status.version
+        if status.state is not State.READY or not view.servable(model, version) or model in self._excluded:
+            return False
+        ensembles = (*self._catalog.ready_models(), *self._leaving)
+        return any((model, version) in ready.composing for ready in ensembles)
+
     def _retire(self, group: asyncio.TaskGroup, status: Status) -> None:
         key = (status.model, status.version)
-        if status.state is State.FAILED:
+        if status.state in (State.FAILED, State.ASLEEP):
             self._catalog.forget(*key)
         elif status.state is State.READY:
             ready = self._catalog.withdraw(*key)
@@ -193,6 +255,7 @@ class Loader:
 
     async def _drain(self, ready: ReadyModel) -> None:
         key = (ready.name, ready.version)
+        self._leaving.add(ready)
         try:
             await ready.runner.drain()
             await run_blocking(self._loading.disk, self._cache.remove, *key)
@@ -200,6 +263,7 @@ class Loader:
         except OSError as error:
             _LOG.warning("old files stay", extra={"error": str(error)})
         finally:
+            self._leaving.discard(ready)
             ready.statistics.close()
             self._catalog.forget(*key)
             del self._tasks[key]
@@ -387,8 +451,13 @@ def _aliases(said: Mapping[str, int], before: Mapping[str, int], ready: set[int]
     return result
 
 
+def _answers(status: Status) -> bool:
+    """Whether requests for it are answered, if only after it was woken."""
+    return status.state in (State.READY, State.ASLEEP)
+
+
 def _settled(status: Status | None) -> bool:
     """Ready or failed, or waiting for bytes that do not come: nothing that the start should wait for."""
     return status is not None and (
-        status.state in (State.READY, State.FAILED) or (status.state is State.FETCHING and bool(status.error))
+        status.state in (State.READY, State.FAILED, State.ASLEEP) or (status.state is State.FETCHING and bool(status.error))
     )

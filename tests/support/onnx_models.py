@@ -179,3 +179,24 @@ def accumulate() -> bytes:
         dict.fromkeys(("OUTPUT", "SUM_NEXT"), kinds),
         [numpy_helper.from_array(np.array([[1]], np.int32), "one")],
     )
+
+
+def countdown() -> bytes:
+    """A model that is run again and again: VALUE[N,1] = LEFT - TURN_NEXT, INT64, until it is 0.
+
+    TURN_NEXT = TURN + 1; LEFT is the caller's; STOP[N,1] BOOL is whether VALUE is 0.
+    """
+    whole = (TensorProto.INT64, ["batch", 1])
+    return _model(
+        [
+            helper.make_node("Add", ["TURN", "one"], ["TURN_NEXT"]),
+            helper.make_node("Sub", ["LEFT", "TURN_NEXT"], ["VALUE"]),
+            helper.make_node("Equal", ["VALUE", "zero"], ["STOP"]),
+        ],
+        dict.fromkeys(("LEFT", "TURN"), whole),
+        {**dict.fromkeys(("VALUE", "TURN_NEXT"), whole), "STOP": (TensorProto.BOOL, ["batch", 1])},
+        [
+            numpy_helper.from_array(np.array([[1]], np.int64), "one"),
+            numpy_helper.from_array(np.array([[0]], np.int64), "zero"),
+        ],
+    )

@@ -35,7 +35,11 @@ def decode(data: object, *, place: int, pixels_max: int, mode: str) -> Any:
         raise InvalidInput("an image is BYTES: a PNG or JPEG file", field=field)
     try:
         image = pillow.open(io.BytesIO(data), formats=FORMATS)
-    except (OSError, ValueError, SyntaxError, *bombs) as error:
+    except bombs as error:
+        # Pillow's own bound, which a process may have lowered or made an error.
+        text = f"the image has too many pixels, at most {pixels_max} are allowed"
+        raise InvalidInput(text, field=field, reason="SHAPE_MISMATCH") from error
+    except (OSError, ValueError, SyntaxError) as error:
         raise InvalidInput("it is neither a PNG nor a JPEG file", field=field) from error
     width, height = image.size
     if width * height > pixels_max or not width * height:
