@@ -151,7 +151,7 @@ def candidates(kinds: Sequence[EngineKind], found: Mapping[str, Availability], w
 
 def _passed_over(kind: EngineKind, found: Availability, wish: Wish, precision: str) -> str:
     if not found.available:
-        return found.reason
+        return found.reason or "it cannot run here"
     if kind.name == REFERENCE:
         return ""
     if not wish.allows(kind.name):
