@@ -174,11 +174,11 @@ class AioStream:
         `timeout` seconds (default: for ever; servers that hang are left), and the error of a stream that has failed.
         """
         if not self._results:
-            async with asyncio.timeout(timeout) as limit:
-                with contextlib.suppress(TimeoutError):
+            try:
+                async with asyncio.timeout(timeout):
                     await self._arrival()
-            if limit.expired() and not self._results:
-                raise TimedOut(f"no result for {timeout:g} s", code="DEADLINE_EXCEEDED")
+            except TimeoutError:
+                raise TimedOut(f"no result for {timeout:g} s", code="DEADLINE_EXCEEDED") from None
         result = self._results.popleft()
         self._taken.set()
         if result.final:
