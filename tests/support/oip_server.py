@@ -60,6 +60,7 @@ sequence_batching {
   state { input_name: "SUM" output_name: "SUM_NEXT" data_type: TYPE_INT32 dims: 1 }
 }
 """
+_DECOUPLED: Final = b"model_transaction_policy { decoupled: true }"
 
 
 def usable(transport: str) -> str:
@@ -82,7 +83,8 @@ class OipServer:
 
 
 async def example_registry() -> MemoryRegistry:
-    """simple (INT32 sum and difference), identity of every datatype, images with labels, accumulate with a state."""
+    """simple (INT32 sum and difference), identity of every datatype, images with labels, accumulate with a state,
+    decoupled."""
     registry = MemoryRegistry()
     await registry.publish_files("simple", 1, {"model.onnx": onnx_models.add_sub(), "config.pbtxt": _SIMPLE})
     kinds = [kind for kind in onnx_models.DATATYPES if kind != "BF16"]
@@ -93,6 +95,7 @@ async def example_registry() -> MemoryRegistry:
         "images", 1, {"model.onnx": onnx_models.image_classes(), "config.pbtxt": _IMAGES, "classes.txt": labels}
     )
     await registry.publish_files("accumulate", 1, {"model.onnx": onnx_models.accumulate(), "config.pbtxt": _ACCUMULATE})
+    await registry.publish_files("decoupled", 1, {"model.onnx": onnx_models.add(), "config.pbtxt": _DECOUPLED})
     return registry
 
 

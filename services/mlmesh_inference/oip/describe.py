@@ -35,6 +35,7 @@ _STATES: Final = {
     State.DRAINING: "UNLOADING",
     State.UNLOADED: "UNAVAILABLE",
     State.FAILED: "UNAVAILABLE",
+    State.ASLEEP: "UNAVAILABLE",
 }
 
 
@@ -115,6 +116,19 @@ def statistics(model: ReadyModel) -> pb.ModelStatistics:
             compute_infer=_duration(costs.infer),
             compute_output=_duration(costs.output),
         )
+    for memory in stats.memory:
+        result.memory_usage.add(type=memory.kind, id=memory.device, byte_size=memory.size_bytes)
+    for place, response in sorted(stats.responses.items()):
+        result.response_stats[str(place)].CopyFrom(
+            pb.InferResponseStatistics(
+                compute_infer=_duration(response.infer),
+                compute_output=_duration(response.output),
+                success=_duration(response.success),
+                fail=_duration(response.fail),
+                empty_response=_duration(response.empty),
+                cancel=_duration(response.cancel),
+            )
+        )
     return result
 
 
@@ -134,4 +148,6 @@ def index(catalog: Catalog, known: Iterable[tuple[str, int, str]], *, ready_only
 
 
 def _reason(status: Status) -> str:
+    if status.state is State.ASLEEP:
+        return "asleep: loaded when it is asked for"
     return status.error if status.state is not State.READY else ""

@@ -88,11 +88,12 @@ class OpenInferenceServicer(stubs.GRPCInferenceServiceServicer):
         """False until everything wanted at the start was loaded or has failed, and while draining."""
         ready = self._catalog.synced and not self._going_away.is_set()
         if ready and self._settings.compat:
-            ready = all(status.state is State.READY for status in self._catalog.statuses())
+            ready = all(status.state in (State.READY, State.ASLEEP) for status in self._catalog.statuses())
         return pb.ServerReadyResponse(ready=ready)
 
     async def ModelReady(self, request: pb.ModelReadyRequest, context: Any) -> pb.ModelReadyResponse:  # noqa: ARG002
-        """An unknown model is not ready, and no error."""
+        """An unknown model is not ready, and no error; one that sleeps is woken by whoever asks."""
+        self._catalog.wake(request.name, request.version)
         return pb.ModelReadyResponse(ready=self._catalog.find(request.name, request.version) is not None)
 
     async def ServerMetadata(
@@ -223,7 +224,8 @@ class OpenInferenceServicer(stubs.GRPCInferenceServiceServicer):
     ) -> pb.TraceSettingResponse:
         """Change what is traced, of a model or of all, and tell how it is."""
         if request.model_name and not self._catalog.statuses(request.model_name):
-            self._catalog.resolve(request.model_name, "")
+            shown = request.model_name[:256]
+            raise NotFound(f"Request for unknown model : {shown}", reason="MODEL_NOT_FOUND")
         self._traces.update(request.model_name, {name: said.value for name, said in request.settings.items()})
         return describe.trace_settings(self._traces.shown(request.model_name))
 

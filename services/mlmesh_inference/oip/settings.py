@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from mlmesh_runtime.errors import InvalidInput, Unsupported
+from mlmesh_runtime.logs import JsonFormatter
 from open_inference import grpc_service_pb2 as pb
 
 _LEVELS: Final = {"log_error": logging.ERROR, "log_warning": logging.WARNING, "log_info": logging.INFO}
@@ -25,6 +26,7 @@ class LogControl:
     def __init__(self, logger: logging.Logger | None = None) -> None:
         self._logger = logger or logging.getLogger()
         self._verbose: int | None = None
+        self._format = "default"
         self._flags: dict[str, bool] = {}
         self._filtered: list[tuple[logging.Handler, _Levels]] = []
 
@@ -35,19 +37,25 @@ class LogControl:
             "log_file": "",
             **{name: self._flags.get(name, level <= floor) for name, floor in sorted(_LEVELS.items())},
             "log_verbose_level": int(level <= logging.DEBUG) if self._verbose is None else self._verbose,
-            "log_format": "default",
+            "log_format": self._format,
         }
+
+    def _formats(self) -> tuple[str, ...]:
+        """Lines stay as the process was started with; in JSON their times are ISO 8601, so that is a name for them."""
+        iso = any(isinstance(handler.formatter, JsonFormatter) for handler in self._logger.handlers)
+        return ("default", "ISO8601") if iso else ("default",)
 
     def update(self, settings: Values) -> None:
         """Change settings, all or none. Raises InvalidInput, Unsupported for what cannot be changed here."""
-        said: dict[str, bool | int] = {}
+        said: dict[str, bool | int | str] = {}
         for name, value in settings.items():
             choice = value.WhichOneof("parameter_choice")
             if name == "log_file":
                 raise Unsupported("log file location can not be updated through network protocol")
             if name == "log_format":
-                if choice != "string_param" or value.string_param != "default":
-                    raise Unsupported("log_format: only 'default' is supported, as the process was started")
+                if choice != "string_param" or value.string_param not in self._formats():
+                    raise Unsupported(f"log_format: only {' and '.join(self._formats())} are supported here")
+                said[name] = value.string_param
             elif name == "log_verbose_level":
                 if choice != "uint32_param":
                     raise InvalidInput(f"expect '{name}' to be a uint32", field=f"settings[{name}]")
@@ -62,7 +70,7 @@ class LogControl:
             self._apply({**self.shown(), **said})
 
     def _apply(self, values: Mapping[str, bool | int | str]) -> None:
-        self._verbose = int(values["log_verbose_level"])
+        self._verbose, self._format = int(values["log_verbose_level"]), str(values["log_format"])
         self._flags = {name: bool(values[name]) for name in _LEVELS}
         levels = {level for name, level in _LEVELS.items() if self._flags[name]}
         if self._verbose:

@@ -121,8 +121,8 @@ class SharedMemory:
             size = _size(descriptor)
             if byte_size < 1 or offset < 0 or offset + byte_size > size:
                 raise InvalidInput(
-                    f"failed to register shared memory region '{name}': expected {byte_size} bytes at offset {offset} "
-                    f"in a segment of {size} bytes",
+                    f"failed to register shared memory region '{name}': invalid args, {byte_size} bytes at offset "
+                    f"{offset} of a segment of {size} bytes",
                     field="byte_size",
                 )
         except BaseException:
@@ -183,7 +183,7 @@ class SharedMemory:
         if region is None:
             raise NotFound(f"Unable to find shared memory region: '{name[:256]}'", reason="REGION_NOT_FOUND")
         known = region.status
-        if offset < 0 or offset > known.byte_size:
+        if offset < 0 or offset > known.byte_size or (size and offset == known.byte_size):
             raise InvalidInput(f"Invalid offset for shared memory region: '{name}'", field="shared_memory_offset")
         start = known.offset + offset
         # The size is checked before anything of that size is allocated.

@@ -282,6 +282,29 @@ def test_a_sequence_by_single_calls(client: Any) -> None:
     assert refused(lambda: client.infer("accumulate", again, sequence_id=77))[0] == "INVALID_ARGUMENT"
 
 
+@pytest.mark.parametrize("empty", [False, True])
+def test_a_decoupled_model_answers_on_streams_only(empty: bool, client: Any) -> None:
+    inputs = [tensor("x", np.ones((1, 4), np.float32))]
+    status, text = refused(lambda: client.infer("decoupled", inputs))
+    assert status == "UNIMPLEMENTED"
+    assert text == "ModelInfer RPC doesn't support models with decoupled transaction policy"
+    assert client.get_model_config("decoupled").config.model_transaction_policy.decoupled
+
+    def send() -> None:
+        client.async_stream_infer("decoupled", inputs, request_id="d", enable_empty_final_response=empty)
+
+    answers = streamed(client, send, 2 if empty else 1)
+    assert [error for _, error in answers] == [None] * len(answers)
+    first = answers[0][0]
+    assert (first.as_numpy("y") == 2).all()
+    finals = [result.get_response().parameters["triton_final_response"].bool_param for result, _ in answers]
+    assert finals[-1] or not empty
+    assert not any(finals[:-1])
+    if empty:
+        assert not answers[1][0].get_response().outputs
+        assert answers[1][0].get_response().id == "d"
+
+
 def test_statistics_count_rows_and_executions(client: Any) -> None:
     def stats() -> Any:
         return client.get_inference_statistics("images", "1").model_stats[0]
@@ -318,7 +341,7 @@ def test_trace_settings(client: Any) -> None:
     assert client.get_trace_settings("simple", as_json=True)["settings"] == first
     for settings in ({"trace_file": "/tmp/x"}, {"trace_level": ["TENSORS"]}):
         assert refused(lambda settings=settings: client.update_trace_settings(settings=settings))[0] == "UNIMPLEMENTED"
-    assert refused(lambda: client.get_trace_settings("nobody"))[0] == "NOT_FOUND"
+    assert refused(lambda: client.get_trace_settings("nobody")) == ("NOT_FOUND", "Request for unknown model : nobody")
 
 
 def test_log_settings(client: Any) -> None:
@@ -392,7 +415,9 @@ def test_shared_memory_that_is_not_there(client: Any, region: Callable[[int], tu
         status, text = refused(lambda: client.register_system_shared_memory("small", key, 64))
         assert status == "ALREADY_EXISTS"
         assert "already in manager" in text
-        assert refused(lambda: client.register_system_shared_memory("big", key, 4096))[0] == "INVALID_ARGUMENT"
+        status, text = refused(lambda: client.register_system_shared_memory("big", key, 4096))
+        assert status == "INVALID_ARGUMENT"
+        assert "failed to register shared memory region 'big': invalid args" in text
         status, text = refused(lambda: client.register_system_shared_memory("gone", "/mlmesh-gone", 64))
         assert status == "INVALID_ARGUMENT"
         assert "Unable to open shared memory region: '/mlmesh-gone'" in text
@@ -404,6 +429,9 @@ def test_shared_memory_that_is_not_there(client: Any, region: Callable[[int], tu
         status, text = refused(lambda: client.infer("simple", inputs))
         assert status == "INVALID_ARGUMENT"
         assert "Invalid offset + byte size for shared memory region: 'small'" in text
+        inputs[1].set_shared_memory("small", 64, 64)
+        status, text = refused(lambda: client.infer("simple", inputs))
+        assert "Invalid offset for shared memory region: 'small'" in text
         status, text = refused(lambda: client.get_system_shared_memory_status("nobody"))
         assert status == "NOT_FOUND"
         assert "Unable to find system shared memory region: 'nobody'" in text

@@ -9,7 +9,9 @@ import pytest
 
 from mlmesh_inference.oip.settings import LogControl
 from mlmesh_inference.trace_settings import TraceSettings
+from mlmesh_runtime.config import Settings
 from mlmesh_runtime.errors import InvalidInput, MeshError, Unsupported
+from mlmesh_runtime.logs import JsonFormatter
 from open_inference import grpc_service_pb2 as pb
 
 
@@ -72,6 +74,15 @@ def test_levels_follow_the_settings(logger: tuple[logging.Logger, Lines]) -> Non
     control.update(asked(log_info=False, log_error=False))
     assert logged(*logger) == []
     control.update(asked(log_info=True, log_warning=True, log_error=True))
+    assert logged(*logger) == ["info", "warning", "error", "critical"]
+
+
+def test_lines_of_json_have_iso_times_under_either_name(logger: tuple[logging.Logger, Lines]) -> None:
+    logger[1].setFormatter(JsonFormatter(Settings(service="test")))
+    control = LogControl(logger[0])
+    for name in ("ISO8601", "default"):
+        control.update(asked(log_format=name))
+        assert control.shown()["log_format"] == name
     assert logged(*logger) == ["info", "warning", "error", "critical"]
 
 
