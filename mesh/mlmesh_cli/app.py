@@ -14,6 +14,7 @@ from mlmesh_cli.commands.audit import audit_app
 from mlmesh_cli.commands.certs import certs_app
 from mlmesh_cli.commands.datasets import datasets_app
 from mlmesh_cli.commands.demo import demo
+from mlmesh_cli.commands.engines import engines_app
 from mlmesh_cli.commands.infer import infer
 from mlmesh_cli.commands.jobs import jobs_app
 from mlmesh_cli.commands.lifecycle import down, init, status, up
@@ -70,6 +71,7 @@ app.add_typer(studies_app, name="studies", rich_help_panel=_WORK)
 app.add_typer(jobs_app, name="jobs", rich_help_panel=_WORK)
 app.add_typer(models_app, name="models", rich_help_panel=_WORK)
 app.add_typer(datasets_app, name="datasets", rich_help_panel=_WORK)
+app.add_typer(engines_app, name="engines", rich_help_panel=_WORK)
 app.command(rich_help_panel=_WORK)(infer)
 app.add_typer(quota_app, name="quota", rich_help_panel=_WORK)
 app.add_typer(audit_app, name="audit", rich_help_panel=_LOOK)

@@ -85,6 +85,8 @@ HINTS_BY_REASON = {
     "RESOURCES_TOO_LARGE": "ask for less, or give the service more (MLMESH_TRAINING_CPUS and its siblings)",
     "UNKNOWN_RECIPE": "`mlmesh train recipes` shows what can be trained",
     "UNKNOWN_DATASET": "`mlmesh train recipes` shows which data sets each recipe takes",
+    "BUILD_NOT_FOUND": "`mlmesh engines operations` shows the builds",
+    "BUILD_FAILED": "`mlmesh engines list` shows which engines there are, and why others are not",
     "QUEUE_FULL": "wait a moment and try again",
     "INVALID_RESOURCE": "correct the file and apply it again; the configuration before stays active",
     "TRACE_NOT_FOUND": "`mlmesh traces list` shows the traces kept",

@@ -45,13 +45,16 @@ class LoadedVersions:
         prepared = await self._loading.prepare(record, lambda: None, config=before.config)
         if isinstance(prepared, str):
             raise EngineError(prepared)
-        if self._catalog.ready(model, version) is not before:
-            prepared.built.engine.close()
+        engine, status = prepared.built.engine, self._catalog.status(model, version)
+        if self._catalog.ready(model, version) is not before or status is None:
+            engine.close()
             raise EngineError("it was unloaded, or loaded anew, meanwhile")
-        replaced = self._loading.install(prepared)
-        if replaced is not None:
-            await replaced.runner.drain()
-        return Switched(engine=prepared.built.engine.name, reason=prepared.built.reason)
+        if engine.name == status.engine:
+            engine.close()
+        else:
+            self._loading.install(prepared)
+            await before.runner.drain()
+        return Switched(engine=engine.name, reason=prepared.built.reason)
 
 
 def order_of(catalog: Catalog, settings: InferenceSettings, model: str, version: int) -> Order:

@@ -29,10 +29,11 @@ async def settle(loading: Loading, prepared: Prepared) -> Prepared:
     if plan is None or chooser is None:
         return prepared
     engine = prepared.built.engine
-    if plan.known:
-        return _told(prepared, plan.known)
+    # What is known is of engines that were tried alone: an engine on a device is compared each time.
     if engine.name not in TRIED_ALONE and REFERENCE in {each.engine for each in plan.candidates.tried}:
         return await _compared(loading, chooser, prepared, plan)
+    if plan.known:
+        return _told(prepared, plan.known)
     if plan.when is not When.BEFORE:
         return replace(prepared, trials=plan.candidates.passed_over)
     changed = await rebuilt(loading, prepared, await chooser.trials(plan, await given(loading, prepared)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,13 @@ from mlmesh_inference.app import services, streaming_of
 from mlmesh_inference.building import EXECUTOR, Building, building, tensorrt_kind
 from mlmesh_inference.cache import ModelCache
 from mlmesh_inference.catalog import Catalog
+from mlmesh_inference.choosing import EngineChooser
 from mlmesh_inference.config import InferenceSettings
 from mlmesh_inference.config_engines import EngineSettings
 from mlmesh_inference.desired import parse_selectors
 from mlmesh_inference.engines.onnx import OnnxKind
+from mlmesh_inference.engines.tensorrt import TensorRTKind
+from mlmesh_inference.engines.verdicts import VerdictStore
 from mlmesh_inference.loader import Loader
 from mlmesh_inference.loading import Loading
 from mlmesh_inference.renewal import LoadedVersions
@@ -98,13 +101,16 @@ async def engine_server(
     *,
     registry: grpc.aio.Channel | None = None,
     rows_max: int = 8,
+    kind_of: Callable[[EngineSettings, Path], TensorRTKind] = tensorrt_kind,
     **engines: Any,
 ) -> AsyncIterator[EngineServer]:
-    """A server over what `source` has published, once all of it answers. `engines` are fields of EngineSettings."""
+    """A server over what `source` has published, once all of it answers. `engines` are fields of EngineSettings;
+    `kind_of` makes the kind that compiles."""
     inference = InferenceSettings(selectors=parse_selectors("*"), rows_max=rows_max, rows_preferred=4)
     asked = EngineSettings(**engines)
     catalog, synced = Catalog(), asyncio.Event()
-    kind = tensorrt_kind(asked, data_dir)
+    kind = kind_of(asked, data_dir)
+    kinds = [kind, OnnxKind()]
     config = settings()
     async with contextlib.AsyncExitStack() as stack:
         executors = await stack.enter_async_context(Executors({"disk": 2, "build": 1, EXECUTOR: 1}))
@@ -113,16 +119,19 @@ async def engine_server(
             source=source,
             cache=ModelCache(data_dir / "cache"),
             catalog=catalog,
-            kinds=[kind, OnnxKind()],
+            kinds=kinds,
             settings=inference,
             disk=executors["disk"],
             build=executors["build"],
+            chooser=EngineChooser(
+                kinds, inference, VerdictStore(data_dir / "verdicts"), disk=executors["disk"], build=executors["build"]
+            ),
         )
         loader = Loader(loading, on_synced=synced.set)
         served = LoadedVersions(loading, loader.record)
         made = building(asked, kind, served, executors, data_dir=data_dir, channel=registry)
         streaming = streaming_of(catalog, config, inference)
-        offered = services(catalog, loader, [kind, OnnxKind()], asyncio.Event(), streaming, builds=made.builds)
+        offered = services(catalog, loader, kinds, asyncio.Event(), streaming, builds=made.builds)
         server = await stack.enter_async_context(Server(config, offered))
         channel = await stack.enter_async_context(grpc.aio.insecure_channel(server.address))
         async with asyncio.TaskGroup() as group:

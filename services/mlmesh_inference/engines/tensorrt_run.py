@@ -29,6 +29,7 @@ from mlmesh_inference.engines.cuda import Device
 from mlmesh_inference.engines.tensorrt_api import MESSAGES, logger, precisions_of_engine, signature_of
 from mlmesh_inference.engines.tensorrt_profiles import Bounds, Profile, bucket, choose, show_profile
 from mlmesh_inference.tensors import Array, Signature, TensorSpec, show
+from mlmesh_runtime.errors import InvalidInput
 
 _LOG = logging.getLogger(__name__)
 
@@ -39,6 +40,12 @@ CAPTURE_AFTER: Final = 2
 """Times that a shape comes before it is captured, where shapes are many; where only batches differ, once."""
 
 _Shapes = tuple[tuple[int, ...], ...]
+
+
+class ShapeNotCovered(InvalidInput, EngineError):  # noqa: N818  named by what is wrong
+    """A request of a shape that the engine was not compiled for: the caller's to correct, not the engine's fault."""
+
+    default_reason = "SHAPE_MISMATCH"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -286,7 +293,7 @@ class _Instance:
         if number < 0:
             asked = ", ".join(f"{name} {show(shape)}" for name, shape in shapes.items())
             known = "; ".join(map(show_profile, self._profiles))
-            raise EngineError(f"no profile of this engine covers {asked}: it has {known}")
+            raise ShapeNotCovered(f"no profile of this engine covers {asked}: it has {known}", field="inputs")
         if not self._pads:
             return number, shapes, 0
         rows = next(iter(shapes.values()))[0]

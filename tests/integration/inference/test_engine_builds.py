@@ -8,10 +8,11 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 from unittest.mock import ANY
 
 import grpc
@@ -21,9 +22,13 @@ from google.longrunning import operations_pb2 as ops
 from google.rpc import code_pb2, error_details_pb2
 
 from mlmesh.inference.v1 import control_pb2 as pb
+from mlmesh_inference.building import tensorrt_kind
 from mlmesh_inference.compiling import CompileOrder, Stop, compile_in_child
-from mlmesh_inference.engines.base import EngineError
+from mlmesh_inference.config_engines import EngineSettings
+from mlmesh_inference.engines.base import Availability, EngineError, EngineFacts, EngineOptions
 from mlmesh_inference.engines.cuda import gpu_name
+from mlmesh_inference.engines.onnx import OnnxEngine, OnnxKind
+from mlmesh_inference.engines.tensorrt import TensorRTKind
 from mlmesh_inference.engines.tensorrt_api import flavour, load_module
 from mlmesh_inference.engines.tensorrt_compile import BuildCancelled, PlanOptions, Step
 from mlmesh_runtime.channel import mesh_error
@@ -315,3 +320,84 @@ async def test_minilm_is_compiled_with_the_ranges_that_it_declares(tmp_path: Pat
         built = await server.built("minilm", build_only=True)
         assert list(built.precisions) == ["fp32"]
         assert 90_000_000 < built.size_bytes < 120_000_000
+
+
+class Elsewhere(TensorRTKind):
+    """Compiles for real, and runs what it compiled on ONNX Runtime, as a GPU would: switching is what is looked at."""
+
+    shift = 0.0
+
+    def probe(self) -> Availability:
+        return Availability(available=True, reason="the test says so", version="1")
+
+    def build(self, model: Path, options: EngineOptions) -> Any:
+        plan = self.cache.get(self.key(model, options)) if self.cache else None
+        if plan is None:
+            raise EngineError("no engine is compiled for it yet; BuildEngine compiles one")
+        return Shifted(OnnxKind().build(model, options), self.shift)
+
+
+class Shifted:
+    """An engine of another name, whose answers are shifted."""
+
+    name = "tensorrt"
+    facts = EngineFacts(precision="fp32", device="cuda:0")
+
+    def __init__(self, engine: OnnxEngine, shift: float) -> None:
+        self._engine, self._shift = engine, shift
+        self.signature, self.concurrency, self.close = engine.signature, engine.concurrency, engine.close
+
+    def run(self, inputs: Any, outputs: Any) -> Any:
+        return [array + array.dtype.type(self._shift) for array in self._engine.run(inputs, outputs)]
+
+
+def elsewhere(shift: float) -> Callable[[EngineSettings, Path], TensorRTKind]:
+    def make(settings: EngineSettings, data_dir: Path) -> TensorRTKind:
+        made = tensorrt_kind(settings, data_dir)
+        kind = Elsewhere(cache=made.cache, settings=made.settings, compiles=False)
+        kind.shift = shift
+        return kind
+
+    return make
+
+
+async def test_an_engine_that_answers_as_the_present_one_takes_over_without_a_request_noticing(tmp_path: Path) -> None:
+    source = MemoryRegistry()
+    await source.publish("add", 1, onnx_models.add())
+    async with engine_server(tmp_path, source, automatic=False, kind_of=elsewhere(0.0)) as server:
+        assert server.catalog.statuses()[0].engine == "onnxruntime-cpu"
+        begun, answered = await server.build("add"), 0
+        async with asyncio.timeout(60):
+            while not (await server.operations.wait(begun.name, 0.0)).done or answered < 10:
+                (y,) = await submitted(server.catalog.resolve("add", "").runner, {"x": rows(1.0)})
+                assert y[0, 0] == 2.0
+                answered += 1
+        ended, response = await server.operations.get(begun.name), pb.EngineBuild()
+        assert ended.response.Unpack(response)
+        assert response.serving, response.reason
+        assert server.catalog.statuses()[0].engine == "tensorrt"
+    async with engine_server(tmp_path, source, automatic=False, kind_of=elsewhere(0.0)) as server:
+        assert server.catalog.statuses()[0].engine == "tensorrt", "what was compiled serves from the start"
+
+
+async def test_an_engine_that_answers_otherwise_does_not_take_over(tmp_path: Path) -> None:
+    source = MemoryRegistry()
+    await source.publish("add", 1, onnx_models.add())
+    async with engine_server(tmp_path, source, automatic=False, kind_of=elsewhere(0.5)) as server:
+        built = await server.built("add")
+        assert not built.serving
+        assert "differ" in built.reason or "0.5" in built.reason
+        assert server.catalog.statuses()[0].engine == "onnxruntime-cpu"
+        (y,) = await submitted(server.catalog.resolve("add", "").runner, {"x": rows(1.0)})
+        assert y[0, 0] == 2.0
+
+
+async def test_where_an_engine_can_run_it_is_built_without_being_asked_for(tmp_path: Path) -> None:
+    source = MemoryRegistry()
+    await source.publish("add", 1, onnx_models.add())
+    async with engine_server(tmp_path, source, kind_of=elsewhere(0.0)) as server:
+        async with asyncio.timeout(60), server.catalog.watch() as changes:
+            while server.catalog.statuses()[0].engine != "tensorrt":
+                await anext(changes)
+        listed = await server.operations.list()
+        assert len(listed.operations) == 1

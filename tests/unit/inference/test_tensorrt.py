@@ -16,6 +16,7 @@ import pytest
 
 from mlmesh_inference.engines.base import EngineError
 from mlmesh_inference.engines.tensorrt_run import GRAPHS_MAX, TensorRTEngine
+from mlmesh_runtime.errors import InvalidInput
 from tests.support.inference import rows
 
 ROWS = ((1, 1), (2, 4), (5, 8))
@@ -323,8 +324,10 @@ def test_rows_that_do_not_lie_in_order_in_memory_are_copied_right() -> None:
 
 def test_shapes_that_no_profile_covers_are_refused_and_the_profiles_told() -> None:
     engine, _ = build(Device())
-    with pytest.raises(EngineError, match=r"no profile of this engine covers x \[9,4\].*x \[5,4\]..\[8,4\]"):
+    with pytest.raises(EngineError, match=r"no profile of this engine covers x \[9,4\].*x \[5,4\]..\[8,4\]") as caught:
         engine.run({"x": rows(*range(9))}, ["y"])
+    assert isinstance(caught.value, InvalidInput)
+    assert caught.value.reason == "SHAPE_MISMATCH"
     assert engine.run({"x": rows(1.0)}, ["y"])[0][0, 0] == 2.0, "the instance is free again"
 
 
