@@ -4,3 +4,4 @@ from mlmesh_front.mlmesh_front import Call as Call
 from mlmesh_front.mlmesh_front import DirectCall as DirectCall
 from mlmesh_front.mlmesh_front import Front as Front
 from mlmesh_front.mlmesh_front import __version__ as __version__
+from mlmesh_front.mlmesh_front import split as split

@@ -8,7 +8,7 @@ streams of sequences and of decoupled models, and streams whose metadata asks fo
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final
 
 from google.protobuf.message import DecodeError
@@ -142,7 +142,7 @@ class DirectInfer:
         self._split: Callable[[bytes], wire.Split | None] = wire.split if plans else lambda _message: None
         self._tenant = Tenants().of
 
-    def __call__(self, calls: Sequence[DirectCall]) -> None:
+    def __call__(self, calls: Iterable[DirectCall]) -> None:
         """See mlmesh_runtime.direct."""
         plans, trace, split, tenant, sink = (
             self._plans.current(),
@@ -152,8 +152,6 @@ class DirectInfer:
             self._sink,
         )
         for call in calls:
-            if call.done() or self._hands_back(call):
-                continue
             try:
                 message = call.request
                 cut = split(message)
@@ -208,10 +206,6 @@ class DirectInfer:
         finally:
             CURRENT.reset(token)
 
-    def _hands_back(self, call: DirectCall) -> bool:  # noqa: ARG002  streams look at it
-        """Hand a call back by what it looks like from outside; False to go on."""
-        return False
-
     def _is_generic(self, call: DirectCall, model: ReadyModel, request: Request) -> bool:  # noqa: ARG002
         """Hand a call back by what it asks for; False to go on."""
         if model.runner.decoupled:
@@ -228,12 +222,9 @@ class DirectStreamInfer(DirectInfer):
     _final = True
     _sink = _MessageSink
 
-    def _hands_back(self, call: DirectCall) -> bool:
-        for name in GENERIC_METADATA:
-            if call.metadata(name) is not None:
-                call.generic()
-                return True
-        return False
+    def __call__(self, calls: Iterable[DirectCall]) -> None:
+        """See mlmesh_runtime.direct."""
+        super().__call__(_own(calls))
 
     def _is_generic(self, call: DirectCall, model: ReadyModel, request: Request) -> bool:
         if model.runner.decoupled or request.options.sequence is not None:
@@ -243,6 +234,17 @@ class DirectStreamInfer(DirectInfer):
 
     def _refuse(self, call: DirectCall, message: pb.ModelInferRequest, error: Exception) -> None:
         _refuse_message(call, message.id, message.model_name, error)
+
+
+def _own(calls: Iterable[DirectCall]) -> Iterator[DirectCall]:
+    """Messages that are not the generic path's; looked at one by one, since a message may hand its stream back."""
+    for call in calls:
+        if call.done():
+            continue
+        if any(call.metadata(name) is not None for name in GENERIC_METADATA):
+            call.generic()
+        else:
+            yield call
 
 
 def _refuse_message(call: DirectCall, request_id: str, model_name: str, error: Exception) -> None:

@@ -5,8 +5,8 @@ every request with the same header (`wire.split`): the same model, tensors, shap
 to do for such a request is to compare the sizes of its raw contents. `Replies` are the same on the way out: what an
 answer of certain shapes looks like is taken from one that `replies.write` wrote, and only ids and data differ.
 
-Whatever is not plain has no plan: typed contents, shared memory, sequences, decoupled models. A request that does not
-fit its plan is read in full, which also tells what is wrong with it.
+Whatever is not plain has no plan: typed contents other than FP32 and FP64, shared memory, sequences, decoupled models.
+A request that does not fit its plan is read in full, which also tells what is wrong with it.
 """
 
 from __future__ import annotations
@@ -52,15 +52,17 @@ class Replies:
         repeats: whether there will be more answers than one.
     """
 
-    __slots__ = ("_final", "_head", "_kinds", "_model", "_plain", "_request", "_templates")
+    __slots__ = ("_final", "_head", "_kinds", "_model", "_plain", "_request", "_templates", "_typed")
 
     def __init__(
         self, request: Request, model: ReadyModel, *, final: bool | None = None, repeats: bool = False
     ) -> None:
         self._request, self._model, self._final = request, model, final
         self._kinds = tuple([model.outputs[name].datatype for name in request.outputs])
-        plain = repeats and not (request.typed or request.classes or request.placed)
-        self._plain = plain and all(kind.itemsize for kind in self._kinds)
+        plain = repeats and not (request.classes or request.placed) and all(kind.itemsize for kind in self._kinds)
+        # What is answered to a typed request in typed contents has a template only if these lie there as in memory.
+        self._typed = request.typed and all(kind.contents for kind in self._kinds)
+        self._plain = plain and (not self._typed or all(kind.contents in wire.PACKED for kind in self._kinds))
         self._templates: dict[object, _Template] = {}
         self._head = b""
 
@@ -107,25 +109,40 @@ class Replies:
         response = replies.write(wire.text_of(name), request, self._model, arrays, final=self._final)
         encoded = response.SerializeToString()
         if self._plain and len(self._templates) < TEMPLATES_MAX:
-            template = self._template(encoded, name, arrays)
+            template = self._template(response, encoded, name, arrays)
             if template is not None:
                 self._templates[key] = template
         if self._final is None:
             return (encoded,)
         return b"".join((b"\x12", wire.varint(len(encoded)))), encoded
 
-    def _template(self, encoded: bytes, name: bytes, arrays: Sequence[Array]) -> _Template | None:
+    def _template(
+        self, response: pb.ModelInferResponse, encoded: bytes, name: bytes, arrays: Sequence[Array]
+    ) -> _Template | None:
         """Take an answer apart; None when it does not look as expected."""
         head = pb.ModelInferResponse(model_name=self._model.name, model_version=self._model.version_text)
         self._head = head.SerializeToString()
         begin = self._head + name
         data = [encode_raw(kind, array) for kind, array in zip(self._kinds, arrays, strict=True)]
-        prefixes = [b"".join((b"\x32", wire.varint(len(raw)))) for raw in data]
+        prefixes = _typed_prefixes(response, data) if self._typed else [_tagged(b"\x32", raw) for raw in data]
         end = b"".join([piece for pair in zip(prefixes, data, strict=True) for piece in pair])
         if not (data and encoded.startswith(begin) and encoded.endswith(end) and len(encoded) >= len(begin) + len(end)):
             return None
         prefixes[0] = encoded[len(begin) : len(encoded) - len(end)] + prefixes[0]
         return _Template(prefixes=tuple(prefixes), size=len(encoded) - len(begin), heads={})
+
+
+def _tagged(tag: bytes, payload: bytes) -> bytes:
+    """What is before a payload on the wire."""
+    return tag + wire.varint(len(payload))
+
+
+def _typed_prefixes(response: pb.ModelInferResponse, data: Sequence[bytes]) -> list[bytes]:
+    """What is before the elements of each output, which are at its very end."""
+    outputs = [output.SerializeToString() for output in response.outputs]
+    return [
+        _tagged(b"\x2a", output) + output[: len(output) - len(raw)] for output, raw in zip(outputs, data, strict=True)
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,8 +234,8 @@ class Plan:
 
 
 def plan_of(request: Request, model: ReadyModel) -> Plan | None:
-    """A plan for requests with the header of one that came with raw contents and is in order; None when not plain."""
-    if request.typed or request.placed or request.options.sequence is not None or model.runner.decoupled:
+    """A plan for requests with the header of one that is in order and could be split; None when it is not plain."""
+    if request.placed or request.options.sequence is not None or model.runner.decoupled:
         return None
     return Plan(request, model)
 

@@ -1,7 +1,7 @@
 """The protocol's messages as bytes: cut apart, bounded and put together without protobuf.
 
 `split` cuts an encoded ModelInferRequest into what one client's requests repeat (the header: everything but `id` and
-raw_input_contents) and what differs. It only ever cuts what it understands in full, so a header stands for the same
+the contents) and what differs. It only ever cuts what it understands in full, so a header stands for the same
 fields of the message whatever ids and contents were cut out of it: protobuf merges records of one field in their order,
 and does not care for the order between fields.
 
@@ -22,8 +22,8 @@ from mlmesh_runtime.errors import InvalidInput
 
 HEADER_BYTES_MAX: Final = 4096
 """Longest header that `split` gives; a longer one is hardly one that repeats."""
-RAW_MAX: Final = 64
-"""Most raw contents that `split` gives."""
+CONTENTS_MAX: Final = 64
+"""Most contents that `split` gives."""
 UNCHECKED_BYTES_MAX: Final = 1 << 16
 """A message of this size costs little whatever it holds; a larger one is looked over before protobuf parses it."""
 RECORDS_MAX: Final = 8192
@@ -32,8 +32,11 @@ RECORDS_MAX: Final = 8192
 ID: Final = 0x1A
 """Tag of `id`, in requests and in responses."""
 _RAW: Final = 0x3A
+_INPUT: Final = 0x2A
+_CONTENTS: Final = 0x2A
 _HEADER: Final = frozenset({0x0A, 0x12, 0x22, 0x2A, 0x32})
 _TENSORS: Final = frozenset({0x2A, 0x32})
+_TENSOR: Final = frozenset({0x0A, 0x12, 0x1A, 0x22})
 _FIELDS: Final = {
     "": {
         1: "model_name",
@@ -50,6 +53,7 @@ _FIELDS: Final = {
 
 PACKED: Final = {"fp32_contents": 0x32, "fp64_contents": 0x3A}
 """Tags of the typed contents whose elements lie on the wire as in memory."""
+_PACKED: Final = frozenset(PACKED.values())
 
 Split = tuple[bytes, bytes, tuple[int, ...]]
 
@@ -57,12 +61,16 @@ Split = tuple[bytes, bytes, tuple[int, ...]]
 def split_python(message: bytes) -> Split | None:
     """Cut an encoded ModelInferRequest.
 
-    Gives (header, id, spans): all other records in their order; the record of `id` as a response repeats it, tag and
-    length included, b"" without one; and where each of raw_input_contents begins and ends, flat: start, end, start...
+    Gives (header, id, spans): all other bytes in their order; the record of `id` as a response repeats it, tag and
+    length included, b"" without one; and where each of the contents begins and ends, flat: start, end, start...
+
+    Contents are raw_input_contents, whose records are cut out whole. Without any they are typed FP32 and FP64: the
+    elements of each are cut out, and the header begins with a zero byte, which no message does.
 
     None for whatever is not plain, so that protobuf decides: an unknown or oddly typed field, a length of more than
     four bytes, truncated bytes, an id that comes twice or is longer than 127 bytes or not UTF-8, a header of more than
-    HEADER_BYTES_MAX bytes, no raw contents, or more than RAW_MAX of them.
+    HEADER_BYTES_MAX bytes, no contents or more than CONTENTS_MAX of them, typed contents that are not all of one record
+    with one packed FP32 or FP64.
     """
     size, at, kept = len(message), 0, 0
     parts: list[bytes] = []
@@ -86,14 +94,54 @@ def split_python(message: bytes) -> Split | None:
             if at > kept:
                 parts.append(message[kept:at])
             at = kept = end
+        if at != size or not _is_text(name):
+            return None
+        if not spans:
+            parts = _split_typed(message, spans)
+        elif at > kept:
+            parts.append(message[kept:at])
     except IndexError:
         return None
-    if at > kept:
-        parts.append(message[kept:at])
     header = parts[0] if len(parts) == 1 else b"".join(parts)
-    if at != size or not 0 < len(spans) <= 2 * RAW_MAX or len(header) > HEADER_BYTES_MAX or not _is_text(name):
+    if not 0 < len(spans) <= 2 * CONTENTS_MAX or len(header) > HEADER_BYTES_MAX:
         return None
     return header, name if len(name) > 2 else b"", tuple(spans)
+
+
+def _split_typed(message: bytes, spans: list[int]) -> list[bytes]:
+    """The parts of a header of typed contents; IndexError where they are not plain. Fills `spans`."""
+    parts, at, kept, size = [b"\0"], 0, 0, len(message)
+    while at < size:
+        tag = message[at]
+        length, start = _length(message, at + 1)
+        end = start + length
+        if tag == ID:
+            parts.append(message[kept:at])
+            kept = end
+        elif tag == _INPUT:
+            first = _elements(message, start, end)
+            spans += (first, end)
+            parts.append(message[kept:first])
+            kept = end
+        at = end
+    parts.append(message[kept:])
+    return parts
+
+
+def _elements(message: bytes, at: int, end: int) -> int:
+    """Where the elements of an input begin that end with it; IndexError where it is not so."""
+    while at < end:
+        tag = message[at]
+        length, start = _length(message, at + 1)
+        stop = start + length
+        if tag == _CONTENTS and stop == end and message[start] in _PACKED:
+            length, first = _length(message, start + 1)
+            if first + length == end:
+                return first
+        if tag not in _TENSOR:
+            break
+        at = stop
+    raise IndexError(at)
 
 
 def _is_text(name: bytes) -> bool:
