@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +24,8 @@ from mlmesh_inference.statistics import Statistics
 from mlmesh_inference.tensors import Signature, TensorSpec
 from mlmesh_runtime.errors import NotFound, NotReady, Overloaded
 
+WAKING_S: Final = 1.0
+"""When to ask again for a version that sleeps."""
 WATCHER_ITEMS_MAX: Final = 1000
 """Changes that may wait for a watcher; one that falls behind further is ended (WATCHER_TOO_SLOW)."""
 
@@ -38,6 +40,7 @@ class State(enum.Enum):
     DRAINING = 5
     UNLOADED = 6
     FAILED = 7
+    ASLEEP = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +112,10 @@ class Catalog:
         self._aliases: dict[str, Mapping[str, int]] = {}
         self._routes: dict[tuple[str, str], ReadyModel] = {}
         self._gone: set[str] = set()
+        self._sleeping: set[tuple[str, int]] = set()
+        self._sleepers: dict[tuple[str, str], tuple[str, int]] = {}
+        self.on_wanted: Callable[[str, int], None] = lambda _model, _version: None
+        """Is called when somebody asks for a version that sleeps."""
         self._watchers: set[_Watcher] = set()
         self.generation = 0
         """Grows with every change of what `resolve` gives: who remembers its answers begins anew then."""
@@ -118,7 +125,8 @@ class Catalog:
     def resolve(self, model: str, version: str) -> ReadyModel:
         """The version that answers. "" is the default version, "@stable" an alias, "3" a number.
 
-        Raises NotFound (MODEL_NOT_FOUND), NotReady (MODEL_NOT_READY) when it is known but does not answer.
+        Raises NotFound (MODEL_NOT_FOUND), NotReady (MODEL_NOT_READY) when it is known but does not answer; a version
+        that sleeps is woken by that.
         """
         found = self._routes.get((model, version))
         if found is None:
@@ -129,7 +137,44 @@ class Catalog:
         """Like resolve, None when it does not answer."""
         return self._routes.get((model, version))
 
+    def wake(self, model: str, version: str) -> bool:
+        """Have it loaded again if it sleeps; whether it does."""
+        sleeper = self._sleepers.get((model, version))
+        if sleeper is not None:
+            self.on_wanted(*sleeper)
+        return sleeper is not None
+
+    def sleep(self, model: str, version: int) -> ReadyModel | None:
+        """Take it out of memory but not out of service: names and aliases keep meaning it. Returns it to be drained."""
+        key = (model, version)
+        ready = self._ready.pop(key, None)
+        if ready is not None:
+            self._sleeping.add(key)
+            self._put(replace(self._statuses[key], state=State.DRAINING))
+            self._route()
+        return ready
+
+    def rest(self, model: str, version: int, *, total_bytes: int, sha256: str) -> None:
+        """A version that is not loaded before somebody asks for it."""
+        key = (model, version)
+        self._sleeping.add(key)
+        self._put(Status(model=model, version=version, state=State.ASLEEP, total_bytes=total_bytes, sha256=sha256))
+        self._route()
+
+    def sleeps(self, model: str, version: int) -> bool:
+        """Whether it sleeps, or is on its way back."""
+        return (model, version) in self._sleeping
+
+    def asleep(self, model: str, version: int) -> None:
+        """It was drained, and sleeps."""
+        status = self._statuses.get((model, version))
+        if status is not None and (model, version) in self._sleeping:
+            self._put(replace(status, state=State.ASLEEP))
+
     def _missing(self, model: str, version: str) -> NotFound | NotReady:
+        if self.wake(model, version):
+            text = f"model '{model[:256]}' was asleep to save memory and is being loaded"
+            return NotReady(text, reason="MODEL_NOT_READY", retry_after_s=WAKING_S)
         shown = f"'{model[:256]}'" + (f" version {version[:64]}" if version else "")
         known = [number for name, number in self._statuses if name == model]
         if not version and (known or model in self._gone):
@@ -185,6 +230,7 @@ class Catalog:
         """It answers from now on, to requests that name it."""
         key = (ready.name, ready.version)
         self._ready[key] = ready
+        self._sleeping.discard(key)
         self._gone.discard(ready.name)
         before = self._statuses.get(key) or Status(model=ready.name, version=ready.version, state=State.READY)
         self._route()
@@ -198,6 +244,9 @@ class Catalog:
 
     def fail(self, model: str, version: int, error: str) -> None:
         """It could not be loaded."""
+        if (model, version) in self._sleeping:
+            self._sleeping.discard((model, version))
+            self._route()
         self.progress(model, version, State.FAILED, error=error)
 
     def point(self, model: str, *, default: int, aliases: Mapping[str, int]) -> None:
@@ -230,6 +279,9 @@ class Catalog:
     def forget(self, model: str, version: int) -> None:
         """It is gone: watchers see UNLOADED, lists show it no more."""
         status = self._statuses.pop((model, version), None)
+        if (model, version) in self._sleeping:
+            self._sleeping.discard((model, version))
+            self._route()
         if status is not None:
             if status.state is State.DRAINING and not self.statuses(model):
                 self._gone.add(model)
@@ -237,15 +289,21 @@ class Catalog:
 
     def _route(self) -> None:
         routes: dict[tuple[str, str], ReadyModel] = {}
-        for (model, version), ready in self._ready.items():
-            routes[model, str(version)] = ready
-            if self._defaults.get(model) == version:
-                routes[model, ""] = ready
-            for alias, number in self._aliases.get(model, {}).items():
-                if number == version:
-                    routes[model, f"@{alias}"] = ready
+        for key, ready in self._ready.items():
+            for name in self._names(*key):
+                routes[name] = ready
         self._routes = routes
+        self._sleepers = {name: key for key in self._sleeping for name in self._names(*key)}
         self.generation += 1
+
+    def _names(self, model: str, version: int) -> Iterator[tuple[str, str]]:
+        """All that a version is called: by number, "" for the default, "@alias"."""
+        yield model, str(version)
+        if self._defaults.get(model) == version:
+            yield model, ""
+        for alias, number in self._aliases.get(model, {}).items():
+            if number == version:
+                yield model, f"@{alias}"
 
     def _put(self, status: Status, *, touch: bool = True) -> None:
         if touch:

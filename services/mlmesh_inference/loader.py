@@ -21,6 +21,7 @@ from mlmesh_inference.desired import RegistryView, Selector, VersionRecord, Want
 from mlmesh_inference.follow import Follower
 from mlmesh_inference.loading import Loading, Prepared
 from mlmesh_inference.overrides import Override, chosen, overlaid, uploaded
+from mlmesh_inference.residency import Resident, make_room
 from mlmesh_runtime.calls import detached
 from mlmesh_runtime.errors import MeshError, NotFound, NotReady, WrongState
 from mlmesh_runtime.executors import run_blocking
@@ -135,8 +136,13 @@ class Loader:
             if (model, version) in self._tasks:
                 continue
             status = self._catalog.status(model, version)
-            if status is None or (status.state is State.ASLEEP and (model, version) not in self._asleep):
-                self._start(group, view.versions[model, version])
+            record = view.versions[model, version]
+            if status is None and not self._catalog.synced and not self._fits(record, view):
+                file = record.model_file
+                self._asleep.add((model, version))
+                self._catalog.rest(model, version, total_bytes=record.size, sha256=file.sha256 if file else "")
+            elif status is None or (status.state is State.ASLEEP and (model, version) not in self._asleep):
+                self._start(group, record)
         self._keep_budget(group)
         for model in {status.model for status in self._catalog.statuses()}:
             self._point(model, target.get(model), view)
@@ -147,6 +153,13 @@ class Loader:
         if not self._catalog.synced and all(_settled(self._catalog.status(*key)) for key in keys):
             self._catalog.synced = True
             self._on_synced()
+
+    def _fits(self, record: VersionRecord, view: RegistryView) -> bool:
+        """Whether a version may be loaded at the start, as far as sizes of files tell."""
+        budget = self._loading.settings.memory_bytes
+        taken = sum(view.versions[key].size for key in self._tasks if key in view.versions)
+        taken += sum(model.facts.memory_bytes for model in self._catalog.ready_models())
+        return not budget or not taken or taken + record.size <= budget
 
     def _wake(self, model: str, version: int) -> None:
         """Somebody asked for a version that sleeps."""
@@ -212,7 +225,7 @@ class Loader:
 
     def _point(self, model: str, want: Wanted | None, view: RegistryView) -> None:
         """Move default and aliases to what is wanted as soon as it answers; until then they stay where they may."""
-        statuses = [status for status in self._catalog.statuses(model) if _answers(status)]
+        statuses = [status for status in self._catalog.statuses(model) if self._answers(status)]
         ready = {status.version for status in statuses if view.servable(model, status.version)}
         present = self._catalog.default_version(model)
         choices = [want.default if want else 0, present, *(want.versions if want else ())]
@@ -222,11 +235,15 @@ class Loader:
             self._aliases[model] = aliases
             self._catalog.point(model, default=default, aliases=aliases)
 
+    def _answers(self, status: Status) -> bool:
+        """Whether requests for it are answered, if only after it was woken."""
+        return status.state is State.READY or self._catalog.sleeps(status.model, status.version)
+
     def _stands_in(self, status: Status, target: Mapping[str, Wanted], view: RegistryView) -> bool:
         """Whether a version that is not wanted answers for one that is wanted and does not answer yet."""
         model, version = status.model, status.version
         want = target.get(model)
-        if want is None or status.state is not State.READY or not view.servable(model, version):
+        if want is None or not self._answers(status) or not view.servable(model, version):
             return False
         if self._catalog.default_version(model) == version:
             return True
@@ -451,13 +468,9 @@ def _aliases(said: Mapping[str, int], before: Mapping[str, int], ready: set[int]
     return result
 
 
-def _answers(status: Status) -> bool:
-    """Whether requests for it are answered, if only after it was woken."""
-    return status.state in (State.READY, State.ASLEEP)
-
-
 def _settled(status: Status | None) -> bool:
     """Ready or failed, or waiting for bytes that do not come: nothing that the start should wait for."""
     return status is not None and (
-        status.state in (State.READY, State.FAILED, State.ASLEEP) or (status.state is State.FETCHING and bool(status.error))
+        status.state in (State.READY, State.FAILED, State.ASLEEP)
+        or (status.state is State.FETCHING and bool(status.error))
     )

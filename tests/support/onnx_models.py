@@ -200,3 +200,22 @@ def countdown() -> bytes:
             numpy_helper.from_array(np.array([[0]], np.int64), "zero"),
         ],
     )
+
+
+def heavy(*, plus: float = 1.0, wide: int = 1 << 16) -> bytes:
+    """y[N,4] = (x[N,4] @ a) @ b + plus, FP32, with weights of 32 * `wide` bytes that no optimisation takes away."""
+    generator = np.random.default_rng(int(plus))
+    a = numpy_helper.from_array(generator.standard_normal((4, wide)).astype(np.float32), "a")
+    b = numpy_helper.from_array(generator.standard_normal((wide, 4)).astype(np.float32), "b")
+    constant = numpy_helper.from_array(np.array(plus, np.float32), "plus")
+    return _model(
+        [
+            helper.make_node("MatMul", ["x", "a"], ["h"]),
+            helper.make_node("Relu", ["h"], ["r"]),
+            helper.make_node("MatMul", ["r", "b"], ["s"]),
+            helper.make_node("Add", ["s", "plus"], ["y"]),
+        ],
+        {"x": (TensorProto.FLOAT, ["batch", 4])},
+        {"y": (TensorProto.FLOAT, ["batch", 4])},
+        [a, b, constant],
+    )

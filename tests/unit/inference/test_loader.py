@@ -34,7 +34,7 @@ ADD_100 = onnx_models.add(plus=100.0)
 class Loaded:
     """A loader that runs over a registry in memory."""
 
-    def __init__(self, source: MemoryRegistry, root: Path, executors: Executors, selectors: str) -> None:
+    def __init__(self, source: MemoryRegistry, root: Path, executors: Executors, selectors: str, **more: Any) -> None:
         self.heard: list[Status] = []
         self.synced = False
         self._changed = asyncio.Event()
@@ -45,7 +45,7 @@ class Loaded:
                 cache=ModelCache(root),
                 catalog=self.catalog,
                 kinds=[OnnxKind()],
-                settings=InferenceSettings(selectors=parse_selectors(selectors), rows_max=8, rows_preferred=4),
+                settings=InferenceSettings(selectors=parse_selectors(selectors), rows_max=8, rows_preferred=4, **more),
                 disk=executors["disk"],
                 build=executors["build"],
                 sleep=self._sleep,
@@ -84,9 +84,9 @@ class Loaded:
 
 
 @contextlib.asynccontextmanager
-async def loader(source: MemoryRegistry, root: Path, selectors: str = "*@stable") -> AsyncIterator[Loaded]:
+async def loader(source: MemoryRegistry, root: Path, selectors: str = "*@stable", **more: Any) -> AsyncIterator[Loaded]:
     async with Executors({"disk": 2, "build": 1}) as executors:
-        it = Loaded(source, root, executors, selectors)
+        it = Loaded(source, root, executors, selectors, **more)
         async with asyncio.TaskGroup() as group:
             task = group.create_task(it.loader.run())
             yield it
@@ -140,7 +140,7 @@ async def test_the_new_version_answers_before_the_old_one_goes(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("data", "text"),
     [
-        (b"this is no model", "ONNX Runtime cannot load it"),
+        (b"this is no model", "it is no well-formed ONNX model"),
         (onnx_models.always_failing(), "warm-up with 1 rows"),
         (onnx_models.wrong_shape(), "warm-up with 4 rows"),
     ],
