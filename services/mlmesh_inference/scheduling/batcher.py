@@ -21,9 +21,9 @@ from typing import Final, Protocol
 
 from mlmesh_inference.engines.base import Engine
 from mlmesh_inference.running import Answer, Sink, Work, run, shape_key
+from mlmesh_inference.scheduling.admission import Admission
 from mlmesh_inference.scheduling.execution import Clock, Run, execute, outcomes
-from mlmesh_inference.scheduling.limiter import GradientLimiter
-from mlmesh_inference.scheduling.pace import Pace, end_ns
+from mlmesh_inference.scheduling.pace import WAY_BACK
 from mlmesh_inference.scheduling.policy import BatchPolicy
 from mlmesh_inference.scheduling.queue import PATIENCE_NS, BatchQueue, Pending
 from mlmesh_inference.scheduling.workers import Workers
@@ -31,9 +31,6 @@ from mlmesh_inference.tensors import Signature
 from mlmesh_runtime.errors import MeshError, NotReady, Overloaded, TimedOut
 
 _LOG = logging.getLogger(__name__)
-_GOLDEN: Final = 0.618033988749895
-_LIMIT_LEAST: Final = 64
-"""The limiter never goes below this, whatever the engine."""
 
 
 class InferenceError(MeshError):
@@ -97,26 +94,18 @@ class Batcher:
         self._clock = clock
         self._name = name
         self._instances = engine.concurrency
-        self._full_rows = policy.rows_preferred if policy.batches else 1
         self._fixed_shapes = _fixed_shapes(engine.signature)
         self._queue = BatchQueue(policy)
-        self._pace = Pace(self._full_rows, seconds)
-        self._limiter = self._make_limiter() if policy.limiter else None
-        self._limit = self._limiter.limit if self._limiter is not None else 1 << 62
+        self._admission = Admission(policy, instances=engine.concurrency, name=name, seconds=seconds)
         self._one_level = policy.levels == 1
         self._bounds_waits = any(queue.timeout_us for queue in (policy.queue, *policy.queues.values()))
-        self._plenty = policy.items_max(1) if self._one_level else 0
-        """As long as fewer wait, no level is full."""
-        self._row_ns = self._turn_ns = 0.0
-        self._least_ns = 0
-        self._bound()
         self._loop = asyncio.get_running_loop()
         self._workers: Workers[Run] = Workers(engine.concurrency, name=f"engine-{name}", work=self._execute)
         self._running: list[Run] = []
         self._running_items = 0
         self._running_rows = 0
         self._since_ns = 0
-        """When the queue was last empty; for `delay_us`."""
+        """When the first of those that wait came; for `delay_us`."""
         self._wake_scheduled = False
         self._timer: asyncio.TimerHandle | None = None
         self._draining = False
@@ -124,11 +113,6 @@ class Batcher:
         self._idle.set()
         self._failures = 0
         self._log_failures_ns = 0
-        self._refusals = 0
-
-    def _make_limiter(self) -> GradientLimiter:
-        busy = self._instances * self._full_rows
-        return GradientLimiter(least=max(_LIMIT_LEAST, 4 * busy), most=self.capacity + busy)
 
     @property
     def depth(self) -> int:
@@ -147,7 +131,8 @@ class Batcher:
     @property
     def concurrency_limit(self) -> int:
         """Requests that may be inside, as the limiter has it now; 0 when nothing limits them."""
-        return 0 if self._limiter is None else self._limiter.limit
+        limiter = self._admission.limiter
+        return 0 if limiter is None else limiter.limit
 
     def submit(self, work: Work, sink: Sink) -> None:
         """Queue a checked request; see running.Runner.
@@ -174,19 +159,20 @@ class Batcher:
             self._observer.dropped(item, "expired")
             raise _expired()
         waiting = queue.count
+        if not waiting:
+            self._since_ns = now
         if waiting or len(self._running) >= self._instances:
+            known = self._admission
             if (
-                waiting >= self._plenty
-                or waiting + self._running_items >= self._limit
-                or 0 < latest < now + queue.rows * self._row_ns + self._turn_ns
+                waiting >= known.plenty
+                or waiting + self._running_items >= known.limit
+                or (latest and WAY_BACK * (latest - now) < queue.rows * known.row_ns + known.turn_ns)
             ):
                 self._admit(item, deadline_ns, start_by)
             if deadline_ns:
                 # A run that begins later than this is over too late, even if it goes faster than usual.
-                latest = deadline_ns - self._least_ns
+                latest = deadline_ns - known.least_ns
                 item.latest_ns = min(latest, start_by) if start_by else latest
-        else:
-            self._since_ns = now
         queue.add(item)
         if not self._wake_scheduled and len(self._running) < self._instances:
             # At the end of this turn of the loop: requests that came in one turn run together.
@@ -202,55 +188,15 @@ class Batcher:
             return work.outputs
         return work.shape_key or shape_key(work.inputs, work.outputs)
 
-    def _admit(self, item: Pending, deadline_ns: int, start_by: int) -> None:
+    def _admit(self, item: Pending, deadline_ns: int, start_by_ns: int) -> None:
         """All instances are busy, or others wait: refuse what has no room or cannot be in time."""
-        queue, level = self._queue, item.level
-        if queue.held(level) >= self._policy.items_max(level):
-            self._make_room(item, "refused", self._full())
-        # What is less urgent does not stand in the way.
-        if queue.waiting(level) + self._running_items >= self._limit:
-            self._make_room(item, "limited", self._limited())
-        pace, now = self._pace, item.arrived_ns
-        if not (deadline_ns or start_by) or not pace.full_ns or not self._policy.admission:
-            return
-        end = end_ns(
-            pace,
-            now_ns=now,
-            rows_ahead=queue.rows_ahead(item),
-            rows=item.rows,
-            full_rows=self._full_rows,
-            ends_ns=[running.ends_ns for running in self._running],
-            instances=self._instances,
-        )
-        late = end + pace.margin_ns - deadline_ns if deadline_ns else 0.0
-        if start_by:
-            late = max(late, end - pace.full_ns + pace.margin_ns - start_by)
-        if late > 0:
+        admission = self._admission
+        late = admission.too_late(item, self._queue, self._running, deadline_ns=deadline_ns, start_by_ns=start_by_ns)
+        if late is not None:
             self._observer.dropped(item, "would_expire")
-            raise Overloaded(
-                f"model '{self._name}' could not answer in time: {queue.count} requests wait",
-                reason="WOULD_EXPIRE",
-                retry_after_s=self._spread(late / 1e9),
-            )
-
-    def _bound(self) -> None:
-        """Bounds that spare most requests a closer look: nothing takes longer, nothing less."""
-        pace = self._pace
-        self._row_ns = pace.full_ns / self._full_rows / self._instances
-        self._turn_ns = 2 * pace.full_ns + pace.margin_ns
-        self._least_ns = int(max(pace.full_ns - pace.margin_ns, pace.batch_ns(1) / 2))
-
-    def _learn(self, run: Run, done_ns: int, inside: int) -> None:
-        """A batch is back: how fast the engine is, and how many requests may be inside."""
-        took = run.engine_end_ns - run.formed_ns
-        pace, count = self._pace, len(run.items)
-        if run.alone is None:
-            pace.observe(run.rows, took)
-            self._bound()
-        if self._limiter is not None:
-            seen = done_ns * count - sum([item.arrived_ns for item in run.items])
-            self._limiter.observe(done_ns, requests=count, seen_ns=seen, base_ns=took, inside=inside)
-            self._limit = self._limiter.limit
+            raise late
+        if (crowded := admission.no_room(item, self._queue, self._running_items)) is not None:
+            self._make_room(item, *crowded)
 
     def _make_room(self, item: Pending, outcome: str, error: Overloaded) -> None:
         """Refuse this request, or another one in its place. Returns where it may come in."""
@@ -265,30 +211,6 @@ class Batcher:
         if not victim.sink.done():
             victim.sink.fail(error)
 
-    def _full(self) -> Overloaded:
-        return Overloaded(
-            f"{len(self._queue)} requests are waiting for model '{self._name}' already",
-            reason="QUEUE_FULL",
-            retry_after_s=self._drained_s(),
-        )
-
-    def _limited(self) -> Overloaded:
-        return Overloaded(
-            f"{self.concurrency_limit} requests are inside of model '{self._name}' already",
-            reason="CONCURRENCY_LIMIT",
-            retry_after_s=self._drained_s(),
-        )
-
-    def _drained_s(self) -> float:
-        """Time until half of what waits has run."""
-        turns = self._queue.rows / 2 / self._full_rows / self._instances
-        return self._spread(turns * (self._pace.full_ns or 1e6) / 1e9)
-
-    def _spread(self, wait_s: float) -> float:
-        """Between once and one and a half times as long, never twice the same: those refused do not return as one."""
-        self._refusals += 1
-        return min(max(wait_s, 0.01), 10.0) * (1 + self._refusals * _GOLDEN % 1 / 2)
-
     def _dispatch(self) -> None:
         """Give every free instance a batch, as long as something waits."""
         self._wake_scheduled = False
@@ -297,12 +219,13 @@ class Batcher:
             now = self._clock()
             if self._policy.delay_us and not self._draining and self._delayed(now):
                 return
+            self._cancel_timer()
             batch, dropped = queue.take(now, self._share())
             for item in dropped:
                 self._drop(item)
             if batch:
                 rows = sum([item.rows for item in batch])
-                run = Run(items=batch, rows=rows, formed_ns=now, ends_ns=now + self._pace.batch_ns(rows))
+                run = Run(items=batch, rows=rows, formed_ns=now, ends_ns=now + self._admission.pace.batch_ns(rows))
                 self._running.append(run)
                 self._running_items += len(batch)
                 self._running_rows += rows
@@ -320,7 +243,7 @@ class Batcher:
     def _delayed(self, now: int) -> bool:
         """Whether to wait for a fuller batch; sets the timer that ends the waiting."""
         until = self._since_ns + 1000 * self._policy.delay_us
-        if self._queue.rows >= self._full_rows or now >= until:
+        if self._queue.rows >= self._admission.full_rows or now >= until:
             return False
         if self._timer is None:
             self._timer = self._loop.call_later((until - now) / 1e9, self._delay_over)
@@ -366,7 +289,7 @@ class Batcher:
                 failed.append(item)
                 sink.fail(self._failure(outcome))
         done_ns = self._clock()
-        self._learn(run, done_ns, inside)
+        self._admission.learn(run, done_ns, inside)
         self._observer.batch_done(
             BatchReport(
                 items=run.items,

@@ -18,7 +18,7 @@ Outcome = list[Array] | Exception | None
 """Of one request: its results, why it failed, or None: its time was over before its turn came."""
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class Run:
     """A batch under way. Times are nanoseconds of the batcher's clock; `ends_ns` is when it is expected back."""
 

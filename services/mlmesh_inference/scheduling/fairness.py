@@ -37,6 +37,7 @@ class Pending:
         arrived_ns: when it came. latest_ns: a run that begins later is in vain; 0: never in vain.
         order_ns: of two requests of one tenant the one with the smaller value goes first.
         serial: number of the request in this queue; the queue sets it.
+        expected_ns: when it was foreseen to be answered; 0 when nobody looked.
     """
 
     work: Work
@@ -48,6 +49,7 @@ class Pending:
     latest_ns: int = 0
     order_ns: int = 0
     serial: int = 0
+    expected_ns: float = 0.0
 
 
 _Entry = tuple[int, int, Pending]

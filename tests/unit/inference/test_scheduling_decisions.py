@@ -48,18 +48,32 @@ def test_what_was_not_measured_decides_nothing(measured: dict[int, dict[int, flo
         decide(measured)
 
 
-def test_pace_follows_the_engine_and_knows_how_sure_it_is() -> None:
+def test_pace_follows_the_engine() -> None:
     pace = Pace(8)
-    assert pace.full_ns == 0, "nothing is known"
+    assert (pace.full_ns, pace.margin_ns) == (0, 0), "nothing is known"
     pace.observe(8, 10 * MS)
     assert pace.full_ns == 10 * MS
-    unsure = pace.margin_ns
-    for _ in range(40):
-        pace.observe(8, 10 * MS)
-    assert pace.margin_ns < unsure / 100
     for _ in range(40):
         pace.observe(8, 30 * MS)
     assert pace.full_ns == pytest.approx(30 * MS, rel=0.02)
+
+
+def test_the_margin_is_as_wide_as_what_was_foreseen_is_wrong() -> None:
+    pace = Pace(8)
+    for _ in range(40):
+        pace.observe(8, 40 * MS, 0)
+    assert pace.margin_ns == pytest.approx(5 * MS), "an eighth of a batch at least"
+    for _ in range(40):
+        pace.observe(8, 40 * MS, 10 * MS)
+    assert pace.margin_ns == pytest.approx(10 * MS, rel=0.05), "what is always late is expected to be late"
+    for number in range(40):
+        pace.observe(8, 40 * MS, 10 * MS + (8 * MS if number % 2 else -8 * MS))
+    assert pace.margin_ns == pytest.approx(40 * MS, rel=0.1), "it varies"
+    pace.observe(8, 40 * MS, 5_000 * MS)
+    assert pace.margin_ns <= pace.full_ns, "one stall does not shut the door"
+    for _ in range(100):
+        pace.observe(8, 40 * MS)
+    assert pace.margin_ns == pytest.approx(5 * MS), "nor does it stay ajar when nothing comes near it"
 
 
 def test_pace_of_sizes_that_never_ran_is_not_underestimated() -> None:
@@ -72,11 +86,15 @@ def test_pace_of_sizes_that_never_ran_is_not_underestimated() -> None:
 
 def test_the_end_of_a_request_is_after_the_batches_before_it() -> None:
     pace = Pace(8, {1: 0.002, 8: 0.010})
-    common = {"now_ns": 0, "rows": 1, "full_rows": 8, "instances": 2}
-    assert end_ns(pace, rows_ahead=0, ends_ns=[], **common) == 2 * MS, "idle: its own batch"
-    assert end_ns(pace, rows_ahead=0, ends_ns=[4.0 * MS, 9.0 * MS], **common) == 6 * MS, "the first to become free"
-    assert end_ns(pace, rows_ahead=8, ends_ns=[4.0 * MS, 9.0 * MS], **common) == 19 * MS, "the other takes those before"
-    assert end_ns(pace, rows_ahead=16, ends_ns=[4.0 * MS, 9.0 * MS], **common) == 24 * MS, "the next round"
+    common = {"now_ns": 0, "full_rows": 8, "instances": 2}
+    assert end_ns(pace, rows_ahead=0, mates=1, ends_ns=[], **common) == 2 * MS, "idle: its own batch"
+    assert end_ns(pace, rows_ahead=0, mates=1, ends_ns=[4.0 * MS, 9.0 * MS], **common) == 6 * MS, (
+        "the first to become free"
+    )
+    assert end_ns(pace, rows_ahead=8, mates=9, ends_ns=[4.0 * MS, 9.0 * MS], **common) == 19 * MS, (
+        "the other takes those before"
+    )
+    assert end_ns(pace, rows_ahead=16, mates=17, ends_ns=[4.0 * MS, 9.0 * MS], **common) == 24 * MS, "the next round"
 
 
 def feed(limiter: GradientLimiter, *, seen_ms: float, base_ms: float, inside: int, windows: int, at: int = 0) -> int:
