@@ -149,7 +149,7 @@ class SharedEngines:
         key = plan.key
         request = pb.CreateModelVersionRequest(
             parent=f"models/{model}{SUFFIX}",
-            request_id=f"engine-{digest}",
+            request_id=f"{model}/{digest[:48]}",
             model_version=pb.ModelVersion(
                 artifacts=[pb.Artifact(path=FILE, blob=f"blobs/sha256-{digest}")],
                 labels={
