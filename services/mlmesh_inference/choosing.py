@@ -31,10 +31,10 @@ from mlmesh_inference.engines.selection import (
     candidates,
     choose,
     chosen,
-    why,
 )
 from mlmesh_inference.engines.trial import TIMING_S, Given, TrialOrder, try_engines
 from mlmesh_inference.engines.verdicts import VerdictStore, verdict_key
+from mlmesh_inference.scheduling.tuning import Tuning, decide
 from mlmesh_inference.serving import ServingConfig
 from mlmesh_runtime.executors import BoundedExecutor, run_blocking
 
@@ -44,6 +44,9 @@ TRIED_ALONE: Final = frozenset({"onnxruntime-cpu", "openvino", "torch", "torch-c
 """Engines that are tried in a process of their own; others are compared where they serve."""
 GIVEN_BYTES_MAX: Final = 16 << 20
 """Most bytes of the samples of a configuration that a trial compares on."""
+
+LATENCY_MAX_S: Final = 0.1
+"""Batches that take longer are not grown any further, however much they would bring."""
 
 Child = Callable[[TrialOrder], Awaitable[tuple[Trial, ...]]]
 Waiting = TypeVar("Waiting")
@@ -64,6 +67,7 @@ class Plan:
     Attributes:
         kinds: to build, the first that can: what serves at first.
         precision: that `kinds[0]` is asked for; the others compute in FP32.
+        concurrency: batches at once; 0 leaves it to the process.
         candidates: to try. known: the verdict, where there is one already; otherwise `key` is what it is kept under.
     """
 
@@ -74,6 +78,7 @@ class Plan:
     order: TrialOrder
     when: When
     key: str
+    concurrency: int = 0
     known: tuple[Trial, ...] = ()
 
 
@@ -158,6 +163,7 @@ class EngineChooser:
         known = await run_blocking(self._disk, self._store.get, key) or ()
         when = self._when(wish, config, order, known)
         kinds, precision = self._first(wish, found, chosen(known))
+        tuning = tuning_of(known)
         return Plan(
             wish=wish,
             kinds=kinds,
@@ -166,8 +172,17 @@ class EngineChooser:
             order=order,
             when=when,
             key=key,
+            concurrency=tuning.instances if tuning is not None and self.may_tune_instances(config) else 0,
             known=known,
         )
+
+    def may_tune_rows(self, config: ServingConfig) -> bool:
+        """Whether nobody said how large batches are to be."""
+        return not self._settings.rows_said and not (config.batching and config.batching.preferred_rows)
+
+    def may_tune_instances(self, config: ServingConfig) -> bool:
+        """Whether nobody said how many batches run at once."""
+        return not self._settings.concurrency_said and not config.instances
 
     def kind(self, name: str) -> EngineKind:
         """An engine by its name."""
@@ -226,9 +241,15 @@ class EngineChooser:
         return tried[-1]
 
 
-def reason(trials: Sequence[Trial], otherwise: str) -> str:
-    """Why the engine is this one, for a person."""
-    return why(trials) if chosen(trials) else otherwise
+def tuning_of(trials: Sequence[Trial]) -> Tuning | None:
+    """Rows and instances that the winner does best with; None where nothing was timed."""
+    winner = chosen(trials)
+    if winner is None or not winner.batch_times:
+        return None
+    measured = {1: dict(winner.batch_times)}
+    if winner.loaded_times:
+        measured[winner.instances] = dict(winner.loaded_times)
+    return decide(measured, latency_max_s=LATENCY_MAX_S)
 
 
 def _facts(

@@ -23,7 +23,10 @@ VARIABLES: tuple[Variable, ...] = (
     Variable(
         name="MLMESH_BATCH_ROWS_PREFERRED",
         default="8",
-        meaning="A batch takes no further request once it has this many rows.",
+        meaning=(
+            "A batch takes no further request once it has this many rows. Where it is not set, what is measured "
+            "decides (MLMESH_ENGINE_TUNING)."
+        ),
     ),
     Variable(
         name="MLMESH_QUEUE_ITEMS_MAX",
@@ -155,7 +158,8 @@ class ProtocolSettings:
 class InferenceSettings:
     """Bounds and selectors of an inference process, and what its engines are to be where a model does not say.
 
-    `memory_bytes` 0 is no bound of what models take together.
+    `memory_bytes` 0 is no bound of what models take together. `rows_said`, `concurrency_said`: somebody set the
+    variable, so that what is measured does not change it.
     """
 
     selectors: tuple[Selector, ...] = ()
@@ -164,8 +168,10 @@ class InferenceSettings:
     tuning: str = "background"
     rows_max: int = 64
     rows_preferred: int = 8
+    rows_said: bool = False
     queue_items_max: int = 256
     concurrency: int = 1
+    concurrency_said: bool = False
     threads: int = 1
     model_bytes_max: int = 8 << 30
     memory_bytes: int = 0
@@ -191,6 +197,8 @@ class InferenceSettings:
             tuning=_choice(settings.environ, "MLMESH_ENGINE_TUNING", ("background", "load", "off")),
             rows_max=rows_max,
             rows_preferred=min(preferred, rows_max),
+            rows_said=bool(settings.environ.get("MLMESH_BATCH_ROWS_PREFERRED", "").strip()),
+            concurrency_said=bool(settings.environ.get("MLMESH_ENGINE_CONCURRENCY", "").strip()),
             queue_items_max=_count(settings.environ, "MLMESH_QUEUE_ITEMS_MAX"),
             concurrency=_count(settings.environ, "MLMESH_ENGINE_CONCURRENCY", default=max(1, min(4, cpus))),
             threads=_count(settings.environ, "MLMESH_ENGINE_THREADS"),

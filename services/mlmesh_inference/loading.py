@@ -45,7 +45,7 @@ from mlmesh_inference.pipelines.assembly import (
     warm_up_step,
 )
 from mlmesh_inference.scheduling.batcher import Batcher, Observer
-from mlmesh_inference.scheduling.policy import BatchPolicy
+from mlmesh_inference.scheduling.policy import BatchPolicy, policy_of
 from mlmesh_inference.serving import CONFIG_FILE, ServingConfig
 from mlmesh_inference.statistics import Statistics, Tracer
 from mlmesh_inference.tensors import Array, Signature, TensorSpec, show
@@ -189,7 +189,8 @@ class Loading:
         # A version that is loaded anew goes on counting where it was: its metrics have the same names.
         statistics = before.statistics if before else Statistics(record.model, record.version, tracer=self.tracer)
         name = f"{record.model}/{record.version}"
-        runner = runner_for(prepared.config, engine, served.policy, statistics, name=name, make=_batcher)
+        make = partial(_batcher, prepared.seconds)
+        runner = runner_for(prepared.config, engine, served.policy, statistics, name=name, make=make)
         statistics.watch_depth(lambda: runner.depth, lambda: getattr(runner, "concurrency_limit", 0))
         ready = ReadyModel(
             name=record.model,
@@ -263,6 +264,7 @@ class Loading:
         inspect(path, weight_bytes_max=self.settings.model_bytes_max)
         options = engine_options(config, self.settings)
         if plan is not None:
+            options = replace(options, concurrency=plan.concurrency or options.concurrency)
             return build_preferred(plan.kinds, path, options, precision=plan.precision)
         kinds = [kind for kind in self.kinds if kind.name.startswith(config.engine)]
         if not kinds:
@@ -342,7 +344,8 @@ class Served:
         )
         queued = config.batching.queue.items_max if config.batching else 0
         batches = batched(config, engine.signature)
-        policy = BatchPolicy(
+        policy = policy_of(
+            config,
             batches=batches,
             rows_max=rows_max,
             rows_preferred=rows_preferred,
@@ -368,10 +371,14 @@ class Prepared:
     facts: EngineFacts | None = None
     """Of the engine, with the memory that it was seen to take; None leaves its own."""
     trials: tuple[Trial, ...] = ()
+    seconds: Mapping[int, float] = field(default_factory=dict)
+    """Time of a batch by its rows, where it was measured."""
 
 
-def _batcher(engine: Engine, policy: BatchPolicy, observer: Observer, name: str) -> Batcher:
-    return Batcher(engine, policy, observer, name=name)
+def _batcher(
+    seconds: Mapping[int, float], engine: Engine, policy: BatchPolicy, observer: Observer, name: str
+) -> Batcher:
+    return Batcher(engine, policy, observer, name=name, seconds=seconds or None)
 
 
 def _of_a_step(config: ServingConfig) -> ServingConfig:

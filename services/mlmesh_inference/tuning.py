@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mlmesh_inference.catalog import ReadyModel
-from mlmesh_inference.choosing import GIVEN_BYTES_MAX, TRIED_ALONE, EngineChooser, Plan, When
+from mlmesh_inference.choosing import GIVEN_BYTES_MAX, TRIED_ALONE, EngineChooser, Plan, When, tuning_of
 from mlmesh_inference.configured import ConfigError, sample
 from mlmesh_inference.engines.base import EngineError
 from mlmesh_inference.engines.selection import REFERENCE, Trial, chosen, why
@@ -33,7 +33,7 @@ async def settle(loading: Loading, prepared: Prepared) -> Prepared:
     if engine.name not in TRIED_ALONE and REFERENCE in {each.engine for each in plan.candidates.tried}:
         return await _compared(loading, chooser, prepared, plan)
     if plan.known:
-        return _told(prepared, plan.known)
+        return _told(chooser, prepared, plan.known)
     if plan.when is not When.BEFORE:
         return replace(prepared, trials=plan.candidates.passed_over)
     changed = await rebuilt(loading, prepared, await chooser.trials(plan, await given(loading, prepared)))
@@ -45,16 +45,22 @@ async def settle(loading: Loading, prepared: Prepared) -> Prepared:
 async def rebuilt(loading: Loading, prepared: Prepared, trials: tuple[Trial, ...]) -> Prepared:
     """The version with the engine that the trials chose; its present engine is left open. Raises EngineError."""
     winner, plan = chosen(trials), prepared.plan
-    if winner is None or plan is None or loading.chooser is None or prepared.path is None:
+    chooser = loading.chooser
+    if winner is None or plan is None or chooser is None or prepared.path is None:
         raise EngineError(why(trials))
-    if (winner.engine, winner.precision) == (prepared.built.engine.name, prepared.built.engine.facts.precision):
-        return _told(prepared, trials)
+    engine, told = prepared.built.engine, _told(chooser, prepared, trials)
+    tuning = tuning_of(trials)
+    tunes = tuning is not None and chooser.may_tune_instances(prepared.config)
+    instances = tuning.instances if tuning is not None and tunes else engine.concurrency
+    same = (winner.engine, winner.precision, instances) == (engine.name, engine.facts.precision, engine.concurrency)
+    if same and told.served == prepared.served:
+        return told
     precision = "fp32" if winner.engine == REFERENCE else plan.wish.precision or "fp32"
-    anew = replace(plan, kinds=(loading.chooser.kind(winner.engine),), precision=precision)
+    anew = replace(plan, kinds=(chooser.kind(winner.engine),), precision=precision, concurrency=instances)
     made = await loading.make(prepared.record, prepared.config, prepared.folder, prepared.path, anew)
     # Callers have seen the signature that is served; another engine may word it in another way, no more.
     made = replace(made, served=prepared.served, labels=prepared.labels, plan=plan)
-    return _told(made, trials)
+    return _told(chooser, made, trials)
 
 
 async def _compared(loading: Loading, chooser: EngineChooser, prepared: Prepared, plan: Plan) -> Prepared:
@@ -63,7 +69,7 @@ async def _compared(loading: Loading, chooser: EngineChooser, prepared: Prepared
     trial = await chooser.compared(plan, engine.name, engine)
     if trial.accepted:
         trial = replace(trial, chosen=True, reason=f"{prepared.built.reason}; {trial.reason}")
-        return _told(prepared, (trial, *plan.candidates.passed_over))
+        return _told(chooser, prepared, (trial, *plan.candidates.passed_over))
     if prepared.path is None:
         raise EngineError(trial.reason)
     kinds = tuple(kind for kind in plan.kinds if kind.name != engine.name)
@@ -75,12 +81,19 @@ async def _compared(loading: Loading, chooser: EngineChooser, prepared: Prepared
     return replace(made, built=replace(built, reason=f"{built.reason}; {trial.engine}: {trial.reason}"))
 
 
-def _told(prepared: Prepared, trials: tuple[Trial, ...]) -> Prepared:
-    """With the trials, and their reason where the engine is the one they chose."""
-    winner, built = chosen(trials), prepared.built
-    if winner is not None and winner.engine == built.engine.name:
-        built = replace(built, reason=why(trials))
-    return replace(prepared, trials=trials, built=built)
+def _told(chooser: EngineChooser, prepared: Prepared, trials: tuple[Trial, ...]) -> Prepared:
+    """With the trials and, where the engine is the one they chose, their reason and the size of batches they found."""
+    winner, built, served = chosen(trials), prepared.built, prepared.served
+    if winner is None or winner.engine != built.engine.name:
+        return replace(prepared, trials=trials)
+    tuning, reason = tuning_of(trials), why(trials)
+    if tuning is None or not served.policy.batches:
+        return replace(prepared, trials=trials, built=replace(built, reason=reason))
+    if chooser.may_tune_rows(prepared.config):
+        served = replace(served, policy=replace(served.policy, rows_preferred=tuning.rows))
+        reason = f"{reason}. Batches: {tuning.reason}"
+    built = replace(built, reason=reason)
+    return replace(prepared, trials=trials, built=built, served=served, seconds=tuning.seconds)
 
 
 async def given(loading: Loading, prepared: Prepared) -> tuple[Given, ...]:

@@ -83,7 +83,8 @@ class Trial:
         precision: read back from it; what it was asked for where it was not built.
         accepted: whether it answers as the reference. chosen: whether it serves.
         error_max: largest absolute difference from the reference over all batches tried.
-        batch_times: rows and the median time of a batch, in seconds.
+        batch_times: rows and the median time of a batch, in seconds, one at a time.
+        loaded_times: the same while `instances` batches run at once; empty where that was not measured.
     """
 
     engine: str
@@ -93,6 +94,8 @@ class Trial:
     chosen: bool = False
     error_max: float = 0.0
     batch_times: tuple[tuple[int, float], ...] = ()
+    loaded_times: tuple[tuple[int, float], ...] = ()
+    instances: int = 1
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
@@ -104,6 +107,8 @@ class Trial:
             "chosen": self.chosen,
             "error_max": self.error_max if math.isfinite(self.error_max) else 1e308,
             "batch_times": [list(pair) for pair in self.batch_times],
+            "loaded_times": [list(pair) for pair in self.loaded_times],
+            "instances": self.instances,
         }
 
     @classmethod
@@ -117,6 +122,8 @@ class Trial:
             chosen=bool(data["chosen"]),
             error_max=float(data["error_max"]),
             batch_times=tuple((int(rows), float(seconds)) for rows, seconds in data["batch_times"]),
+            loaded_times=tuple((int(rows), float(seconds)) for rows, seconds in data["loaded_times"]),
+            instances=int(data["instances"]),
         )
 
 
@@ -166,9 +173,11 @@ def _passed_over(kind: EngineKind, found: Availability, wish: Wish, precision: s
 def speed(trial: Trial, reference: Trial, rows_preferred: int) -> float | None:
     """How many times the reference's speed: geometric mean over the batches that come up, of one row to the usual.
 
-    None when they have no sizes in common.
+    Under load, as many batches at once as will serve, where that was measured. None when they have no sizes in common.
     """
-    times, others = dict(trial.batch_times), dict(reference.batch_times)
+    loaded = bool(trial.loaded_times and reference.loaded_times)
+    times = dict(trial.loaded_times if loaded else trial.batch_times)
+    others = dict(reference.loaded_times if loaded else reference.batch_times)
     shared = [rows for rows in times if rows in others and rows <= rows_preferred]
     if not shared:
         return None

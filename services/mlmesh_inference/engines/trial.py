@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -90,6 +91,7 @@ class _Tried:
     difference: Difference = field(default_factory=Difference)
     refusal: str = ""
     times: dict[int, list[float]] = field(default_factory=dict)
+    loaded: dict[int, list[float]] = field(default_factory=dict)
 
 
 def try_engines(
@@ -223,31 +225,59 @@ def _time(
     requests: Sequence[tuple[int, int, Mapping[str, Array]]],
     clock: Clock,
 ) -> None:
-    """Rounds in which every engine runs each batch once, so that a slow moment of the machine meets them all."""
+    """Rounds in which every engine runs each batch, so that a slow moment of the machine meets them all.
+
+    Batches are run one at a time, and as many at once as will serve.
+    """
     running = [each for each in tried if each.engine is not None and not each.refusal]
     first = next((length for _, length, _ in requests if length >= 0), -1)
-    for rows, length, inputs in requests:
-        if length != first:
-            continue
-        begin, rounds = clock(), 0
-        while rounds < _ROUNDS_MAX and (rounds < _ROUNDS_MIN or clock() - begin < order.timing_s):
-            for each in running:
-                _time_once(each, rows, inputs, clock)
-            rounds += 1
+    with ThreadPoolExecutor(order.concurrency) as pool:
+        for rows, length, inputs in requests:
+            if length != first:
+                continue
+            least = _ROUNDS_MIN if rows <= order.rows_preferred else 1
+            begin, rounds = clock(), 0
+            while rounds < least or (rounds < _ROUNDS_MAX and clock() - begin < order.timing_s):
+                for each in running:
+                    _time_once(each, rows, inputs, clock)
+                    if order.concurrency > 1:
+                        _time_loaded(each, rows, inputs, clock, pool, order.concurrency)
+                rounds += 1
 
 
 def _time_once(tried: _Tried, rows: int, inputs: Mapping[str, Array], clock: Clock) -> None:
+    if tried.engine is None or tried.refusal:
+        return
+    try:
+        tried.times.setdefault(rows, []).append(_run(tried.engine, inputs, clock))
+    except EngineError as error:
+        tried.refusal = f"a batch of {rows} rows fails: {str(error)[:500]}"
+
+
+def _time_loaded(  # noqa: PLR0917
+    tried: _Tried, rows: int, inputs: Mapping[str, Array], clock: Clock, pool: ThreadPoolExecutor, instances: int
+) -> None:
+    """Time of a batch while others run: each thread runs two, so that all are at work most of the time."""
     engine = tried.engine
     if engine is None or tried.refusal:
         return
-    names = [spec.name for spec in engine.signature.outputs]
-    begin = clock()
+
+    def work(_: int) -> list[float]:
+        return [_run(engine, inputs, clock) for _ in range(2)]
+
     try:
-        engine.run(inputs, names)
+        times = [seconds for found in pool.map(work, range(instances)) for seconds in found]
     except EngineError as error:
         tried.refusal = f"a batch of {rows} rows fails: {str(error)[:500]}"
         return
-    tried.times.setdefault(rows, []).append(clock() - begin)
+    tried.loaded.setdefault(rows, []).append(statistics.mean(times))
+
+
+def _run(engine: Engine, inputs: Mapping[str, Array], clock: Clock) -> float:
+    names = [spec.name for spec in engine.signature.outputs]
+    begin = clock()
+    engine.run(inputs, names)
+    return clock() - begin
 
 
 def _trial(tried: _Tried, order: TrialOrder) -> Trial:
@@ -264,8 +294,14 @@ def _trial(tried: _Tried, order: TrialOrder) -> Trial:
         reason=reason,
         accepted=not tried.refusal,
         error_max=tried.difference.absolute,
-        batch_times=tuple((rows, statistics.median(times)) for rows, times in sorted(tried.times.items())),
+        batch_times=_medians(tried.times),
+        loaded_times=_medians(tried.loaded),
+        instances=order.concurrency,
     )
+
+
+def _medians(times: Mapping[int, Sequence[float]]) -> tuple[tuple[int, float], ...]:
+    return tuple((rows, statistics.median(found)) for rows, found in sorted(times.items()))
 
 
 def order_to_json(order: TrialOrder) -> dict[str, Any]:

@@ -44,6 +44,8 @@ def test_everything_can_be_said() -> None:
         tuning="load",
         rows_max=4,
         rows_preferred=4,
+        rows_said=True,
+        concurrency_said=True,
         queue_items_max=10,
         concurrency=3,
         threads=2,
