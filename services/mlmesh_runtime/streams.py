@@ -10,7 +10,7 @@ from typing import Any
 
 import grpc
 
-from mlmesh_runtime.errors import InvalidInput, TimedOut
+from mlmesh_runtime.errors import InvalidInput, MeshError, TimedOut
 from mlmesh_runtime.rpcs import Method, Rpc
 
 _EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]
@@ -19,6 +19,8 @@ _EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]
 def decode(method: Method, raw: bytes) -> Any:
     try:
         message = method.decode(raw)
+    except MeshError:
+        raise
     except Exception as error:
         # The decoder's own text may quote what was sent.
         raise InvalidInput(

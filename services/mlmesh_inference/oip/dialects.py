@@ -23,6 +23,7 @@ from google.protobuf import descriptor_pb2, message_factory
 from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.message import Message
 
+from mlmesh_inference.oip.infer import parse
 from mlmesh_runtime.errors import InvalidInput
 from open_inference import grpc_service_pb2 as pb
 from open_inference import grpc_service_pb2_grpc as stubs
@@ -111,11 +112,11 @@ class _Adding:
         self._server.add_generic_rpc_handlers(handlers)
 
     def add_registered_method_handlers(self, service: str, handlers: dict[str, Any]) -> None:
-        """Passed on, with the one handler replaced."""
+        """Passed on, with the one handler replaced. Its requests are looked over before they are parsed."""
         stream = handlers["ModelStreamInfer"]
         replaced = grpc.stream_stream_rpc_method_handler(
             stream.stream_stream,
-            request_deserializer=stream.request_deserializer,
+            request_deserializer=parse,
             response_serializer=_serialized,
         )
         self._server.add_registered_method_handlers(service, {**handlers, "ModelStreamInfer": replaced})

@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError
 
 from mlmesh_inference.catalog import Catalog, ReadyModel
 from mlmesh_inference.oip import wire
-from mlmesh_inference.oip.infer import DECOUPLED, failure, work_of
+from mlmesh_inference.oip.infer import DECOUPLED, failure, parse, work_of
 from mlmesh_inference.oip.plans import Plans, Replies, plan_of
 from mlmesh_inference.oip.requests import Regions, Request, read
 from mlmesh_inference.oip.stream import ANNOUNCED
@@ -176,9 +176,8 @@ class DirectInfer:
 
     def _in_full(self, call: DirectCall, encoded: bytes, cut: wire.Split | None, trace: object | None) -> None:
         """A request by protobuf. Raises what makes it no request at all."""
-        wire.check(encoded)
         try:
-            message = pb.ModelInferRequest.FromString(encoded)
+            message = parse(encoded)
         except DecodeError:
             text = f"the request of ModelInfer is not a valid message ({len(encoded)} bytes)"
             raise InvalidInput(text, reason="MALFORMED_MESSAGE") from None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from mlmesh_inference.catalog import Catalog, ReadyModel
-from mlmesh_inference.oip import replies, requests
+from mlmesh_inference.oip import replies, requests, wire
 from mlmesh_inference.running import FutureSink, Work
 from mlmesh_inference.tensors import Array
 from mlmesh_inference.tracing import request_trace
@@ -54,6 +54,13 @@ class Started:
     async def finish(self) -> pb.ModelInferResponse:
         """Wait for the engine and write the answer. Raises what the batcher says; a cancelled caller withdraws it."""
         return replies.write(self.id, self.request, self.model, await self.outcome)
+
+
+def parse(encoded: bytes) -> pb.ModelInferRequest:
+    """A request by protobuf. Raises InvalidInput for one that would cost far more memory than it has bytes, DecodeError
+    for what is none."""
+    wire.check(encoded)
+    return pb.ModelInferRequest.FromString(encoded)
 
 
 def prepare(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,16 +34,37 @@ async def _model() -> ReadyModel:
     return ready_model(engine, rows_max=16)
 
 
-def check(message: pb.ModelInferRequest, model: ReadyModel) -> requests.Request | None:
-    """Read a request; what is taken must be what it says it is."""
+class Regions:
+    """Shared memory of one region, "r", of 64 bytes."""
+
+    def read(self, region: str, offset: int, size: int) -> memoryview:
+        """See requests.Regions."""
+        if region != "r" or offset + size > 64:
+            raise InvalidInput("not there", field="shared_memory_region")
+        return memoryview(bytes(size))
+
+    def window(self, region: str, offset: int, size: int) -> memoryview:
+        """See requests.Regions."""
+        return self.read(region, offset, size)
+
+
+def check(message: pb.ModelInferRequest, model: ReadyModel, *, shared: bool = False) -> requests.Request | None:
+    """Read a request; what is taken must be what it says it is, what is refused says where."""
+    regions: Any = Regions() if shared else None
     try:
-        request = requests.read(message, model)
+        request = requests.read(message, model, regions)
     except (InvalidInput, Unsupported) as refusal:
-        error = refusal
+        refused = refusal
         request = None
     if request is None:
-        assert 0 < len(error.message) < 5000
+        assert 0 < len(refused.message) < 5000
+        assert isinstance(refused, Unsupported) or refused.field
         return None
+    options = request.options
+    assert 0 <= options.timeout_us < 2**63 // 1000
+    assert 0 <= options.priority < 2**32
+    assert options.sequence is None or options.sequence.id
+    assert not any(name.startswith(("triton_", "sequence_")) for name in options.own)
     for name, array in request.inputs.items():
         assert array.dtype == model.inputs[name].datatype.dtype
         assert array.shape[0] == request.rows
@@ -50,19 +72,41 @@ def check(message: pb.ModelInferRequest, model: ReadyModel) -> requests.Request 
 
 
 _SHAPE = st.lists(st.integers(-2, 4) | st.integers(-(2**63), 2**63 - 1), max_size=4)
-_PARAMETER = st.builds(pb.InferParameter, int64_param=st.integers(-(2**63), 2**63 - 1)) | st.builds(
-    pb.InferParameter, string_param=st.text(max_size=5)
+_PARAMETER = st.one_of(
+    st.builds(pb.InferParameter, int64_param=st.integers(-(2**63), 2**63 - 1)),
+    st.builds(pb.InferParameter, uint64_param=st.integers(0, 2**64 - 1)),
+    st.builds(pb.InferParameter, string_param=st.text(max_size=5)),
+    st.builds(pb.InferParameter, bool_param=st.booleans()),
+    st.builds(pb.InferParameter, double_param=st.floats()),
+    st.builds(pb.InferParameter),
 )
 _PARAMETERS = st.dictionaries(
-    st.sampled_from(["timeout", "triton_x", "classification", "shared_memory_region", "priority"]),
+    st.sampled_from(
+        [
+            "timeout",
+            "priority",
+            "sequence_id",
+            "sequence_start",
+            "triton_x",
+            "triton_enable_empty_final_response",
+            "headers",
+            "mine",
+            "classification",
+            "shared_memory_region",
+            "shared_memory_byte_size",
+            "shared_memory_offset",
+        ]
+    ),
     _PARAMETER,
-    max_size=2,
+    max_size=3,
 )
 _CONTENTS = st.builds(
     pb.InferTensorContents,
     bool_contents=st.lists(st.booleans(), max_size=4),
     int_contents=st.lists(st.integers(-(2**31), 2**31 - 1), max_size=4),
     uint64_contents=st.lists(st.integers(0, 2**64 - 1), max_size=4),
+    fp32_contents=st.lists(st.floats(width=32), max_size=4),
+    fp64_contents=st.lists(st.floats(), max_size=4),
     bytes_contents=st.lists(st.binary(max_size=4), max_size=4),
 )
 _INPUT = st.builds(
@@ -87,9 +131,9 @@ _REQUEST = st.builds(
 )
 
 
-@given(message=_REQUEST)
-def test_any_request(message: pb.ModelInferRequest, model: ReadyModel) -> None:
-    check(message, model)
+@given(message=_REQUEST, shared=st.booleans())
+def test_any_request(message: pb.ModelInferRequest, shared: bool, model: ReadyModel) -> None:
+    check(message, model, shared=shared)
 
 
 @given(data=st.data())
