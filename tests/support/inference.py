@@ -189,9 +189,9 @@ async def inference_server(
                 model.runner.abort()
 
 
-async def eventually(condition: Callable[[], bool]) -> None:
+async def eventually(condition: Callable[[], bool], *, timeout_s: float = WAIT_S) -> None:
     """Wait for what another party does and nothing announces, such as a message that arrives."""
-    async with asyncio.timeout(WAIT_S):
+    async with asyncio.timeout(timeout_s):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.001)
 
