@@ -159,21 +159,55 @@ pub enum Event {
 
 /// What Python wants done.
 pub enum Out {
-    Reply { key: u64, payload: Payload },
-    Fail { key: u64, status: Status },
+    Reply {
+        key: u64,
+        payload: Payload,
+    },
+    Fail {
+        key: u64,
+        status: Status,
+    },
     /// Of a direct stream's message: answers, and whether there are more.
-    Slot { key: u64, slot: u64, payload: Option<Payload>, last: bool },
-    SlotFail { key: u64, slot: u64 },
-    HandOver { key: u64, slot: u64 },
+    Slot {
+        key: u64,
+        slot: u64,
+        payload: Option<Payload>,
+        last: bool,
+    },
+    SlotFail {
+        key: u64,
+        slot: u64,
+    },
+    HandOver {
+        key: u64,
+        slot: u64,
+    },
     /// A direct stream reads no more; what was read is answered.
-    Close { key: u64 },
-    Lane { key: u64 },
-    Headers { key: u64, metadata: Metadata },
-    Write { key: u64, payload: Payload },
-    End { key: u64, status: Status },
-    Credit { key: u64 },
+    Close {
+        key: u64,
+    },
+    Lane {
+        key: u64,
+    },
+    Headers {
+        key: u64,
+        metadata: Metadata,
+    },
+    Write {
+        key: u64,
+        payload: Payload,
+    },
+    End {
+        key: u64,
+        status: Status,
+    },
+    Credit {
+        key: u64,
+    },
     /// All that was read before a message that cannot be was taken.
-    Refused { key: u64 },
+    Refused {
+        key: u64,
+    },
     Graceful,
     Kill,
 }

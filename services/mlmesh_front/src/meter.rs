@@ -3,6 +3,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::io;
+use std::os::fd::AsRawFd;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll};
@@ -95,8 +96,118 @@ pub enum Socket {
     Unix(UnixStream),
 }
 
-pub struct Metered {
+impl Socket {
+    fn try_write(&self, bytes: &[u8]) -> io::Result<usize> {
+        match self {
+            Socket::Tcp(socket) => socket.try_write(bytes),
+            Socket::Unix(socket) => socket.try_write(bytes),
+        }
+    }
+
+    fn try_write_vectored(&self, bufs: &[io::IoSlice<'_>]) -> io::Result<usize> {
+        match self {
+            Socket::Tcp(socket) => socket.try_write_vectored(bufs),
+            Socket::Unix(socket) => socket.try_write_vectored(bufs),
+        }
+    }
+
+    fn poll_write_ready(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self {
+            Socket::Tcp(socket) => socket.poll_write_ready(cx),
+            Socket::Unix(socket) => socket.poll_write_ready(cx),
+        }
+    }
+
+    fn try_read(&self, bytes: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Socket::Tcp(socket) => socket.try_read(bytes),
+            Socket::Unix(socket) => socket.try_read(bytes),
+        }
+    }
+
+    fn poll_read_ready(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self {
+            Socket::Tcp(socket) => socket.poll_read_ready(cx),
+            Socket::Unix(socket) => socket.poll_read_ready(cx),
+        }
+    }
+}
+
+/// The socket and what is to be written to it. h2 asks for a write after every frame with a body; all frames of one
+/// turn are gathered here and leave in one system call.
+pub struct Wire {
     socket: Socket,
+    waiting: RefCell<Vec<u8>>,
+    /// Whether `flush` is called at the end of a turn, so that h2's own flushes need not write.
+    pub gathers: Cell<bool>,
+}
+
+/// More than this is not copied, and not gathered beyond.
+const GATHERED_MAX: usize = 64 * 1024;
+const DIRECT_MIN: usize = 16 * 1024;
+
+impl Wire {
+    pub fn new(socket: Socket) -> Self {
+        Wire { socket, waiting: RefCell::new(Vec::new()), gathers: Cell::new(false) }
+    }
+
+    /// Write what waits. Pending when the peer does not take it.
+    pub fn flush(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let mut waiting = self.waiting.borrow_mut();
+        let mut written = 0;
+        let result = loop {
+            if written == waiting.len() {
+                break Poll::Ready(Ok(()));
+            }
+            match self.socket.try_write(&waiting[written..]) {
+                Ok(0) => break Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+                Ok(count) => written += count,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => match self.socket.poll_write_ready(cx) {
+                    Poll::Ready(Ok(())) => {}
+                    Poll::Ready(Err(error)) => break Poll::Ready(Err(error)),
+                    Poll::Pending => break Poll::Pending,
+                },
+                Err(error) => break Poll::Ready(Err(error)),
+            }
+        };
+        waiting.drain(..written);
+        if waiting.is_empty() && waiting.capacity() > GATHERED_MAX {
+            *waiting = Vec::new();
+        }
+        result
+    }
+
+    fn write(&self, cx: &mut Context<'_>, bufs: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        let total: usize = bufs.iter().map(|buf| buf.len()).sum();
+        if total >= DIRECT_MIN || self.waiting.borrow().len() + total > GATHERED_MAX {
+            match self.flush(cx) {
+                Poll::Ready(Ok(())) => {}
+                Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
+                Poll::Pending => return Poll::Pending,
+            }
+        }
+        if total >= DIRECT_MIN {
+            loop {
+                match self.socket.try_write_vectored(bufs) {
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => match self.socket.poll_write_ready(cx) {
+                        Poll::Ready(Ok(())) => {}
+                        Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
+                        Poll::Pending => return Poll::Pending,
+                    },
+                    done => return Poll::Ready(done),
+                }
+            }
+        }
+        let mut waiting = self.waiting.borrow_mut();
+        for buf in bufs {
+            waiting.extend_from_slice(buf);
+        }
+        Poll::Ready(Ok(total))
+    }
+}
+
+pub struct Metered {
+    wire: Rc<Wire>,
     seen: Rc<Seen>,
     /// Bytes until the next frame's head.
     skip: usize,
@@ -105,9 +216,9 @@ pub struct Metered {
 }
 
 impl Metered {
-    pub fn new(socket: Socket, seen: Rc<Seen>) -> Self {
+    pub fn new(wire: Rc<Wire>, seen: Rc<Seen>) -> Self {
         // The preface comes first.
-        Metered { socket, seen, skip: 24, head: [0; 9], filled: 0 }
+        Metered { wire, seen, skip: 24, head: [0; 9], filled: 0 }
     }
 
     fn look(&mut self, mut bytes: &[u8]) {
@@ -137,50 +248,66 @@ impl Metered {
 
 impl AsyncRead for Metered {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let before = buf.filled().len();
-        let polled = match &mut self.socket {
-            Socket::Tcp(socket) => Pin::new(socket).poll_read(cx, buf),
-            Socket::Unix(socket) => Pin::new(socket).poll_read(cx, buf),
-        };
-        if buf.filled().len() > before {
+        loop {
             let this = &mut *self;
-            this.look(&buf.filled()[before..]);
+            // A read only ever writes to what it is given, and says how far.
+            let unfilled = unsafe {
+                let unfilled = buf.unfilled_mut();
+                std::slice::from_raw_parts_mut(unfilled.as_mut_ptr().cast::<u8>(), unfilled.len())
+            };
+            match this.wire.socket.try_read(unfilled) {
+                Ok(count) => {
+                    let before = buf.filled().len();
+                    unsafe { buf.assume_init(count) };
+                    buf.advance(count);
+                    this.look(&buf.filled()[before..]);
+                    return Poll::Ready(Ok(()));
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => match this.wire.socket.poll_read_ready(cx) {
+                    Poll::Ready(Ok(())) => {}
+                    Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
+                    Poll::Pending => return Poll::Pending,
+                },
+                Err(error) => return Poll::Ready(Err(error)),
+            }
         }
-        polled
     }
 }
 
 impl AsyncWrite for Metered {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        match &mut self.socket {
-            Socket::Tcp(socket) => Pin::new(socket).poll_write(cx, buf),
-            Socket::Unix(socket) => Pin::new(socket).poll_write(cx, buf),
-        }
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        self.wire.write(cx, &[io::IoSlice::new(buf)])
     }
 
     fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
+        self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        match &mut self.socket {
-            Socket::Tcp(socket) => Pin::new(socket).poll_write_vectored(cx, bufs),
-            Socket::Unix(socket) => Pin::new(socket).poll_write_vectored(cx, bufs),
-        }
+        self.wire.write(cx, bufs)
     }
 
     fn is_write_vectored(&self) -> bool {
         true
     }
 
-    fn poll_flush(self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(()))
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.wire.gathers.get() {
+            return Poll::Ready(Ok(()));
+        }
+        self.wire.flush(cx)
     }
 
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match &mut self.socket {
-            Socket::Tcp(socket) => Pin::new(socket).poll_shutdown(cx),
-            Socket::Unix(socket) => Pin::new(socket).poll_shutdown(cx),
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.wire.flush(cx) {
+            Poll::Ready(Ok(())) => {}
+            other => return other,
         }
+        let socket = match &self.wire.socket {
+            Socket::Tcp(socket) => socket.as_raw_fd(),
+            Socket::Unix(socket) => socket.as_raw_fd(),
+        };
+        unsafe { libc::shutdown(socket, libc::SHUT_WR) };
+        Poll::Ready(Ok(()))
     }
 }

@@ -44,8 +44,15 @@ pub struct Front {
     methods: Mutex<Vec<(String, Method)>>,
     listeners: Mutex<Vec<Listener>>,
     thread: Mutex<Option<std::thread::JoinHandle<()>>>,
-    handed: Arc<Mutex<Vec<(Arc<Shared>, Body)>>>,
+    handed: Arc<Handed>,
 }
+
+/// What direct methods handed back in this burst.
+type Handed = Mutex<Vec<(Arc<Shared>, Body)>>;
+/// Of a method: started, handled by code, by bucket, seconds, received, sent.
+type Counts = (u64, Vec<u64>, Vec<u64>, f64, u64, u64);
+/// The message that was handed over, and the error that ended the stream.
+type LaneEnd<'py> = (Option<Bound<'py, PyBytes>>, Option<Py<PyAny>>);
 
 #[pymethods]
 impl Front {
@@ -117,8 +124,7 @@ impl Front {
         no_deadline: Bound<'_, PyAny>,
     ) -> PyResult<()> {
         let _ = py;
-        let hooks =
-            Hooks { to_status, make_context, broken, busy: status(&busy)?, no_deadline: status(&no_deadline)? };
+        let hooks = Hooks { to_status, make_context, broken, busy: status(&busy)?, no_deadline: status(&no_deadline)? };
         if self.hooks.set(hooks).is_err() {
             return Err(PyRuntimeError::new_err("the server was started already"));
         }
@@ -166,10 +172,9 @@ impl Front {
                 }
                 continue;
             }
-            let result = self.burst(py, came, room, unusual, &events);
-            if result.is_err() {
-                self.hub.gather(false);
-                result?;
+            if let Err(error) = self.burst(py, came, room, unusual, &events) {
+                // Not the caller's to handle, and the rest must go on.
+                error.write_unraisable(py, None);
             }
         }
         let trash = std::mem::take(&mut locked(&self.hub.trash).0);
@@ -184,8 +189,7 @@ impl Front {
     }
 
     /// What was counted of each method's direct calls: (started, handled by code, by bucket, seconds, received, sent).
-    #[allow(clippy::type_complexity)]
-    fn counters(&self) -> Vec<(u64, Vec<u64>, Vec<u64>, f64, u64, u64)> {
+    fn counters(&self) -> Vec<Counts> {
         let Some(methods) = self.hub.methods.get() else { return Vec::new() };
         methods
             .iter()
@@ -405,7 +409,7 @@ pub struct DirectCall {
     ended: AtomicBool,
     context: OnceLock<Py<PyAny>>,
     hooks: Arc<OnceLock<Hooks>>,
-    handed: Arc<Mutex<Vec<(Arc<Shared>, Body)>>>,
+    handed: Arc<Handed>,
 }
 
 impl Drop for DirectCall {
@@ -746,7 +750,7 @@ impl Call {
     }
 
     /// Let the direct method go; returns the message handed over, and the error that ended the stream.
-    fn stop_lane<'py>(&self, py: Python<'py>) -> PyResult<(Option<Bound<'py, PyBytes>>, Option<Py<PyAny>>)> {
+    fn stop_lane<'py>(&self, py: Python<'py>) -> PyResult<LaneEnd<'py>> {
         self.shared.lane.store(false, SeqCst);
         let mut stream = locked(&self.shared.stream);
         stream.context = None;

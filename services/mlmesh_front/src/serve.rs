@@ -20,7 +20,7 @@ use slab::Slab;
 use tokio::sync::Notify;
 
 use crate::hub::{now_ns, Event, Hub, Out, Payload, ReadEnd, Shared};
-use crate::meter::{Metered, Seen, Socket};
+use crate::meter::{Metered, Seen, Socket, Wire};
 use crate::wire::{self, Body, Encoding, Frames, Metadata, Status};
 
 /// Unread bytes of one stream that the peer may have on its way.
@@ -41,6 +41,9 @@ const RAPID_RESET_COST: f64 = 4.0;
 const CONNECTION_UNSENT: usize = 64 * 1024 * 1024;
 /// How long the end of a stream waits that has sent nothing yet, and whose peer may be sending.
 const LINGER_NS: u64 = 20_000_000;
+/// Messages that are put together at once take so much; up to this size each they do not count.
+const ASSEMBLED_MAX: usize = 256 * 1024 * 1024;
+const ASSEMBLED_FREE: usize = 64 * 1024;
 /// Time for last words after everything was ended.
 const FAREWELL_MS: u64 = 300;
 
@@ -53,6 +56,8 @@ pub struct World {
     connections: RefCell<Slab<Rc<Conn>>>,
     going: Cell<bool>,
     stopped: Notify,
+    /// Announced bytes of large messages that have not come to their end.
+    assembling: Cell<usize>,
 }
 
 /// One connection.
@@ -149,6 +154,7 @@ pub fn run(hub: Arc<Hub>, listeners: Vec<Listener>) {
         connections: Default::default(),
         going: Cell::new(false),
         stopped: Notify::new(),
+        assembling: Cell::new(0),
     });
     runtime.block_on(async {
         let mut accepting = Vec::new();
@@ -171,7 +177,8 @@ async fn accept(world: Rc<World>, listener: Listener) {
     }
     let any = unsafe {
         if listener.unix {
-            tokio::net::UnixListener::from_std(std::os::unix::net::UnixListener::from_raw_fd(listener.fd)).map(Any::Unix)
+            tokio::net::UnixListener::from_std(std::os::unix::net::UnixListener::from_raw_fd(listener.fd))
+                .map(Any::Unix)
         } else {
             tokio::net::TcpListener::from_std(std::net::TcpListener::from_raw_fd(listener.fd)).map(Any::Tcp)
         }
@@ -248,7 +255,8 @@ async fn connection(world: Rc<World>, socket: Socket, peer: String) {
         .max_send_buffer_size(1024 * 1024)
         .max_concurrent_reset_streams(64)
         .reset_stream_duration(Duration::from_millis(100));
-    let handshake = builder.handshake::<_, Bytes>(Metered::new(socket, seen));
+    let wire = Rc::new(Wire::new(socket));
+    let handshake = builder.handshake::<_, Bytes>(Metered::new(wire.clone(), seen));
     if let Ok(Ok(mut http)) = tokio::time::timeout(Duration::from_secs(HANDSHAKE_S), handshake).await {
         let pings = http.ping_pong();
         let wake_at = tokio::time::sleep(Duration::from_nanos(config.keepalive_ns));
@@ -262,7 +270,15 @@ async fn connection(world: Rc<World>, socket: Socket, peer: String) {
             told_graceful: false,
             abused: false,
         };
-        std::future::poll_fn(|cx| serving.poll(&mut http, cx)).await;
+        wire.gathers.set(true);
+        std::future::poll_fn(|cx| {
+            let polled = serving.poll(&mut http, cx);
+            match wire.flush(cx) {
+                Poll::Ready(Err(_)) => Poll::Ready(()),
+                _ => polled,
+            }
+        })
+        .await;
     }
 }
 
@@ -423,11 +439,15 @@ impl Serving {
         let (parts, recv) = request.into_parts();
         let headers = parts.headers;
         let typed = headers.get("content-type").is_some_and(|value| {
-            value.as_bytes().strip_prefix(b"application/grpc").is_some_and(|rest| matches!(rest.first(), None | Some(b'+' | b';')))
+            value
+                .as_bytes()
+                .strip_prefix(b"application/grpc")
+                .is_some_and(|rest| matches!(rest.first(), None | Some(b'+' | b';')))
         });
         if parts.method != HttpMethod::POST || !typed {
             let mut response = Response::new(());
-            *response.status_mut() = if typed { http::StatusCode::METHOD_NOT_ALLOWED } else { http::StatusCode::UNSUPPORTED_MEDIA_TYPE };
+            *response.status_mut() =
+                if typed { http::StatusCode::METHOD_NOT_ALLOWED } else { http::StatusCode::UNSUPPORTED_MEDIA_TYPE };
             let _ = respond.send_response(response, true);
             return;
         }
@@ -444,7 +464,10 @@ impl Serving {
                 Some(encoding) => encoding,
                 None => {
                     let name = String::from_utf8_lossy(&value.as_bytes()[..value.len().min(64)]).into_owned();
-                    return refuse(respond, Status::new(wire::UNIMPLEMENTED, format!("Compression algorithm '{name}' not supported.")));
+                    return refuse(
+                        respond,
+                        Status::new(wire::UNIMPLEMENTED, format!("Compression algorithm '{name}' not supported.")),
+                    );
                 }
             },
         };
@@ -535,6 +558,7 @@ impl Serving {
             whole: None,
             inflating: None,
             ended: false,
+            reserved: 0,
         };
         // Most requests are here already, and need no future of their own.
         let mut idle = Context::from_waker(Waker::noop());
@@ -559,6 +583,13 @@ struct Reading {
     whole: Option<Body>,
     inflating: Option<tokio::task::JoinHandle<Result<Body, Status>>>,
     ended: bool,
+    reserved: usize,
+}
+
+impl Drop for Reading {
+    fn drop(&mut self) {
+        self.reserve(0);
+    }
 }
 
 impl Future for Reading {
@@ -608,7 +639,12 @@ impl Reading {
                     self.inflating = Some(tokio::task::spawn_blocking(work));
                     continue;
                 }
-                Ok(None) => {}
+                Ok(None) => {
+                    if !self.reserve(self.frames.announced()) {
+                        return self
+                            .refuse(Status::new(wire::RESOURCE_EXHAUSTED, "too many large messages are on their way"));
+                    }
+                }
             }
             if self.ended {
                 if self.frames.partial() {
@@ -655,7 +691,24 @@ impl Reading {
             || shared.unsent_bytes.load(SeqCst) > UNSENT_BYTES
     }
 
+    /// Count a large message in, by its announced length; 0 counts it out. False: there are too many.
+    fn reserve(&mut self, announced: usize) -> bool {
+        let wanted = if announced > ASSEMBLED_FREE { announced } else { 0 };
+        if wanted == self.reserved {
+            return true;
+        }
+        let others = self.world.assembling.get() - self.reserved;
+        let most = ASSEMBLED_MAX.max(32 * self.world.hub.config.receive_max);
+        if wanted > 0 && others + wanted > most {
+            return false;
+        }
+        self.world.assembling.set(others + wanted);
+        self.reserved = wanted;
+        true
+    }
+
     fn message(&mut self, body: Body) {
+        self.reserve(0);
         let hub = &self.world.hub;
         if !self.streams {
             if self.whole.is_none() {

@@ -148,6 +148,11 @@ impl Frames {
         self.have > 0 || self.head.is_some()
     }
 
+    /// Bytes of the message that is being put together, as it was announced.
+    pub fn announced(&self) -> usize {
+        self.head.map_or(0, |head| head.1)
+    }
+
     /// The next whole message and whether it is compressed. What is too large is refused by its announced length.
     pub fn next(&mut self) -> Result<Option<(bool, Body)>, Status> {
         if self.head.is_none() {
@@ -331,6 +336,9 @@ pub fn check_metadata(headers: &HeaderMap, max: usize) -> Result<(), Status> {
 /// Whether a W3C traceparent asks for recording.
 pub fn sampled(headers: &HeaderMap) -> bool {
     headers.get("traceparent").is_some_and(|value| {
-        value.as_bytes().get(54).is_some_and(|flags| matches!(flags, b'1' | b'3' | b'5' | b'7' | b'9' | b'b' | b'd' | b'f'))
+        value
+            .as_bytes()
+            .get(54)
+            .is_some_and(|flags| matches!(flags, b'1' | b'3' | b'5' | b'7' | b'9' | b'b' | b'd' | b'f'))
     })
 }
