@@ -22,7 +22,7 @@ from mlmesh_inference.scheduling.policy import BatchPolicy
 from mlmesh_inference.serving import ServingConfig
 from mlmesh_inference.statistics import Statistics
 from mlmesh_inference.tensors import Signature, TensorSpec
-from mlmesh_runtime.errors import NotFound, NotReady, Overloaded
+from mlmesh_runtime.errors import InvalidInput, NotFound, NotReady, Overloaded
 
 WAKING_S: Final = 1.0
 """When to ask again for a version that sleeps."""
@@ -172,9 +172,11 @@ class Catalog:
             self._put(replace(status, state=State.ASLEEP))
 
     def _missing(self, model: str, version: str) -> NotFound | NotReady:
+        """What to say of a version that does not answer. Raises InvalidInput for what is no version."""
         if self.wake(model, version):
             text = f"model '{model[:256]}' was asleep to save memory and is being loaded"
             return NotReady(text, reason="MODEL_NOT_READY", retry_after_s=WAKING_S)
+        check_version(version)
         shown = f"'{model[:256]}'" + (f" version {version[:64]}" if version else "")
         known = [number for name, number in self._statuses if name == model]
         if not version and (known or model in self._gone):
@@ -326,6 +328,21 @@ class Catalog:
             yield watcher
         finally:
             self._watchers.discard(watcher)
+
+
+def check_version(version: str) -> None:
+    """Refuse what is no version: neither "", a number nor "@alias". Raises InvalidInput."""
+    digits = version.removeprefix("-")
+    if not version or version.startswith("@") or (version == digits and digits.isascii() and digits.isdigit()):
+        return
+    if digits.isascii() and digits.isdigit():
+        text = f"invalid model version specified '{version[:64]}' , version should be an integral value > 0"
+    else:
+        text = (
+            f"failed to get model version from specified version string '{version[:64]}' (details: stol), version "
+            "should be an integral value > 0"
+        )
+    raise InvalidInput(text, field="model_version")
 
 
 class _Watcher:

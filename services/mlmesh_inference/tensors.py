@@ -273,10 +273,11 @@ def classify(array: Array, classes: int, labels: Sequence[str], *, batched: bool
     """
     rows = array.reshape(array.shape[0] if batched else 1, -1)
     classes = min(classes, rows.shape[1])
+    number = "d" if array.dtype.kind in "iub" else "f"
     best = np.argsort(-rows.astype(np.float64), axis=1, kind="stable")[:, :classes]
     result = np.empty(best.shape, object)
     for row in range(best.shape[0]):
         for place, index in enumerate(best[row]):
             label = f":{labels[index]}" if index < len(labels) else ""
-            result[row, place] = f"{rows[row, index]:f}:{index}{label}".encode()
+            result[row, place] = f"{rows[row, index]:{number}}:{index}{label}".encode()
     return result if batched else result[0]

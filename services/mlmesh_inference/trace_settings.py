@@ -158,7 +158,6 @@ def _number(name: str, text: str, *, lowest: int) -> int:
     number = int(text) if digits.isascii() and digits.isdigit() and len(digits) <= 10 else lowest - 1
     if not lowest <= number <= _NUMBER_MAX:
         raise InvalidInput(
-            f"unable to parse '{text[:32]}' as value of '{name}', expected {lowest} to {_NUMBER_MAX}",
-            field=f"settings[{name}]",
+            f"Unable to parse '{name}'. Expecting value >= {lowest}, got: {text[:32]}", field=f"settings[{name}]"
         )
     return number

@@ -78,7 +78,8 @@ def options(parameters: Parameters) -> Options:
             continue
         if name.startswith("triton_"):
             raise InvalidInput(
-                f"parameter keys starting with 'triton_' are reserved for Triton usage: '{name[:64]}'",
+                "parameter keys starting with 'triton_' are reserved for Triton usage. Only the following keys "
+                f"starting with 'triton_' are allowed: {EMPTY_FINAL}; got '{name[:64]}'",
                 field="parameters",
             )
         choice = parameter.WhichOneof("parameter_choice")
@@ -110,7 +111,8 @@ def placement(parameters: Parameters, *, field: str) -> Placement | None:
     if parameters[_REGION].WhichOneof("parameter_choice") != _STRING or not parameters[_REGION].string_param:
         raise _wrong(_REGION, "string_param", field=field)
     if _SIZE not in parameters:
-        message = f"'{_SIZE}' parameter is needed beside '{_REGION}'"
+        tensor = field.partition("[")[2].rstrip("]")
+        message = f"'{_SIZE}' must be specified along with '{_REGION}' parameter for tensor '{tensor}'"
         raise InvalidInput(message, field=f"{field}.parameters[{_SIZE}]")
     return Placement(
         region=parameters[_REGION].string_param,
@@ -128,7 +130,7 @@ def no_shared_memory(parameters: Parameters) -> None:
 
 def _wrong(name: str, expected: str, *, field: str = "") -> InvalidInput:
     return InvalidInput(
-        f"invalid value type for '{name[:64]}' parameter, expected {expected}",
+        f"invalid value type for '{name[:64]}' parameter, expected {expected}.",
         field=f"{field}.parameters[{name[:64]}]" if field else f"parameters[{name[:64]}]",
     )
 
@@ -141,7 +143,7 @@ def _number(parameters: Parameters, name: str, *, field: str = "") -> int:
     value = int(getattr(parameters[name], choice))
     if value < 0:
         place = f"{field}.parameters[{name}]" if field else f"parameters[{name}]"
-        raise InvalidInput(f"'{name}' parameter must be 0 or more", field=place)
+        raise InvalidInput(f"invalid value for '{name}' parameter, expected value >= 0.", field=place)
     return value
 
 
@@ -179,6 +181,6 @@ def _sequence(parameters: Parameters) -> SequenceControl | None:
         raise _wrong("sequence_id", "int64_param, uint64_param or string_param")
     text = parameter.string_param
     if len(text) > SEQUENCE_ID_CHARS_MAX:
-        message = f"'sequence_id' parameter has {len(text)} characters, at most {SEQUENCE_ID_CHARS_MAX} are allowed"
+        message = f"string correlation ID cannot be longer than {SEQUENCE_ID_CHARS_MAX} characters, got {len(text)}"
         raise InvalidInput(message, field="parameters[sequence_id]")
     return SequenceControl(id=text, start=start, end=end) if text else None

@@ -37,9 +37,12 @@ class Repository(Protocol):
 
 def named(request: dialects.RepositoryRequest) -> str:
     """The model of a load or unload. Raises InvalidInput for a name that could be a path."""
+    if request.repository_name and request.model_name:
+        raise Unsupported("'repository_name' specification is not supported")
     name = dialects.model_named(request)
     if not _MODEL_NAME.match(name):
-        raise InvalidInput(f"{name[:64]!r} is not the name of a model", field="model_name")
+        verb = "load" if isinstance(request, pb.RepositoryModelLoadRequest) else "unload"
+        raise InvalidInput(f"failed to {verb} {name[:64]!r}, that is not the name of a model", field="model_name")
     return name
 
 
@@ -53,7 +56,7 @@ def override_of(model: str, parameters: Parameters, *, files_allowed: bool) -> O
     try:
         return _override(model, parameters, files_allowed=files_allowed)
     except MeshError as error:
-        text = f"failed to load '{model}', {error.message}"
+        text = f"failed to load '{model}', failed to poll from model repository: {error.message}"
         if isinstance(error, InvalidInput):
             raise InvalidInput(text, field=error.field) from None
         raise Unsupported(text) from None
@@ -67,7 +70,8 @@ def _override(model: str, parameters: Parameters, *, files_allowed: bool) -> Ove
         choice = value.WhichOneof("parameter_choice")
         if name == "config":
             if choice != "string_param":
-                raise InvalidInput("parameter 'config' must be a string of JSON", field="parameters[config]")
+                text = "invalid value type for load parameter 'config', expected string_param."
+                raise InvalidInput(text, field="parameters[config]")
             config = read_json(value.string_param)
         elif name.startswith(FILE_PREFIX):
             if not files_allowed:
@@ -75,11 +79,12 @@ def _override(model: str, parameters: Parameters, *, files_allowed: bool) -> Ove
                     "files may not be sent along here: whoever sends a model runs what it likes (MLMESH_LOAD_FILES)"
                 )
             if choice != "bytes_param":
-                raise InvalidInput(f"parameter '{name[:64]}' must be bytes", field="parameters")
+                text = f"invalid value type for load parameter '{name[:64]}', expected bytes_param."
+                raise InvalidInput(text, field="parameters")
             version, path = file_of(name)
             files.setdefault(version, {})[path] = value.bytes_param
         else:
-            raise Unsupported(f"load parameter '{name[:64]}' is not supported")
+            raise InvalidInput(f"unrecognized load parameter '{name[:64]}'.", field="parameters")
     if config is None:
         raise InvalidInput("override files need the parameter 'config'", field="parameters[config]")
     if sum(map(len, files.values())) > FILES_MAX:
@@ -92,10 +97,11 @@ def _override(model: str, parameters: Parameters, *, files_allowed: bool) -> Ove
 def unload_dependents(parameters: Parameters) -> bool:
     """What an unload's parameters say. Raises InvalidInput, Unsupported."""
     if unknown := set(parameters) - {"unload_dependents"}:
-        raise Unsupported(f"unload parameter '{min(unknown)[:64]}' is not supported")
+        raise InvalidInput(f"unrecognized unload parameter '{min(unknown)[:64]}'.", field="parameters")
     if not parameters:
         return False
     value = parameters["unload_dependents"]
     if value.WhichOneof("parameter_choice") != "bool_param":
-        raise InvalidInput("parameter 'unload_dependents' must be a bool", field="parameters[unload_dependents]")
+        text = "invalid value type for 'unload_dependents' parameter, expected bool_param."
+        raise InvalidInput(text, field="parameters[unload_dependents]")
     return value.bool_param

@@ -35,6 +35,17 @@ TENSORS_MAX: Final = 1024
 """Most inputs or outputs of a request."""
 CLASSES_MAX: Final = 1 << 20
 
+_FIELD_TYPES: Final = {
+    "bool_contents": "BOOL",
+    "int_contents": "INT32",
+    "int64_contents": "INT64",
+    "uint_contents": "UINT32",
+    "uint64_contents": "UINT64",
+    "fp32_contents": "FP32",
+    "fp64_contents": "FP64",
+    "bytes_contents": "BYTES",
+}
+
 _Input = pb.ModelInferRequest.InferInputTensor
 _Output = pb.ModelInferRequest.InferRequestedOutputTensor
 
@@ -119,6 +130,13 @@ def read(
 def _inputs(message: pb.ModelInferRequest, model: ReadyModel, regions: Regions | None) -> tuple[dict[str, Array], bool]:
     """Arrays by name, and whether any came in typed contents."""
     raw = _raw(message, model, regions)
+    if len(message.inputs) > len(model.inputs):
+        raise InvalidInput(
+            f"expected {len(model.inputs)} inputs but got {len(message.inputs)} inputs for model '{model.name}'. Got "
+            f"input(s) {_listed([tensor.name for tensor in message.inputs[: len(model.inputs) + 8]])}; unexpected "
+            f"inference input {_listed([t.name for t in message.inputs if t.name not in model.inputs][:8])}",
+            field="inputs",
+        )
     inputs: dict[str, Array] = {}
     typed = False
     for tensor in message.inputs:
@@ -158,8 +176,14 @@ def _raw(message: pb.ModelInferRequest, model: ReadyModel, regions: Regions | No
     if regions is not None:
         expected -= sum("shared_memory_region" in tensor.parameters for tensor in message.inputs)
     if len(raw) != expected:
+        lacking = (
+            f"unable to find data for input tensor '{message.inputs[len(raw)].name[:256]}' for model '{model.name}' in "
+            "request. "
+            if len(raw) < expected
+            else ""
+        )
         raise InvalidInput(
-            f"expected {expected} raw_input_contents for model '{model.name}', one an input, got {len(raw)}",
+            f"{lacking}expected {expected} raw_input_contents for model '{model.name}', one an input, got {len(raw)}",
             field="raw_input_contents",
             reason="SHAPE_MISMATCH",
         )
@@ -216,8 +240,8 @@ def _typed(tensor: _Input, spec: TensorSpec, model: ReadyModel) -> Array:
         for found, _ in tensor.contents.ListFields():
             if found.name != kind.contents:
                 raise InvalidInput(
-                    f"unexpected explicit tensor data for input tensor '{spec.name}' for model '{model.name}' in "
-                    f"{found.name}, expected datatype '{kind.name}'"
+                    f"unexpected explicit tensor data for input tensor '{spec.name}' for model '{model.name}' of type "
+                    f"'{_FIELD_TYPES[found.name]}', expected datatype '{kind.name}'"
                     + (f" in {kind.contents}" if kind.contents else " as raw_input_contents"),
                     field=f"inputs[{spec.name}].contents",
                 )
@@ -242,10 +266,15 @@ def _check_missing(inputs: Mapping[str, Array], model: ReadyModel) -> None:
     if missing:
         raise InvalidInput(
             f"expected {len(model.inputs)} inputs but got {len(inputs)} inputs for model '{model.name}'. "
-            f"Got input(s) {sorted(inputs)}, but missing required input(s) {missing}. "
+            f"Got input(s) {_listed(sorted(inputs))}, but missing required input(s) {_listed(missing)}. "
             "Please provide all required input(s).",
             field="inputs",
         )
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Names as the protocol's first implementation lists them."""
+    return "[" + ",".join([f"'{name[:256]}'" for name in names]) + "]"
 
 
 def _rows(inputs: Mapping[str, Array], model: ReadyModel) -> int:
@@ -289,6 +318,9 @@ def _outputs(
         names[name] = None
         if output.parameters:
             place = _placement(output, regions)
+            if place is not None and "classification" in output.parameters:
+                text = "output can't set both 'shared_memory_region' and 'classification'"
+                raise InvalidInput(text, field=f"outputs[{name}].parameters")
             if place is not None and regions is not None:
                 placed[name] = place, regions.window(place.region, place.offset, place.size)
             if count := _classes(output, model):
@@ -301,8 +333,12 @@ def _classes(output: _Output, model: ReadyModel) -> int:
         return 0
     value = output.parameters["classification"]
     field = f"outputs[{output.name}].parameters[classification]"
-    if value.WhichOneof("parameter_choice") != "int64_param" or not 0 < value.int64_param <= CLASSES_MAX:
-        raise InvalidInput("'classification' parameter must be a positive int64", field=field)
+    if value.WhichOneof("parameter_choice") != "int64_param":
+        text = "invalid value type for 'classification' parameter, expected int64_param"
+        raise InvalidInput(text, field=field)
+    if not 0 < value.int64_param <= CLASSES_MAX:
+        text = f"invalid value for 'classification' parameter, expected >= 0 (1 to {CLASSES_MAX})"
+        raise InvalidInput(text, field=field)
     if model.outputs[output.name].datatype.name in {"BYTES", "BF16"}:
         kind = model.outputs[output.name].datatype.name
         raise InvalidInput(f"output '{output.name}' is {kind}, which has no classes", field=field)

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterable
 from typing import Any, Final
 
-from mlmesh_inference.catalog import Catalog, State
+from mlmesh_inference.catalog import Catalog, State, check_version
 from mlmesh_inference.config import ProtocolSettings
 from mlmesh_inference.oip import describe, describe_config, dialects, repository, stream
 from mlmesh_inference.oip.infer import shutting_down, start
@@ -94,6 +94,7 @@ class OpenInferenceServicer(stubs.GRPCInferenceServiceServicer):
     async def ModelReady(self, request: pb.ModelReadyRequest, context: Any) -> pb.ModelReadyResponse:  # noqa: ARG002
         """An unknown model is not ready, and no error; one that sleeps is woken by whoever asks."""
         self._catalog.wake(request.name, request.version)
+        check_version(request.version)
         return pb.ModelReadyResponse(ready=self._catalog.find(request.name, request.version) is not None)
 
     async def ServerMetadata(
@@ -125,13 +126,16 @@ class OpenInferenceServicer(stubs.GRPCInferenceServiceServicer):
         context: Any,  # noqa: ARG002
     ) -> pb.ModelStatisticsResponse:
         """Statistics of one version, of all versions of a model, or of all models."""
+        check_version(request.version)
         if not request.name:
             models = self._catalog.ready_models()
-        elif not request.version:
-            self._catalog.resolve(request.name, "")
-            models = self._catalog.versions(request.name)
+        elif request.version:
+            found = self._catalog.find(request.name, request.version)
+            models = [] if found is None else [found]
         else:
-            models = [self._catalog.resolve(request.name, request.version)]
+            models = self._catalog.versions(request.name)
+        if request.name and not models:
+            raise _not_counted(request)
         return pb.ModelStatisticsResponse(model_stats=[describe.statistics(model) for model in models])
 
     async def RepositoryIndex(
@@ -139,9 +143,9 @@ class OpenInferenceServicer(stubs.GRPCInferenceServiceServicer):
         request: pb.RepositoryIndexRequest,
         context: Any,  # noqa: ARG002
     ) -> pb.RepositoryIndexResponse:
-        """Every version of the repository, and those known to this process; there is one repository, named ""."""
+        """Every version of the repository, and those known to this process; there is one repository, without a name."""
         if request.repository_name:
-            raise NotFound(f"there is no repository '{request.repository_name[:256]}'", reason="REPOSITORY_NOT_FOUND")
+            raise Unsupported("'repository_name' specification is not supported")
         return describe.index(
             self._catalog, () if request.ready else self._repository.known(), ready_only=request.ready
         )
@@ -233,6 +237,15 @@ class OpenInferenceServicer(stubs.GRPCInferenceServiceServicer):
         """Change what is logged, and tell how it is."""
         self._logs.update(request.settings)
         return describe.log_settings(self._logs.shown())
+
+
+def _not_counted(request: pb.ModelStatisticsRequest) -> NotFound:
+    shown = request.name[:256]
+    if request.version:
+        text = f"requested model version is not available for model '{shown}'"
+    else:
+        text = f"requested model '{shown}' is not available"
+    return NotFound(text, reason="MODEL_NOT_FOUND")
 
 
 def _unimplemented(method: str) -> Unsupported:

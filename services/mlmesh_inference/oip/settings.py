@@ -11,6 +11,7 @@ from mlmesh_runtime.logs import JsonFormatter
 from open_inference import grpc_service_pb2 as pb
 
 _LEVELS: Final = {"log_error": logging.ERROR, "log_warning": logging.WARNING, "log_info": logging.INFO}
+_FORMATS: Final = ("default", "ISO8601")
 _NOTHING: Final = logging.CRITICAL + 1
 
 Values = Mapping[str, pb.LogSettingsRequest.SettingValue]
@@ -43,7 +44,7 @@ class LogControl:
     def _formats(self) -> tuple[str, ...]:
         """Lines stay as the process was started with; in JSON their times are ISO 8601, so that is a name for them."""
         iso = any(isinstance(handler.formatter, JsonFormatter) for handler in self._logger.handlers)
-        return ("default", "ISO8601") if iso else ("default",)
+        return _FORMATS if iso else ("default",)
 
     def update(self, settings: Values) -> None:
         """Change settings, all or none. Raises InvalidInput, Unsupported for what cannot be changed here."""
@@ -53,16 +54,18 @@ class LogControl:
             if name == "log_file":
                 raise Unsupported("log file location can not be updated through network protocol")
             if name == "log_format":
-                if choice != "string_param" or value.string_param not in self._formats():
-                    raise Unsupported(f"log_format: only {' and '.join(self._formats())} are supported here")
+                if choice != "string_param" or value.string_param not in _FORMATS:
+                    raise InvalidInput(f"invalid argument for log_format, got: {value.string_param[:32]}", field=name)
+                if value.string_param not in self._formats():
+                    raise Unsupported("log_format: lines stay in the format that the process was started with")
                 said[name] = value.string_param
             elif name == "log_verbose_level":
                 if choice != "uint32_param":
-                    raise InvalidInput(f"expect '{name}' to be a uint32", field=f"settings[{name}]")
+                    raise InvalidInput(f"expect int32 for '{name}', as uint32", field=f"settings[{name}]")
                 said[name] = value.uint32_param
             elif name in _LEVELS:
                 if choice != "bool_param":
-                    raise InvalidInput(f"expect '{name}' to be a bool", field=f"settings[{name}]")
+                    raise InvalidInput(f"expect boolean for '{name}'", field=f"settings[{name}]")
                 said[name] = value.bool_param
             else:
                 raise InvalidInput(f"unknown log setting '{name[:64]}'", field=f"settings[{name[:64]}]")

@@ -117,4 +117,5 @@ async def test_a_repository_of_another_name_is_not_there(transport: str, tmp_pat
         stub: Any = stubs.GRPCInferenceServiceStub(channel)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await stub.RepositoryIndex(pb.RepositoryIndexRequest(repository_name="other"), timeout=20)
-        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+        assert caught.value.details() == "'repository_name' specification is not supported"

@@ -172,7 +172,7 @@ def test_classes_have_the_labels_of_their_output(count: int, client: Any) -> Non
     ("inputs", "code", "text"),
     [
         ([tensor("INPUT0", FIRST)], "INVALID_ARGUMENT", "expected 2 inputs but got 1 inputs for model 'simple'"),
-        ([*both(), tensor("INPUT2", FIRST)], "INVALID_ARGUMENT", "unexpected inference input 'INPUT2'"),
+        ([*both(), tensor("INPUT2", FIRST)], "INVALID_ARGUMENT", "expected 2 inputs but got 3 inputs for model"),
         (both(FIRST.astype(np.float32)), "INVALID_ARGUMENT", "data-type is 'FP32', but model 'simple' expects 'INT32'"),
         (both(FIRST[:, :8], SECOND[:, :8]), "INVALID_ARGUMENT", "unexpected shape for input 'INPUT0'"),
         (both(np.tile(FIRST, (9, 1)), np.tile(SECOND, (9, 1))), "INVALID_ARGUMENT", "batch-size must be <= 8"),
@@ -187,6 +187,9 @@ def test_what_is_wrong_is_said_as_clients_expect(inputs: list[Any], code: str, t
 def test_unknown_models_versions_and_outputs(client: Any) -> None:
     assert refused(lambda: client.infer("nobody", both()))[0] == "NOT_FOUND"
     assert refused(lambda: client.infer("simple", both(), model_version="7"))[0] == "NOT_FOUND"
+    status, text = refused(lambda: client.infer("simple", both(), model_version="one"))
+    assert status == "INVALID_ARGUMENT"
+    assert "version should be an integral value > 0" in text
     outputs = [triton.InferRequestedOutput("OUTPUT9")]
     assert "unexpected inference output" in refused(lambda: client.infer("simple", both(), outputs=outputs))[1]
 
@@ -319,7 +322,10 @@ def test_statistics_count_rows_and_executions(client: Any) -> None:
     assert after.last_inference > 0
     everything = client.get_inference_statistics(as_json=True)["model_stats"]
     assert {one["name"] for one in everything} >= {"simple", "identity", "images", "accumulate"}
-    assert refused(lambda: client.get_inference_statistics("nobody"))[0] == "NOT_FOUND"
+    assert refused(lambda: client.get_inference_statistics("nobody")) == (
+        "NOT_FOUND",
+        "requested model 'nobody' is not available",
+    )
 
 
 def test_the_repository_lists_what_is_served(client: Any) -> None:

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from mlmesh_inference.catalog import WATCHER_ITEMS_MAX, Catalog, ReadyModel, State, Status
-from mlmesh_runtime.errors import NotFound, NotReady, Overloaded
+from mlmesh_runtime.errors import InvalidInput, NotFound, NotReady, Overloaded
 from tests.support.inference import GatedEngine, ready_model
 
 
@@ -61,7 +61,23 @@ async def test_what_is_on_its_way_is_not_ready(version: str, text: str) -> None:
 
 async def test_a_long_name_is_not_echoed_whole() -> None:
     with pytest.raises(NotFound) as caught:
-        Catalog().resolve("x" * 10_000, "y" * 10_000)
+        Catalog().resolve("x" * 10_000, "9" * 10_000)
+    assert len(caught.value.message) < 500
+
+
+@pytest.mark.parametrize(
+    ("version", "text"),
+    [
+        ("x" * 10_000, "failed to get model version from specified version string 'xxx"),
+        ("1.5", "version should be an integral value > 0"),
+        ("-1", "invalid model version specified '-1' , version should be an integral value > 0"),
+        ("\u0661", "version should be an integral value > 0"),
+    ],
+)
+async def test_what_is_no_version_is_refused(version: str, text: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        Catalog().resolve("m", version)
+    assert text in caught.value.message
     assert len(caught.value.message) < 500
 
 
