@@ -52,7 +52,10 @@ class _Versions(Collector):
             # The latest of a version that was loaded anew while the one before it still drains.
             shown = {(one.model, one.version): one for one in self._shown.values()}
         families = _families()
-        waits, engine, rows, requests, depth, limit, busy, tenant_rows, tenant_waits, tenant_refused, memory = families
+        waits, engine, rows, requests, depth, limit, busy, tenant_rows, tenant_waits, tenant_refused, memory = families[
+            :11
+        ]
+        sequences, states = families[11:]
         for one in shown.values():
             labels = (one.model, str(one.version))
             for number, level in sorted(one.levels.copy().items()):
@@ -73,6 +76,10 @@ class _Versions(Collector):
                 tenant_refused.add_metric(of_tenant, tenant.refused)
             for use in one.memory:
                 memory.add_metric((*labels, use.kind, str(use.device)), use.size_bytes)
+            if one.sequences is not None:
+                live, state_bytes = one.sequences()
+                sequences.add_metric(labels, live)
+                states.add_metric(labels, state_bytes)
         yield from families
 
 
@@ -87,6 +94,8 @@ def _families() -> tuple[
     CounterMetricFamily,
     CounterMetricFamily,
     CounterMetricFamily,
+    GaugeMetricFamily,
+    GaugeMetricFamily,
     GaugeMetricFamily,
 ]:
     name = "mlmesh_inference_"
@@ -110,6 +119,8 @@ def _families() -> tuple[
         CounterMetricFamily(f"{name}tenant_queue_seconds", "Time that a tenant's requests waited.", labels=tenant),
         CounterMetricFamily(f"{name}tenant_refused", "Requests of a tenant that were refused.", labels=tenant),
         GaugeMetricFamily(f"{name}memory_bytes", "Memory of a version.", labels=(*_LABELS, "kind", "device")),
+        GaugeMetricFamily(f"{name}sequences", "Live sequences of a stateful model.", labels=_LABELS),
+        GaugeMetricFamily(f"{name}sequence_state_bytes", "Memory of the states of live sequences.", labels=_LABELS),
     )
 
 

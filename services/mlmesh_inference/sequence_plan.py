@@ -103,6 +103,11 @@ class SequencePlan:
             ),
         )
 
+    @property
+    def state_bytes(self) -> int:
+        """Memory of the state of one sequence."""
+        return sum(array.nbytes for array in self.zeros().values())
+
     def zeros(self) -> dict[str, Array]:
         """The state of a sequence that begins, by input."""
         return {state.input: state.zeros() for state in self.states}

@@ -104,6 +104,7 @@ class Sequencer:
     ) -> None:
         self._runner = runner
         self._plan = plan
+        self._state_bytes = plan.state_bytes
         self._name = name
         self._batches = batches
         self._clock = clock
@@ -135,7 +136,7 @@ class Sequencer:
     @property
     def state_bytes(self) -> int:
         """Memory that the states of live sequences take."""
-        return sum(array.nbytes for sequence in self._sequences.values() for array in sequence.state.values())
+        return len(self._sequences) * self._state_bytes
 
     def submit(self, work: Work, sink: Sink) -> None:
         """Take a request of a sequence; see running.Runner.

@@ -133,6 +133,8 @@ class Statistics:
         self.rows = 0
         self.depth: Callable[[], int] | None = None
         self.limit: Callable[[], int] | None = None
+        self.sequences: Callable[[], tuple[int, int]] | None = None
+        """Live sequences and the bytes of their states, of a stateful model."""
         metrics.show(self)
 
     def watch_depth(self, depth: Callable[[], int], limit: Callable[[], int] | None = None) -> None:

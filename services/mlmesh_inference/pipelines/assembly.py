@@ -325,7 +325,8 @@ def runner_for(
         if config.sequence.iterative:
             iteration = _iteration_plan(config, plan, engine.signature)
             return Iterative(runner, iteration, name=model, batches=policy.batches, decoupled=config.decoupled)
-        runner = Sequencer(runner, plan, config.sequence, name=model, batches=policy.batches)
+        runner = sequencer = Sequencer(runner, plan, config.sequence, name=model, batches=policy.batches)
+        statistics.sequences = lambda: (sequencer.sequences, sequencer.state_bytes)
     return Decoupled(runner) if config.decoupled else runner
 
 

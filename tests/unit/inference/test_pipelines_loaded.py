@@ -14,6 +14,7 @@ from mlmesh_inference.running import FutureSink, SequenceControl, Work, run
 from mlmesh_inference.sequences import Sequencer
 from mlmesh_inference.tensors import Array
 from mlmesh_runtime.errors import InvalidInput, Unsupported
+from mlmesh_runtime.telemetry import REGISTRY
 from tests.support import onnx_models
 from tests.support.pipelines import answers, platform
 
@@ -84,6 +85,9 @@ async def test_a_sequence_model_shows_neither_states_nor_controls(tmp_path: Path
             inputs = {"INPUT": np.array([[value]], np.int32)}
             (array,) = await run(ready.runner, Work(inputs=inputs, outputs=("OUTPUT",), sequence=control))
             assert array.tolist() == [[total]]
+        labels = {"model": "s", "version": "1"}
+        assert REGISTRY.get_sample_value("mlmesh_inference_sequences", labels) == 1
+        assert REGISTRY.get_sample_value("mlmesh_inference_sequence_state_bytes", labels) == 4
 
 
 async def test_a_sequence_configuration_that_does_not_fit_fails_the_version(tmp_path: Path) -> None:
