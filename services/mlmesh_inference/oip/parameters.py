@@ -143,7 +143,7 @@ def _number(parameters: Parameters, name: str, *, field: str = "") -> int:
     value = int(getattr(parameters[name], choice))
     if value < 0:
         place = f"{field}.parameters[{name}]" if field else f"parameters[{name}]"
-        raise InvalidInput(f"invalid value for '{name}' parameter, expected value >= 0.", field=place)
+        raise InvalidInput(f"invalid value for '{name}', expected value >= 0.", field=place)
     return value
 
 

@@ -20,6 +20,7 @@ from mlmesh_runtime.health import HealthStatuses
 from open_inference import grpc_service_pb2 as pb
 from open_inference import grpc_service_pb2_grpc as stubs
 from tests.support.inference import GatedEngine, eventually, inference_server, install, ready_model, rows
+from tests.support.oip_server import TRANSPORTS, usable
 
 TIMEOUT_S = 20.0
 
@@ -61,11 +62,16 @@ class Running:
         self.stub: Any = stubs.GRPCInferenceServiceStub(channel)
 
 
+@pytest.fixture(params=TRANSPORTS)
+def transport(request: pytest.FixtureRequest) -> str:
+    return usable(request.param)
+
+
 @pytest.fixture
-async def running(request: pytest.FixtureRequest) -> AsyncIterator[Running]:
+async def running(request: pytest.FixtureRequest, transport: str) -> AsyncIterator[Running]:
     policy = getattr(request, "param", {})
     engine, catalog = GatedEngine(), Catalog()
-    async with inference_server(ready_model(engine, **policy), catalog=catalog) as server:
+    async with inference_server(ready_model(engine, **policy), catalog=catalog, transport=transport) as server:
         async with grpc.aio.insecure_channel(server.address) as channel:
             yield Running(engine, catalog, server.address, channel)
         engine.open()
@@ -283,9 +289,12 @@ async def test_a_broken_off_stream_withdraws_what_waits(running: Running) -> Non
     assert running.engine.batches == [[0.0], [9.0]]
 
 
-async def test_a_stream_ends_at_a_message_boundary_when_the_server_drains() -> None:
+async def test_a_stream_ends_at_a_message_boundary_when_the_server_drains(transport: str) -> None:
     engine = GatedEngine()
-    async with inference_server(ready_model(engine)) as server, grpc.aio.insecure_channel(server.address) as channel:
+    async with (
+        inference_server(ready_model(engine), transport=transport) as server,
+        grpc.aio.insecure_channel(server.address) as channel,
+    ):
         stub: Any = stubs.GRPCInferenceServiceStub(channel)
         call = stub.ModelStreamInfer(timeout=TIMEOUT_S)
         await call.write(request(1.0, name="1"))
@@ -304,10 +313,13 @@ async def test_a_stream_ends_at_a_message_boundary_when_the_server_drains() -> N
             await stopping
 
 
-async def test_a_swap_under_load_fails_nobody() -> None:
+async def test_a_swap_under_load_fails_nobody(transport: str) -> None:
     catalog = Catalog()
     old, new = ready_model(GatedEngine(is_open=True)), ready_model(GatedEngine(is_open=True), version=2)
-    async with inference_server(old, catalog=catalog) as server, grpc.aio.insecure_channel(server.address) as channel:
+    async with (
+        inference_server(old, catalog=catalog, transport=transport) as server,
+        grpc.aio.insecure_channel(server.address) as channel,
+    ):
         stub: Any = stubs.GRPCInferenceServiceStub(channel)
         versions: list[str] = []
         stop = False
@@ -391,7 +403,7 @@ async def test_control_lists_and_watches(running: Running) -> None:
     assert list(listed.served_versions) == []
 
 
-async def test_health_has_a_name_for_every_model_and_version() -> None:
+async def test_health_has_a_name_for_every_model_and_version(transport: str) -> None:
     health = HealthStatuses()
     model_health = ModelHealth(health)
     catalog = Catalog(listener=model_health.changed)
@@ -400,7 +412,7 @@ async def test_health_has_a_name_for_every_model_and_version() -> None:
     assert health.status("model:m/1") == health_pb2.HealthCheckResponse.NOT_SERVING
     assert health.status("") == health_pb2.HealthCheckResponse.NOT_SERVING
     engine = GatedEngine(is_open=True)
-    started = inference_server(ready_model(engine), catalog=catalog, health=health)
+    started = inference_server(ready_model(engine), catalog=catalog, health=health, transport=transport)
     async with started as server, grpc.aio.insecure_channel(server.address) as channel:
         stub: Any = health_pb2_grpc.HealthStub(channel)
 
