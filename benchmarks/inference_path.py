@@ -5,6 +5,7 @@ to an engine that gives its input back, and come out as encoded answers. Three w
 
 - plans: what the server does.
 - in full: the same without plans, so every request is parsed by protobuf and checked field by field.
+- typed: `plans` for a client that sends typed contents.
 - awaited: the generic path of streams: protobuf messages in and out, a future and a task a request.
 
 Reported: CPU time a request (median over rounds) for bursts of 1, 8 and 64, and the ratios, which are what travels.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib
 import statistics
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -124,11 +126,15 @@ class _Context:
         """No deadline."""
 
 
-def request(number: int) -> bytes:
+def request(number: int, *, typed: bool = False) -> bytes:
     """An encoded request of one row."""
     tensor = pb.ModelInferRequest.InferInputTensor(name="x", datatype="FP32", shape=[1, WIDTH])
-    row = np.full((1, WIDTH), number, np.float32).tobytes()
-    message = pb.ModelInferRequest(model_name="echo", id=f"{number}", inputs=[tensor], raw_input_contents=[row])
+    message = pb.ModelInferRequest(model_name="echo", id=f"{number}", inputs=[tensor])
+    row = np.full((1, WIDTH), number, np.float32)
+    if typed:
+        message.inputs[0].contents.fp32_contents.extend(row[0].tolist())
+    else:
+        message.raw_input_contents.append(row.tobytes())
     return bytes(message.SerializeToString())
 
 
@@ -183,9 +189,9 @@ def awaited(models: Catalog) -> Way:
     return way
 
 
-async def cost_us(way: Way, burst: int, count: int) -> float:
+async def cost_us(way: Way, burst: int, count: int, *, typed: bool) -> float:
     """CPU time a request."""
-    requests = [request(number) for number in range(burst)]
+    requests = [request(number, typed=typed) for number in range(burst)]
     begun = time.process_time()
     for _ in range(max(1, count // burst)):
         await way(requests)
@@ -198,6 +204,7 @@ async def measure(count: int, rounds: int) -> dict[str, Any]:
     ways = {
         "plans": direct(DirectInfer(models), streaming=False),
         "plans, stream": direct(DirectStreamInfer(models), streaming=True),
+        "typed": direct(DirectInfer(models), streaming=False),
         "in full": direct(DirectInfer(models, plans=False), streaming=False),
         "awaited": awaited(models),
     }
@@ -209,7 +216,7 @@ async def measure(count: int, rounds: int) -> dict[str, Any]:
     taken: dict[tuple[str, int], list[float]] = {(name, burst): [] for name in ways for burst in BURSTS}
     for number in range(rounds + 1):
         for (name, burst), costs in taken.items():
-            cost = await cost_us(ways[name], burst, count)
+            cost = await cost_us(ways[name], burst, count, typed=name == "typed")
             if number:
                 costs.append(cost)
     costs_us = {name: {burst: statistics.median(taken[name, burst]) for burst in BURSTS} for name in ways}
@@ -231,7 +238,11 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="inference-path", description=__doc__)
     parser.add_argument("--requests", type=int, default=4096, help="requests a way, burst and round")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--splitter", choices=["native", "python"], help="default: native where it is installed")
     options = parser.parse_args(arguments)
+    if options.splitter:
+        native = importlib.import_module("mlmesh_front").split if options.splitter == "native" else None
+        wire.split = native or wire.split_python  # type: ignore[misc]
     results = asyncio.run(measure(options.requests, options.rounds))
     print(f"CPU us a request (ratio to awaited), {results['splitter']} splitter; bursts of {BURSTS}")
     for name, by in results["cpu_us_per_request"].items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import importlib.util
 import random
 import time
@@ -153,16 +154,45 @@ LIES: dict[str, tuple[Callable[[], bytes], str]] = {
 }
 
 
+@functools.cache
+def told(lie: str) -> bytes:
+    """The message of a lie; some take long to write."""
+    return LIES[lie][0]()
+
+
 @pytest.mark.parametrize("lie", sorted(LIES))
 async def test_a_lie_is_refused_by_name_and_others_are_answered(lie: str, client: Client) -> None:
-    make, field = LIES[lie]
-    encoded = make()
-    refusal, *answers = await asyncio.gather(client.refused(encoded), *(client.infer(good(n)) for n in range(8)))
+    _, field = LIES[lie]
+    refusal, *answers = await asyncio.gather(client.refused(told(lie)), *(client.infer(good(n)) for n in range(8)))
     code, error = refusal
     assert code is grpc.StatusCode.INVALID_ARGUMENT, error
     assert isinstance(error, InvalidInput)
     assert error.field == field
     assert [np.frombuffer(a.raw_output_contents[0], np.float32)[0] for a in answers] == list(range(8))
+
+
+@pytest.mark.parametrize("metadata", [(), (("mlmesh-stream", "resumable"),)], ids=["plain", "moving"])
+async def test_a_lie_on_a_stream_is_told_in_its_place_or_ends_it(
+    metadata: tuple[tuple[str, str], ...], client: Client
+) -> None:
+    """What protobuf must not even parse ends the stream; after any other the stream goes on."""
+    ended = 0
+    for lie, (_, field) in LIES.items():
+        call = client.stream(timeout=TIMEOUT_S, metadata=metadata)
+        await call.write(told(lie))
+        try:
+            answer = pb.ModelStreamInferResponse.FromString(await call.read())
+        except grpc.aio.AioRpcError as error:
+            refusal: Any = mesh_error(error)
+            assert (type(refusal), refusal.field) == (InvalidInput, field), lie
+            ended += 1
+            continue
+        assert answer.error_message, lie
+        await call.write(good(3.0, "after"))
+        answer = pb.ModelStreamInferResponse.FromString(await call.read())
+        assert (answer.error_message, answer.infer_response.id) == ("", "after"), lie
+        call.cancel()
+    assert ended == 6
 
 
 @pytest.mark.parametrize(
@@ -178,12 +208,10 @@ async def test_what_is_no_message_is_invalid(encoded: bytes, client: Client) -> 
 
 async def test_lies_cost_little_memory(server: Process, client: Client) -> None:
     """Peak memory over all of them, one after the other: typed numbers take eight bytes each, while growing more."""
-    for make, _ in LIES.values():
-        await client.refused(make())
-    forget_peak(server)
+    forget_peak(server)  # all of them came before
     before = memory(server, "VmRSS")
-    for make, _ in LIES.values():
-        await client.refused(make())
+    for lie in LIES:
+        await client.refused(told(lie))
     assert memory(server, "VmHWM") - before < 20 * LARGEST
     assert memory(server, "VmRSS") - before < 6 * LARGEST
 
