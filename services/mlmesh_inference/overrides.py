@@ -33,7 +33,7 @@ class Override:
 
 def file_of(parameter: str) -> tuple[int, str]:
     """(version, path) of a parameter "file:VERSION/PATH". Raises InvalidInput for what could leave the folder."""
-    match = _FILE.match(parameter.removeprefix(FILE_PREFIX))
+    match = _FILE.fullmatch(parameter.removeprefix(FILE_PREFIX))
     if match is None:
         raise InvalidInput(
             f"Invalid file path {parameter[:64]!r}, expected file:VERSION/NAME", field=f"parameters[{parameter[:64]}]"

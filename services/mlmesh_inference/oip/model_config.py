@@ -194,7 +194,7 @@ def _named(text: str, field: str) -> str:
 
 
 def _file(path: str, field: str) -> str:
-    if path and not _FILE.match(path):
+    if path and not _FILE.fullmatch(path):
         raise InvalidInput(f"{field}: {path[:64]!r} is no relative path of a version's file", field=field)
     return path
 

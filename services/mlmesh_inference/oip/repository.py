@@ -40,7 +40,7 @@ def named(request: dialects.RepositoryRequest) -> str:
     if request.repository_name and request.model_name:
         raise Unsupported("'repository_name' specification is not supported")
     name = dialects.model_named(request)
-    if not _MODEL_NAME.match(name):
+    if not _MODEL_NAME.fullmatch(name):
         verb = "load" if isinstance(request, pb.RepositoryModelLoadRequest) else "unload"
         raise InvalidInput(f"failed to {verb} {name[:64]!r}, that is not the name of a model", field="model_name")
     return name
@@ -89,7 +89,7 @@ def _override(model: str, parameters: Parameters, *, files_allowed: bool) -> Ove
         raise InvalidInput("override files need the parameter 'config'", field="parameters[config]")
     if sum(map(len, files.values())) > FILES_MAX:
         raise InvalidInput(f"expected at most {FILES_MAX} files, got more", field="parameters")
-    if files and not _OWN_NAME.match(model):
+    if files and not _OWN_NAME.fullmatch(model):
         raise InvalidInput(f"{model[:64]!r} is not a name for a model of one's own", field="model_name")
     return Override(config=config, files=files)
 

@@ -114,7 +114,7 @@ class SharedMemory:
             raise AlreadyExists(f"shared memory region '{name}' already in manager", reason="REGION_EXISTS")
         if len(self._regions) >= REGIONS_MAX:
             raise Overloaded(f"there are {REGIONS_MAX} shared memory regions already", reason="TOO_MANY_REGIONS")
-        if not _KEY.match(key):
+        if not _KEY.fullmatch(key):
             raise InvalidInput(f"Unable to open shared memory region: {key[:64]!r} is no segment's key", field="key")
         descriptor = self._open(key)
         try:

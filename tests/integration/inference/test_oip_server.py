@@ -371,7 +371,7 @@ async def test_metadata_config_statistics_and_index(running: Running) -> None:
     assert [m.name for m in index.models] == ["m"]
 
 
-@pytest.mark.parametrize("name", ["../etc", "", "a/b", ".x", "x" * 200])
+@pytest.mark.parametrize("name", ["../etc", "", "a/b", ".x", "x\n", "x" * 200])
 async def test_a_name_that_could_be_a_path_is_refused(name: str, running: Running) -> None:
     for call, message in (
         (running.stub.RepositoryModelLoad, pb.RepositoryModelLoadRequest(model_name=name)),

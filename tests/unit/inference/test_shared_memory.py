@@ -39,6 +39,7 @@ def test_a_region_is_read_and_written_where_it_was_registered(memory: SharedMemo
         ("in", "/../seg", 0, 1),
         ("in", "/a/b", 0, 1),
         ("in", "/.", 0, 1),
+        ("in", "/seg\n", 0, 1),
         ("in", "/gone", 0, 1),
         ("in", "/link", 0, 1),
         ("in", "/folder", 0, 1),
