@@ -11,6 +11,7 @@ import typer
 
 from benchmarks import (
     inference_path,
+    inference_soak,
     paths,
     registry_search,
     registry_transfer,
@@ -36,7 +37,7 @@ BENCHMARKS = {"paths": paths.main, "runtime": runtime_overhead, "registry-search
 BENCHMARKS |= {"registry-watch": registry_watch.main, "registry-write": registry_write.main}
 BENCHMARKS |= {"registry-transfer": registry_transfer.main}
 BENCHMARKS |= {"training-ddp": training_ddp.main, "peers": peers.main}
-BENCHMARKS |= {"inference-path": inference_path.main}
+BENCHMARKS |= {"inference-path": inference_path.main, "inference-soak": inference_soak.main}
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ def write(folder: Path) -> dict[str, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = {name: folder / f"{name}.onnx" for name in (TINY, MINILM)}
     if not paths[TINY].exists():
-        _write_tiny(paths[TINY])
+        write_tiny(paths[TINY])
     if not paths[MINILM].exists():
         _write_minilm(paths[MINILM])
     return paths
@@ -46,10 +46,11 @@ def output_bytes(model: str) -> int:
     return 4 * (CLASSES if model == TINY else HIDDEN)
 
 
-def _write_tiny(path: Path) -> None:
+def write_tiny(path: Path, *, seed: int = 0) -> Path:
+    """Write the tiny model with other weights a seed; the path."""
     from onnx import TensorProto, helper, numpy_helper, save
 
-    generator = np.random.default_rng(0)
+    generator = np.random.default_rng(seed)
     first = generator.standard_normal((FEATURES, FEATURES)).astype(np.float32)
     second = generator.standard_normal((FEATURES, CLASSES)).astype(np.float32)
     graph = helper.make_graph(
@@ -64,6 +65,7 @@ def _write_tiny(path: Path) -> None:
         [numpy_helper.from_array(first, "a"), numpy_helper.from_array(second, "b")],
     )
     save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), str(path))
+    return path
 
 
 def _write_minilm(path: Path) -> None:

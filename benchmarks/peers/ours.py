@@ -11,13 +11,14 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import grpc
 import yaml
 
-from benchmarks.peers.servers import Started, Unavailable, await_ready, free_port, oip_ready, process
+from benchmarks.peers import models
+from benchmarks.peers.servers import START_S, Started, Unavailable, await_ready, free_port, oip_ready, process
 from mlmesh.registry.v1 import registry_pb2_grpc
 from mlmesh_cli import supervision
 from mlmesh_cli.config import CliSettings, service_target
@@ -36,8 +37,9 @@ SETTINGS: Mapping[str, str] = {
 }
 
 
-def _publication(name: str, path: Path) -> Publication:
-    return Publication.from_options(name, path, aliases=["stable"], metrics=[], labels=[], description="")
+def _publication(name: str, path: Path, alias: str) -> Publication:
+    aliases = [alias] if alias else []
+    return Publication.from_options(name, path, aliases=aliases, metrics=[], labels=[], description="")
 
 
 @contextlib.contextmanager
@@ -55,20 +57,34 @@ def _quiet() -> Terminal:
 
 
 def _published(address: str, files: Mapping[str, Path]) -> bool:
-    async def publish() -> None:
-        async with open_channel(address) as channel:
-            stub = registry_pb2_grpc.ModelRegistryServiceStub(channel)
-            for name, path in files.items():
-                await publish_file(stub, _publication(name, path), _quiet())
-
     with grpc.insecure_channel(address) as channel:
-        grpc.channel_ready_future(channel).result(timeout=20)
-    asyncio.run(publish())
+        grpc.channel_ready_future(channel).result(timeout=START_S)
+    publish(address, files)
     return True
 
 
+def publish(address: str, files: Mapping[str, Path], *, alias: str = "stable") -> None:
+    """Make each file a version of its model, with an alias unless that is empty."""
+
+    async def run() -> None:
+        async with open_channel(address) as channel:
+            stub = registry_pb2_grpc.ModelRegistryServiceStub(channel)
+            for name, path in files.items():
+                await publish_file(stub, _publication(name, path, alias), _quiet())
+
+    asyncio.run(run())
+
+
 @contextlib.contextmanager
-def server(folder: Path, registry_address: str, transport: str, *, name: str, **settings: str) -> Iterator[Started]:
+def server(
+    folder: Path,
+    registry_address: str,
+    transport: str,
+    *,
+    name: str,
+    ready: Sequence[str] = (models.TINY, models.MINILM),
+    **settings: str,
+) -> Iterator[Started]:
     """One inference process over a transport."""
     folder.mkdir(parents=True, exist_ok=True)
     address, log = f"127.0.0.1:{free_port()}", folder / "inference.log"
@@ -82,7 +98,7 @@ def server(folder: Path, registry_address: str, transport: str, *, name: str, **
         **settings,
     }
     with process([sys.executable, "-m", "mlmesh_inference"], log=log, environ=environ) as started:
-        await_ready(lambda: oip_ready(address), started, log)
+        await_ready(lambda: oip_ready(address, ready), started, log)
         yield Started(name=name, address=address, pids=[started.pid], streams=True, note=f"transport {transport}")
 
 
@@ -106,7 +122,7 @@ async def _mesh_up(folder: Path, state: Path, files: Mapping[str, Path]) -> Star
     async with Connection(state_dir=state, settings=CliSettings()) as connection:
         stub = await connection.registry()
         for name, path in files.items():
-            await publish_file(stub, _publication(name, path), _quiet())
+            await publish_file(stub, _publication(name, path, "stable"), _quiet())
         status = await connection.status()
         client, instance = find_instance(status, "toolbox"), find_instance(status, "inference-v1")
         direct = instance.application_address

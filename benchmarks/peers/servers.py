@@ -155,11 +155,11 @@ def await_ready(check: Callable[[], bool], started: subprocess.Popen[bytes], log
     raise Unavailable(f"it did not get ready: {log.read_text(errors='replace')[-600:]}")
 
 
-def oip_ready(address: str) -> bool:
-    """Whether both models answer a real request."""
+def oip_ready(address: str, wanted: Sequence[str] = (models.TINY, models.MINILM)) -> bool:
+    """Whether the models answer a real request."""
     with grpc.insecure_channel(address) as channel:
         stub = grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel)
-        for model in (models.TINY, models.MINILM):
+        for model in wanted:
             answer: oip.ModelInferResponse = stub.ModelInfer(infer_request(model, models.inputs(model)), timeout=10)
             if not answer.outputs:
                 return False
