@@ -62,7 +62,7 @@ class ModelFile:
 
     def __post_init__(self) -> None:
         """Refuse a path that leaves its folder and a digest that is none: both name files here."""
-        if not _PATH.match(self.path) or not _DIGEST.match(self.sha256) or self.size < 0:
+        if not _PATH.fullmatch(self.path) or not _DIGEST.fullmatch(self.sha256) or self.size < 0:
             raise ValueError(f"not a file of a model: {self.path!r} ({self.size} bytes)")
 
 
