@@ -16,7 +16,7 @@ from mlmesh_cli.commands.lifecycle import starting
 from mlmesh_cli.config import CliSettings
 from mlmesh_cli.connection import Connection
 from mlmesh_cli.defaults import choose_folders
-from mlmesh_cli.demo import models, security, shift, waterfall
+from mlmesh_cli.demo import models, security, shift, streams, waterfall
 from mlmesh_cli.demo.checks import Checks, checks_table
 from mlmesh_cli.demo.story import Scale, Story
 from mlmesh_cli.errors import CliError
@@ -50,8 +50,9 @@ _STEPS: tuple[tuple[str, str, tuple[Callable[[Story], Awaitable[None]], ...]], .
     (
         "Traffic",
         "A VirtualService decides who answers. Requests and one long stream run all the time; the weights change under "
-        "them. Then one user is routed by a header, a replica is killed, faults are injected, and strangers knock.",
-        (shift.shift, shift.one_user, shift.replica_dies, shift.faults, security.who_gets_in),
+        "them. Open streams move with the weights, one user is routed by a header, a replica is killed, faults are "
+        "injected, and strangers knock.",
+        (shift.shift, streams.streams_follow, shift.one_user, shift.replica_dies, shift.faults, security.who_gets_in),
     ),
     (
         "One request, from the inside",

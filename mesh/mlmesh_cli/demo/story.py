@@ -12,11 +12,12 @@ from rich.table import Table
 from rich.text import Text
 
 from mlmesh.local.v1 import local_pb2
-from mlmesh_cli.apply import apply_documents
+from mlmesh_cli.apply import apply_documents, streams_follow
 from mlmesh_cli.connection import Connection
 from mlmesh_cli.demo.checks import Checks
 from mlmesh_cli.inferring import Query
 from mlmesh_cli.render import text as t
+from mlmesh_cli.render.streams import moved_line
 from mlmesh_cli.terminal import Terminal
 
 _YAML = Path(__file__).parent
@@ -121,4 +122,7 @@ class Story:
         acked = f"{response.acked_sidecars} of {response.connected_sidecars} sidecars"
         took = t.duration(t.seconds(response.ack_latency))
         self.tell(f"mlmesh apply -f {name}: acknowledged by {acked} in {took}")
+        moved = await streams_follow(self.connection, response)
+        if moved is not None and moved.streams:
+            self.tell(f"streams follow the weights: {moved_line(moved)}")
         return response

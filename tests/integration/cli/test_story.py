@@ -108,7 +108,8 @@ def test_every_claim_of_the_story_holds(told: tuple[Shell, dict[str, Any]]) -> N
     _, report = told
     assert report["held"]
     claims = " | ".join(check["claim"] for check in report["checks"])
-    for part in ("no request failed", "share", "stream", "x-user", "killed", "not retried", "certificate", "trace"):
+    parts = ("no request failed", "share", "outlived", "follow the weights", "answered twice", "x-user", "killed")
+    for part in (*parts, "not retried", "certificate", "trace"):
         assert part in claims
 
 

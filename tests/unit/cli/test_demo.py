@@ -34,7 +34,8 @@ _ROOT = Path(__file__).parents[3]
 
 
 def test_the_story_s_yaml_is_all_here() -> None:
-    assert [path.stem for path in _YAML] == ["faults", "header", "split-0-100", "split-100-0", "split-90-10"]
+    names = ["faults", "header", "split-0-100", "split-100-0", "split-50-50", "split-90-10"]
+    assert [path.stem for path in _YAML] == names
 
 
 @pytest.mark.parametrize("path", _YAML, ids=lambda path: path.stem)
