@@ -270,7 +270,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--deadline-ms", type=float, default=1000.0)
     parser.add_argument("--capacity-s", type=float, default=6.0)
-    parser.add_argument("--layers", type=int, default=24, help="of the model that keeps the cores busy")
+    parser.add_argument("--layers", type=int, default=240, help="of the model that keeps the cores busy")
     parser.add_argument("--engines", default="timed,onnx")
     parser.add_argument("--transports", default="grpcio,native")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/inference_overload.json"))

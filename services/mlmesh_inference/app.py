@@ -25,6 +25,7 @@ from mlmesh_inference.engines.kinds import engine_kinds as model_file_kinds
 from mlmesh_inference.engines.tensorrt import TensorRTKind
 from mlmesh_inference.engines.verdicts import VerdictStore
 from mlmesh_inference.follow import Source
+from mlmesh_inference.load import LoadMeter
 from mlmesh_inference.loader import Loader
 from mlmesh_inference.loading import Loading
 from mlmesh_inference.moving import OpenStreams
@@ -41,6 +42,7 @@ from mlmesh_inference.tokens import Tokens
 from mlmesh_inference.trace_settings import TraceSettings
 from mlmesh_inference.tracing import SpanTracer
 from mlmesh_inference.tuning import tune
+from mlmesh_runtime import orca
 from mlmesh_runtime.channel import open_channel
 from mlmesh_runtime.config import Settings
 from mlmesh_runtime.direct import DirectMethod
@@ -124,6 +126,7 @@ def services(
     """What the process serves, on one port."""
     protocol = protocol or ProtocolSettings()
     memory = SharedMemory() if protocol.shared_memory else None
+    reporter = orca.LoadReporter(LoadMeter(catalog).report)
     raw = bool(protocol.compat)
     streaming = dataclasses.replace(streaming, regions=memory, always_raw=raw)
     direct: dict[str, DirectMethod] = {"ModelInfer": DirectInfer(catalog, regions=memory, always_raw=raw)}
@@ -147,12 +150,20 @@ def services(
             deadline_optional=METHODS,
             direct=direct,
             going_away=shutting_down,
+            trailers=reporter.trailers if protocol.load_trailers else None,
         ),
         Service(
             add=control_pb2_grpc.add_InferenceControlServiceServicer_to_server,
             servicer=InferenceControlServicer(catalog, kinds, streaming.open, builds),
             descriptor=control_pb2.DESCRIPTOR.services_by_name["InferenceControlService"],
             deadline_exempt=WATCH_METHODS,
+        ),
+        Service(
+            add=orca.add_to_server,
+            servicer=orca.OrcaServicer(reporter),
+            descriptor=orca.DESCRIPTOR,
+            validate=False,
+            deadline_exempt={orca.METHOD},
         ),
         *([] if builds is None else [operations_service(builds)]),
     ]

@@ -57,6 +57,22 @@ VARIABLES: tuple[Variable, ...] = (
         ),
     ),
     Variable(
+        name="MLMESH_CONCURRENCY_LIMIT",
+        default="gradient",
+        meaning=(
+            "How the number of requests inside of a model version is limited by their latency: gradient, or off. One "
+            "more is RESOURCE_EXHAUSTED (CONCURRENCY_LIMIT)."
+        ),
+    ),
+    Variable(
+        name="MLMESH_LOAD_TRAILERS",
+        default="0",
+        meaning=(
+            "1: every answer of the inference protocol carries an ORCA load report (endpoint-load-metrics-bin), for "
+            "balancers that weigh by load. Out of band (OpenRcaService) there are reports for whoever asks."
+        ),
+    ),
+    Variable(
         name="MLMESH_OIP_DIALECT",
         default="triton",
         meaning=(
@@ -136,12 +152,14 @@ class ProtocolSettings:
     Attributes:
         dialect: of streams whose caller does not say. compat: "triton" to do as Triton does, "" for our own way.
         load_files: whether loads may bring files along. shared_memory: whether local callers may share memory.
+        load_trailers: whether answers carry load reports.
     """
 
     dialect: str = "triton"
     compat: str = ""
     load_files: bool = False
     shared_memory: bool = False
+    load_trailers: bool = False
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> ProtocolSettings:
@@ -151,6 +169,7 @@ class ProtocolSettings:
             compat=_choice(environ, "MLMESH_OIP_COMPAT", ("", "triton")),
             load_files=_choice(environ, "MLMESH_LOAD_FILES", ("0", "1")) == "1",
             shared_memory=_choice(environ, "MLMESH_SHARED_MEMORY", ("0", "1")) == "1",
+            load_trailers=_choice(environ, "MLMESH_LOAD_TRAILERS", ("0", "1")) == "1",
         )
 
 
@@ -170,6 +189,7 @@ class InferenceSettings:
     rows_preferred: int = 8
     rows_said: bool = False
     queue_items_max: int = 256
+    limiter: bool = True
     concurrency: int = 1
     concurrency_said: bool = False
     threads: int = 1
@@ -200,6 +220,7 @@ class InferenceSettings:
             rows_said=bool(settings.environ.get("MLMESH_BATCH_ROWS_PREFERRED", "").strip()),
             concurrency_said=bool(settings.environ.get("MLMESH_ENGINE_CONCURRENCY", "").strip()),
             queue_items_max=_count(settings.environ, "MLMESH_QUEUE_ITEMS_MAX"),
+            limiter=_choice(settings.environ, "MLMESH_CONCURRENCY_LIMIT", ("gradient", "off")) == "gradient",
             concurrency=_count(settings.environ, "MLMESH_ENGINE_CONCURRENCY", default=max(1, min(4, cpus))),
             threads=_count(settings.environ, "MLMESH_ENGINE_THREADS"),
             model_bytes_max=_count(settings.environ, "MLMESH_MODEL_MIB_MAX") << 20,

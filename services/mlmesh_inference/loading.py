@@ -350,6 +350,7 @@ class Served:
             rows_max=rows_max,
             rows_preferred=rows_preferred,
             queue_items_max=min(queued or settings.queue_items_max, settings.queue_items_max),
+            limiter=settings.limiter,
         )
         signature = callers_signature(config, engine.signature, batches=batches)
         return cls(signature=served_signature(config, signature), policy=policy)

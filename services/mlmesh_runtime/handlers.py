@@ -177,6 +177,8 @@ class Wrapper:
         rpc = Rpc(method, context, self._gate.identity_source)
         CURRENT.set(rpc.call)
         method.meters.started()
+        if method.trailers is not None:
+            context.set_trailing_metadata(method.trailers())
         if telemetry.tracing() and not method.internal:
             rpc.span = telemetry.ServerSpan.begin(rpc.call, method.service, method.name)
         return rpc
@@ -223,6 +225,8 @@ class Wrapper:
             return
         told = _told(rpc, error)
         code, message, trailers = to_status(told)
+        if rpc.method.trailers is not None:
+            trailers = (*trailers, *rpc.method.trailers())
         rpc.code = code.name
         await context.abort(code, message, trailers)
 

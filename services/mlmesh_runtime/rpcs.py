@@ -18,6 +18,8 @@ from mlmesh_runtime.identity import identity_of
 from mlmesh_runtime.limits import Limits
 
 Check = Callable[[Any], None]
+Trailers = tuple[tuple[str, str | bytes], ...]
+"""Trailing metadata."""
 
 
 class Meters:
@@ -53,6 +55,7 @@ class Method:
         check: rules for requests, or None.
         direct: what answers calls without a task of their own, or None.
         going_away: what ends a direct stream when the server drains.
+        trailers: metadata of every status, or None.
     """
 
     service: str
@@ -68,6 +71,7 @@ class Method:
     meters: Meters
     direct: DirectMethod | None = None
     going_away: Callable[[], MeshError] = dataclasses.field(default_factory=lambda: going_away)
+    trailers: Callable[[], Trailers] | None = None
 
 
 class Lane(Protocol):

@@ -24,7 +24,7 @@ from mlmesh_runtime.health import HealthServicer, HealthStatuses
 from mlmesh_runtime.limits import Limits
 from mlmesh_runtime.process import Signals, run
 from mlmesh_runtime.reflection import DescriptorIndex, Protocol, ReflectionServicer
-from mlmesh_runtime.rpcs import Gate, Meters, Method, going_away
+from mlmesh_runtime.rpcs import Gate, Meters, Method, Trailers, going_away
 from mlmesh_runtime.tls import RotatingCredentials
 
 __all__ = ["Server", "Service", "run"]
@@ -47,6 +47,7 @@ class Service:
         direct: methods answered in bursts, without a task a call (`mlmesh_runtime.direct`); unary or bidirectional. The
             servicer's method of the same name answers what such a method hands back.
         going_away: the error that ends direct streams, at a message boundary, when the server drains.
+        trailers: metadata to send with the status of every call, such as load reports; asked once a call, quick.
     """
 
     add: Callable[[Any, Any], None]
@@ -57,6 +58,7 @@ class Service:
     deadline_optional: frozenset[str] | set[str] = field(default_factory=frozenset)
     direct: Mapping[str, DirectMethod] = field(default_factory=dict)
     going_away: Callable[[], MeshError] = going_away
+    trailers: Callable[[], Trailers] | None = None
 
 
 class Server:
@@ -307,6 +309,7 @@ def _add(server: Any, wrapper: Wrapper, service: Service, *, internal: bool) -> 
             meters=Meters(kind[handler.response_streaming], name, method_name),
             direct=service.direct.get(method_name),
             going_away=service.going_away,
+            trailers=service.trailers,
         )
         wrapped[method_name] = wrapper.wrap(method, handler)
         if method.direct is not None:

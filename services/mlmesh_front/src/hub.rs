@@ -37,6 +37,9 @@ pub struct Method {
     pub direct: Option<Py<PyAny>>,
     pub deadline_required: bool,
     pub counters: Counters,
+    /// Goes with every status; Python sets it anew now and then.
+    pub trailers: Mutex<Metadata>,
+    pub has_trailers: AtomicBool,
 }
 
 /// What is counted of direct calls.

@@ -102,7 +102,15 @@ impl Front {
         deadline_required: bool,
     ) -> usize {
         let mut methods = locked(&self.methods);
-        methods.push((path, Method { request_streaming, direct, deadline_required, counters: Counters::default() }));
+        let method = Method {
+            request_streaming,
+            direct,
+            deadline_required,
+            counters: Counters::default(),
+            trailers: Default::default(),
+            has_trailers: AtomicBool::new(false),
+        };
+        methods.push((path, method));
         methods.len() - 1
     }
 
@@ -147,6 +155,15 @@ impl Front {
             }
         })?;
         *locked(&self.thread) = Some(thread);
+        Ok(())
+    }
+
+    /// Send this metadata with the status of every call of a method from now on.
+    fn set_trailers(&self, method: usize, trailers: Bound<'_, PyAny>) -> PyResult<()> {
+        let method = self.hub.method(method);
+        let found = metadata(&trailers)?;
+        method.has_trailers.store(!found.is_empty(), Release);
+        *locked(&method.trailers) = found;
         Ok(())
     }
 

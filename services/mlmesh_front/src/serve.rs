@@ -15,11 +15,11 @@ use bytes::Bytes;
 use futures_util::stream::{FuturesUnordered, Stream as _};
 use h2::server::{Connection, SendResponse};
 use h2::{Reason, RecvStream, SendStream};
-use http::{HeaderMap, HeaderValue, Method as HttpMethod, Request, Response};
+use http::{HeaderMap, HeaderName, HeaderValue, Method as HttpMethod, Request, Response};
 use slab::Slab;
 use tokio::sync::Notify;
 
-use crate::hub::{now_ns, Event, Hub, Out, Payload, ReadEnd, Shared};
+use crate::hub::{locked, now_ns, Event, Hub, Out, Payload, ReadEnd, Shared};
 use crate::meter::{Metered, Seen, Socket, Wire};
 use crate::wire::{self, Body, Encoding, Frames, Metadata, Status};
 
@@ -820,12 +820,31 @@ impl Entry {
     fn finish(&mut self, status: &Status) {
         self.conn.seen.answered();
         if let Some(respond) = self.respond.take() {
-            return refuse(respond, status.clone());
+            let mut status = status.clone();
+            self.add_trailers(|name, value| {
+                if !status.metadata.iter().any(|(known, _)| known == name) {
+                    status.metadata.push((name.clone(), value.clone()));
+                }
+            });
+            return refuse(respond, status);
         }
+        let mut trailers = HeaderMap::with_capacity(4 + status.metadata.len());
+        status.write(&mut trailers);
+        self.add_trailers(|name, value| {
+            trailers.entry(name).or_insert_with(|| value.clone());
+        });
         if let Some(send) = &mut self.send {
-            let mut trailers = HeaderMap::with_capacity(2 + status.metadata.len());
-            status.write(&mut trailers);
             let _ = send.send_trailers(trailers);
+        }
+    }
+
+    /// What goes with every status of the method.
+    fn add_trailers(&self, mut add: impl FnMut(&HeaderName, &HeaderValue)) {
+        let method = self.shared.hub.method(self.shared.method);
+        if method.has_trailers.load(Acquire) {
+            for (name, value) in locked(&method.trailers).iter() {
+                add(name, value);
+            }
         }
     }
 }

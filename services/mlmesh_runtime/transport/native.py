@@ -13,7 +13,7 @@ import os
 import socket
 import stat
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,7 +25,7 @@ from mlmesh_runtime.calls import Call
 from mlmesh_runtime.direct import CREDIT
 from mlmesh_runtime.errors import MeshError
 from mlmesh_runtime.limits import Limits
-from mlmesh_runtime.rpcs import Gate, Meters, deadline_missing, too_many_rpcs
+from mlmesh_runtime.rpcs import Gate, Meters, Trailers, deadline_missing, too_many_rpcs
 from mlmesh_runtime.status import InternalError, to_status
 from mlmesh_runtime.transport import INTERNAL_RPCS_MAX
 from mlmesh_runtime.transport.context import NativeContext
@@ -64,6 +64,8 @@ class NativeServer:
         self._ordinary: dict[int, Any] = {}
         self._paths: list[str] = []
         self._counted: list[Counted] = []
+        self._trailers: dict[int, Callable[[], Trailers]] = {}
+        self._trailers_told: dict[int, Trailers] = {}
         self._contexts: dict[int, NativeContext] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._sockets: list[Path] = []
@@ -97,6 +99,8 @@ class NativeServer:
             if method is not None:
                 self._ordinary[number] = ordinary
                 self._counted.append(Counted(number, method.meters))
+                if method.trailers is not None:
+                    self._trailers[number] = method.trailers
 
     def add_insecure_port(self, address: str) -> int:
         """Listen on host:port or unix:path. Returns the port. Raises RuntimeError when it cannot be bound."""
@@ -169,6 +173,10 @@ class NativeServer:
     # The event loop's side of the front.
 
     def _ready(self) -> None:
+        for number, trailers in self._trailers.items():
+            if (now := trailers()) is not self._trailers_told.get(number):
+                self._trailers_told[number] = now
+                self._front.set_trailers(number, now)
         room = self._limits.concurrent_rpcs_max - self._gate.in_flight
         events, more = self._front.pump(room, 2 if logger.isEnabledFor(logging.DEBUG) else telemetry.recording())
         for kind, key, item in events:
