@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ from typing import Any, Final
 
 from mlmesh_inference.builds import Build, Result
 from mlmesh_runtime.chunks import fsync_directory
+from mlmesh_runtime.errors import MeshError
 from mlmesh_runtime.executors import BoundedExecutor, run_blocking
 
 _LOG = logging.getLogger(__name__)
@@ -29,19 +31,23 @@ class DiskLog:
     def __init__(self, folder: Path, disk: BoundedExecutor) -> None:
         self._folder = folder
         self._disk = disk
+        # Threads of the disk's executor may overtake each other; what is written of a build is written in order.
+        self._order = asyncio.Lock()
 
     async def save(self, build: Build) -> None:
         """See builds.Log."""
         try:
-            await run_blocking(self._disk, self._write, build)
-        except OSError as error:
+            async with self._order:
+                await run_blocking(self._disk, self._write, build)
+        except (OSError, MeshError) as error:
             _LOG.warning("a build cannot be written down", extra={"build": build.id, "error": str(error)})
 
     async def forget(self, build_id: str) -> None:
         """See builds.Log."""
         try:
-            await run_blocking(self._disk, self._path(build_id).unlink, missing_ok=True)
-        except OSError as error:
+            async with self._order:
+                await run_blocking(self._disk, self._path(build_id).unlink, missing_ok=True)
+        except (OSError, MeshError) as error:
             _LOG.warning("a build cannot be forgotten", extra={"build": build_id, "error": str(error)})
 
     async def load(self) -> list[Build]:

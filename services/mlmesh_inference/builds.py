@@ -143,7 +143,8 @@ class Builds:
         self._builds: OrderedDict[str, Build] = OrderedDict()
         self._stops: dict[str, Stop] = {}
         self._ended: dict[str, asyncio.Event] = {}
-        self._queue: asyncio.Queue[str] = asyncio.Queue(WAITING_MAX)
+        self._waiting: OrderedDict[str, None] = OrderedDict()
+        self._filled = asyncio.Event()
         self._present = ""
         self.started = asyncio.Event()
         """Set when what earlier processes left is known."""
@@ -161,9 +162,12 @@ class Builds:
         await self._trim()
         self.started.set()
         while True:
-            await self._do(await self._queue.get())
+            while not self._waiting:
+                self._filled.clear()
+                await self._filled.wait()
+            await self._do(self._waiting.popitem(last=False)[0])
 
-    def start(
+    async def start(
         self, model: str, version: int, engine: str = "", *, request_id: str = "", build_only: bool = False
     ) -> Build:
         """Begin a build, or give the one that this request, or the same need, has begun already.
@@ -183,7 +187,7 @@ class Builds:
             if same and ((request_id and build.request_id == request_id) or not (build.done or build.cancel_requested)):
                 return build
         self._workshop.check(model, version, engine)
-        if self._queue.full():
+        if len(self._stops) > WAITING_MAX:
             raise Overloaded(f"{WAITING_MAX} builds are waiting already", reason="QUEUE_FULL", retry_after_s=10.0)
         now = self._wall()
         build = Build(
@@ -198,8 +202,14 @@ class Builds:
         )
         self._builds[build.id] = build
         self._stops[build.id] = Stop()
-        self._queue.put_nowait(build.id)
-        return build
+        try:
+            # What somebody was told of is known after a restart.
+            await self._log.save(build)
+        finally:
+            if not self._builds[build.id].done:  # cancelled meanwhile
+                self._waiting[build.id] = None
+                self._filled.set()
+        return self._builds[build.id]
 
     def get(self, build_id: str) -> Build:
         """One build. Raises NotFound (BUILD_NOT_FOUND)."""
@@ -234,11 +244,13 @@ class Builds:
 
     async def cancel(self, build_id: str) -> None:
         """Ask to stop a build; one that has ended stays as it is. Raises NotFound."""
-        if self.get(build_id).done:
+        build = self.get(build_id)
+        if build.done or build.cancel_requested:
             return
         self._change(build_id, cancel_requested=True)
         self._stops[build_id].ask()
         if build_id != self._present:
+            self._waiting.pop(build_id, None)
             await self._finish(build_id, {"code": CANCELLED, "message": "the build was cancelled before it began"})
 
     async def delete(self, build_id: str) -> None:
@@ -251,14 +263,10 @@ class Builds:
         await self._log.forget(build_id)
 
     async def _do(self, build_id: str) -> None:
-        build = self._builds.get(build_id)
-        if build is None or build.done:  # cancelled while it waited
-            return
         stop = self._stops[build_id]
         self._present = build_id
         try:
-            await self._log.save(build)
-            outcome = await self._outcome(build, stop)
+            outcome = await self._outcome(self._builds[build_id], stop)
         except asyncio.CancelledError:
             stop.ask()
             raise

@@ -72,7 +72,7 @@ class InferenceControlServicer(stubs.InferenceControlServiceServicer):
         if self._builds is None:
             raise Unsupported("this process builds no engines", reason="METHOD_NOT_IMPLEMENTED")
         _, model, _, number = request.name.split("/")
-        build = self._builds.start(
+        build = await self._builds.start(
             model, int(number), request.engine, request_id=request.request_id, build_only=request.build_only
         )
         return operation(build)

@@ -85,12 +85,12 @@ async def build_what_lacks(catalog: Catalog, builds: Builds, kind: Compiling, *,
         with contextlib.suppress(Overloaded):
             async with catalog.watch() as changes:
                 for status in catalog.statuses():
-                    _begin(catalog, builds, status, kind.name, boot)
+                    await _begin(catalog, builds, status, kind.name, boot)
                 async for status in changes:
-                    _begin(catalog, builds, status, kind.name, boot)
+                    await _begin(catalog, builds, status, kind.name, boot)
 
 
-def _begin(catalog: Catalog, builds: Builds, status: Status, engine: str, boot: str) -> None:
+async def _begin(catalog: Catalog, builds: Builds, status: Status, engine: str, boot: str) -> None:
     ready = catalog.ready(status.model, status.version)
     if ready is None or ready.path is None or status.state is not State.READY or status.engine == engine:
         return
@@ -98,4 +98,4 @@ def _begin(catalog: Catalog, builds: Builds, status: Status, engine: str, boot: 
         return
     name = f"{boot}/{status.model}/{status.version}/{status.sha256}"
     with contextlib.suppress(MeshError):
-        builds.start(status.model, status.version, engine, request_id=hashlib.sha256(name.encode()).hexdigest())
+        await builds.start(status.model, status.version, engine, request_id=hashlib.sha256(name.encode()).hexdigest())

@@ -122,13 +122,16 @@ class EngineWorkshop:
         plan = await self._found(build, kind, key, step)
         if plan is None:
             plan = await self._compiled(build, kind, order, step, stop)
+        facts, source = plan.facts, plan.source
+        # Its bytes are on disk, from where an engine is loaded; here they would only take memory.
+        del plan
         switched = await self._switch(build, kind, step, stop)
         return Result(
-            precisions=plan.facts.precisions,
-            size=plan.facts.size,
-            sha256=plan.facts.sha256,
-            source=plan.source,
-            seconds=plan.facts.seconds if plan.source == "built" else None,
+            precisions=facts.precisions,
+            size=facts.size,
+            sha256=facts.sha256,
+            source=source,
+            seconds=facts.seconds if source == "built" else None,
             serving=switched.engine == kind.name,
             reason=switched.reason,
         )

@@ -105,7 +105,7 @@ async def world() -> AsyncIterator[World]:
 
 
 async def test_a_build_goes_from_waiting_over_steps_to_its_result(world: World) -> None:
-    build = world.builds.start("m", 1)
+    build = await world.builds.start("m", 1)
     assert (build.phase, build.engine, build.done) == ("Waiting", "tensorrt", False)
     await world.shop.begins(1)
     world.shop.steps[1](Step(phase="Optimising", done=3, total=9))
@@ -120,27 +120,27 @@ async def test_a_build_goes_from_waiting_over_steps_to_its_result(world: World) 
 
 
 async def test_the_same_request_is_one_build_also_after_it_ended(world: World) -> None:
-    build = world.builds.start("m", 1, request_id="r")
+    build = await world.builds.start("m", 1, request_id="r")
     await world.shop.begins(1)
-    assert world.builds.start("m", 1, request_id="r").id == build.id
+    assert (await world.builds.start("m", 1, request_id="r")).id == build.id
     world.shop.ends[1].set_result(RESULT)
     await world.builds.wait(build.id, 5)
-    assert world.builds.start("m", 1, request_id="r").result == RESULT
+    assert (await world.builds.start("m", 1, request_id="r")).result == RESULT
     with pytest.raises(InvalidInput, match="request_id 'r' began another build"):
-        world.builds.start("m", 2, request_id="r")
-    assert world.builds.start("m", 1, request_id="s").id != build.id
+        await world.builds.start("m", 2, request_id="r")
+    assert (await world.builds.start("m", 1, request_id="s")).id != build.id
 
 
 async def test_a_build_under_way_is_joined_by_whoever_needs_the_same(world: World) -> None:
-    build = world.builds.start("m", 1, request_id="r")
-    assert world.builds.start("m", 1, request_id="s").id == build.id
-    assert world.builds.start("m", 1).id == build.id
-    assert world.builds.start("m", 1, build_only=True).id != build.id
-    assert world.builds.start("m", 2).id != build.id
+    build = await world.builds.start("m", 1, request_id="r")
+    assert (await world.builds.start("m", 1, request_id="s")).id == build.id
+    assert (await world.builds.start("m", 1)).id == build.id
+    assert (await world.builds.start("m", 1, build_only=True)).id != build.id
+    assert (await world.builds.start("m", 2)).id != build.id
 
 
 async def test_builds_come_one_after_the_other(world: World) -> None:
-    first, second = world.builds.start("m", 1), world.builds.start("m", 2)
+    first, second = await world.builds.start("m", 1), await world.builds.start("m", 2)
     await world.shop.begins(1)
     assert world.shop.begun == [first.id]
     world.shop.ends[1].set_result(RESULT)
@@ -150,16 +150,16 @@ async def test_builds_come_one_after_the_other(world: World) -> None:
 
 async def test_what_cannot_be_built_is_refused_at_once(world: World) -> None:
     with pytest.raises(NotFound):
-        world.builds.start("absent", 1)
-    for version in range(1, WAITING_MAX + 1):
-        world.builds.start("m", version)
+        await world.builds.start("absent", 1)
+    for version in range(1, WAITING_MAX + 2):
+        await world.builds.start("m", version)
     with pytest.raises(Overloaded) as caught:
-        world.builds.start("m", 1000)
+        await world.builds.start("m", 1000)
     assert caught.value.reason == "QUEUE_FULL"
 
 
 async def test_cancelling_reaches_the_build_under_way(world: World) -> None:
-    build = world.builds.start("m", 1)
+    build = await world.builds.start("m", 1)
     await world.shop.begins(1)
     await world.builds.cancel(build.id)
     ended = await world.builds.wait(build.id, 5)
@@ -169,9 +169,9 @@ async def test_cancelling_reaches_the_build_under_way(world: World) -> None:
 
 
 async def test_a_build_that_waits_is_cancelled_at_once_and_never_begins(world: World) -> None:
-    world.builds.start("m", 1)
+    await world.builds.start("m", 1)
     await world.shop.begins(1)
-    waiting, third = world.builds.start("m", 2), world.builds.start("m", 3)
+    waiting, third = await world.builds.start("m", 2), await world.builds.start("m", 3)
     await world.builds.cancel(waiting.id)
     assert world.builds.get(waiting.id).code == "CANCELLED"
     world.shop.ends[1].set_result(RESULT)
@@ -180,11 +180,28 @@ async def test_a_build_that_waits_is_cancelled_at_once_and_never_begins(world: W
     assert third.id in world.shop.begun
 
 
+async def test_cancelling_twice_at_once_is_as_cancelling_once(world: World) -> None:
+    await world.builds.start("m", 1)
+    await world.shop.begins(1)
+    waiting = await world.builds.start("m", 2)
+    await asyncio.gather(*(world.builds.cancel(waiting.id) for _ in range(3)))
+    assert world.builds.get(waiting.id).code == "CANCELLED"
+
+
+async def test_it_is_written_down_before_anybody_is_told(world: World) -> None:
+    build = await world.builds.start("m", 1)
+    assert world.log.kept[build.id].phase == "Waiting"
+    await world.shop.begins(1)
+    world.shop.ends[1].set_result(RESULT)
+    ended = await world.builds.wait(build.id, 5)
+    assert world.log.kept[build.id].result == ended.result
+
+
 async def test_one_that_is_being_cancelled_is_not_joined(world: World) -> None:
-    build = world.builds.start("m", 1)
+    build = await world.builds.start("m", 1)
     await world.shop.begins(1)
     world.builds._change(build.id, cancel_requested=True)
-    assert world.builds.start("m", 1).id != build.id
+    assert (await world.builds.start("m", 1)).id != build.id
 
 
 @pytest.mark.parametrize(
@@ -198,22 +215,22 @@ async def test_one_that_is_being_cancelled_is_not_joined(world: World) -> None:
 async def test_a_build_that_fails_says_why_and_the_next_goes_on(
     error: Exception, code: str, text: str, world: World
 ) -> None:
-    build = world.builds.start("m", 1)
+    build = await world.builds.start("m", 1)
     await world.shop.begins(1)
     world.shop.fail(1, error)
     ended = await world.builds.wait(build.id, 5)
     assert (ended.code, ended.message) == (code, text)
-    world.builds.start("m", 2)
+    await world.builds.start("m", 2)
     await world.shop.begins(2)
 
 
 async def test_waiting_ends_with_the_time(world: World) -> None:
-    build = world.builds.start("m", 1)
+    build = await world.builds.start("m", 1)
     assert not (await world.builds.wait(build.id, 0)).done
 
 
 async def test_what_is_under_way_is_not_forgotten_and_what_ended_is(world: World) -> None:
-    build = world.builds.start("m", 1)
+    build = await world.builds.start("m", 1)
     await world.shop.begins(1)
     with pytest.raises(WrongState) as caught:
         await world.builds.delete(build.id)
@@ -231,10 +248,10 @@ async def test_what_is_under_way_is_not_forgotten_and_what_ended_is(world: World
 async def test_pages_are_newest_first_and_stay_when_builds_begin() -> None:
     world = World()
     for version in range(1, 8):
-        world.builds.start("m", version)
+        await world.builds.start("m", version)
     first = world.builds.list(lambda build: build.version != 6, size=3)
     assert [build.version for build in first.builds] == [7, 5, 4]
-    world.builds.start("m", 8)
+    await world.builds.start("m", 8)
     second = world.builds.list(lambda build: build.version != 6, size=3, token=first.next_token)
     assert [build.version for build in second.builds] == [3, 2, 1]
     assert second.next_token == ""
@@ -243,11 +260,11 @@ async def test_pages_are_newest_first_and_stay_when_builds_begin() -> None:
 async def test_after_a_restart_what_ended_is_known_and_what_was_cut_says_so() -> None:
     log = Memory()
     async with running(log) as before:
-        done = before.builds.start("m", 1)
+        done = await before.builds.start("m", 1)
         await before.shop.begins(1)
         before.shop.ends[1].set_result(RESULT)
         await before.builds.wait(done.id, 5)
-        cut = before.builds.start("m", 2, request_id="r")
+        cut = await before.builds.start("m", 2, request_id="r")
         await before.shop.begins(2)
     async with running(log) as after:
         assert after.builds.get(done.id).result == RESULT
