@@ -77,3 +77,30 @@ def embedder(vocabulary: int = 50, width: int = 16) -> bytes:
         {"embedding": (TensorProto.FLOAT, ["batch", width])},
         constants,  # type: ignore[arg-type]
     )
+
+
+def endless(turns: int = 1 << 40) -> bytes:
+    """y[N,4] of x[N,4], after so many turns of a loop: a file of a few bytes that takes for ever."""
+    body = helper.make_graph(
+        [
+            helper.make_node("Identity", ["go"], ["go_on"]),
+            helper.make_node("Tanh", ["before"], ["after"]),
+        ],
+        "turn",
+        [
+            helper.make_tensor_value_info("turn", TensorProto.INT64, []),
+            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("before", TensorProto.FLOAT, None),
+        ],
+        [
+            helper.make_tensor_value_info("go_on", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("after", TensorProto.FLOAT, None),
+        ],
+    )
+    shape = ["batch", 4]
+    return _model(
+        [helper.make_node("Loop", ["turns", "always", "x"], ["y"], body=body)],
+        {"x": (TensorProto.FLOAT, shape)},
+        {"y": (TensorProto.FLOAT, shape)},
+        _weights(turns=np.array(turns, np.int64), always=np.array(True)),  # type: ignore[arg-type]
+    )

@@ -8,15 +8,19 @@ import json
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import Final
 
 from mlmesh_inference.engines.base import EngineError
-from mlmesh_inference.engines.selection import Trial
+from mlmesh_inference.engines.selection import REFERENCE, Trial
 from mlmesh_inference.engines.trial import TrialOrder, order_to_json
+from mlmesh_inference.engines.verdicts import VerdictStore, verdict_key
 
 COMMAND: Final = (sys.executable, "-m", "mlmesh_inference.engines.trial")
 CPU_S: Final = 600
 """CPU time of one trial."""
+PROOF_CPU_S: Final = 60
+"""CPU time of loading a file and running it once."""
 MEMORY_BYTES: Final = 16 << 30
 """Data of one trial; a model's own weights are four times in it."""
 TIME_S: Final = 1200.0
@@ -40,14 +44,13 @@ async def try_in_child(
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
-        limit=ANSWER_BYTES_MAX,
         start_new_session=True,  # Ctrl-C at a terminal is for the server, which then ends this
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
     )
     document = {"order": order_to_json(order), "cpu_s": cpu_s, "memory_bytes": memory_bytes}
     try:
         async with asyncio.timeout(time_s):
-            answer, errors = await process.communicate(json.dumps(document).encode())
+            answer, errors = await _talk(process, json.dumps(document).encode())
     except TimeoutError:
         raise EngineError(f"trying engines took longer than {time_s:g} s") from None
     finally:
@@ -59,6 +62,59 @@ async def try_in_child(
         return tuple(Trial.from_json(each) for each in json.loads(answer))
     except (ValueError, KeyError, TypeError, AttributeError):
         raise EngineError(_obituary(process.returncode, errors)) from None
+
+
+async def _talk(process: asyncio.subprocess.Process, said: bytes) -> tuple[bytes, bytes]:
+    """Say it, and read what comes; a process that says more than it may is killed."""
+    if process.stdin is None or process.stdout is None or process.stderr is None:
+        raise RuntimeError("the process was started with all three pipes")
+    stdin, stdout, stderr = process.stdin, process.stdout, process.stderr
+
+    async def say() -> None:
+        with contextlib.suppress(ConnectionError):  # it died; its end tells more
+            stdin.write(said)
+            await stdin.drain()
+            stdin.close()
+
+    async def read(stream: asyncio.StreamReader, most: int) -> bytes:
+        data = bytearray()
+        while piece := await stream.read(1 << 16):
+            data += piece
+            if len(data) > most:
+                process.kill()
+                break
+        return bytes(data[:most])
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(say())
+        answer = group.create_task(read(stdout, ANSWER_BYTES_MAX))
+        errors = group.create_task(read(stderr, ANSWER_BYTES_MAX))
+    await process.wait()
+    return answer.result(), errors.result()
+
+
+async def prove(
+    model: Path, digest: str, store: VerdictStore, *, cpu_s: int = PROOF_CPU_S, memory_bytes: int = MEMORY_BYTES
+) -> Trial:
+    """Load a file that was never seen before and run it once, in a process of its own: what harms it harms nobody else.
+
+    Blocks on the store's small file. The verdict is kept by the file's digest: `accepted`, or the reason why not.
+
+    Args:
+        model: the ONNX file. digest: its SHA-256.
+    """
+    key = verdict_key({"proof": digest, "engine": REFERENCE, "cpu_s": cpu_s, "memory_bytes": memory_bytes})
+    known = store.get(key)
+    if known is not None:
+        return known[0]
+    order = TrialOrder(model=model, candidates=(), rows_max=1, rows_preferred=1, timing_s=0.0)
+    try:
+        trials = await try_in_child(order, cpu_s=cpu_s, memory_bytes=memory_bytes, time_s=4.0 * cpu_s)
+    except EngineError as error:
+        trials = (Trial(engine=REFERENCE, precision="", reason=str(error)),)
+    with contextlib.suppress(OSError):
+        store.put(key, trials[:1])
+    return trials[0]
 
 
 def _obituary(code: int | None, errors: bytes) -> str:

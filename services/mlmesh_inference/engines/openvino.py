@@ -40,8 +40,8 @@ _TYPES: Final = {
     "f32": "FP32",
 }
 _OUTPUTS_REFUSED: Final = frozenset({"INT64"})
-_SHAPES_KEPT: Final = 256
-"""Compiled shapes that are kept; its own default is 5000 of each operator."""
+_SHAPES_KEPT: Final = 32
+"""Compiled shapes that are kept of each operator; its own default is 5000."""
 
 
 class OpenVinoKind:

@@ -84,7 +84,7 @@ class Trial:
         accepted: whether it answers as the reference. chosen: whether it serves.
         error_max: largest absolute difference from the reference over all batches tried.
         batch_times: rows and the median time of a batch, in seconds, one at a time.
-        loaded_times: the same while `instances` batches run at once; empty where that was not measured.
+        loaded_times: the same while `instances` batches run at once, the lower quartile; empty where not measured.
     """
 
     engine: str

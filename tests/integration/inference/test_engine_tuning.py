@@ -19,7 +19,7 @@ from mlmesh_inference.catalog import Catalog, ReadyModel, State, Status
 from mlmesh_inference.choosing import Child, EngineChooser
 from mlmesh_inference.config import InferenceSettings
 from mlmesh_inference.engines.base import EngineError
-from mlmesh_inference.engines.child import try_in_child
+from mlmesh_inference.engines.child import prove, try_in_child
 from mlmesh_inference.engines.kinds import engine_kinds
 from mlmesh_inference.engines.onnx import OnnxKind
 from mlmesh_inference.engines.openvino import OpenVinoKind
@@ -99,7 +99,7 @@ async def test_a_trial_in_a_process_of_its_own(tmp_path: Path) -> None:
         ("raise SystemExit('no room')", "died (exit status 1): no room"),
         ("print('nonsense')", "died (exit status 0)"),
         ("print('[{}]')", "died (exit status 0)"),
-        ("import sys; sys.stdout.write('x' * (9 << 20))", "died"),
+        ("import sys; sys.stdout.write('x' * (9 << 20))", "died (signal SIGKILL)"),
         ("import time; time.sleep(60)", "took longer than 1 s"),
     ],
 )
@@ -109,6 +109,20 @@ async def test_a_process_that_dies_lies_or_stalls_is_an_error_and_no_more(code: 
     with pytest.raises(EngineError) as caught:
         await try_in_child(asked, command=(sys.executable, "-c", code), time_s=time_s)
     assert text in str(caught.value)
+
+
+async def test_a_file_never_seen_before_is_run_where_it_harms_nobody(tmp_path: Path) -> None:
+    store = VerdictStore(tmp_path / "verdicts")
+    for name, data, accepted in (("good", network_models.perceptron(), True), ("bad", b"no model", False)):
+        path = tmp_path / f"{name}.onnx"
+        path.write_bytes(data)
+        first = await prove(path, name, store)
+        path.unlink()
+        assert (first.accepted, await prove(path, name, store)) == (accepted, first)
+    (tmp_path / "endless.onnx").write_bytes(network_models.endless())
+    endless = await prove(tmp_path / "endless.onnx", "endless", store, cpu_s=2)
+    assert not endless.accepted
+    assert "out of CPU time" in endless.reason
 
 
 async def test_a_trial_out_of_memory_ends_alone(tmp_path: Path) -> None:
