@@ -330,6 +330,18 @@ def runner_for(
     return Decoupled(runner) if config.decoupled else runner
 
 
+def _step_policy(queue_items_max: int) -> BatchPolicy:
+    """Of a built-in step: every request by itself. What a run takes depends on the request, so no time is foretold."""
+    return BatchPolicy(
+        batches=False,
+        rows_max=1,
+        rows_preferred=1,
+        queue_items_max=queue_items_max,
+        limiter=False,
+        admission=False,
+    )
+
+
 def _graph(
     config: ServingConfig,
     ensemble: Ensemble,
@@ -350,11 +362,7 @@ def _graph(
         engine = _engine(source)
         if engine is None:
             raise TypeError("a step has a model")
-        bounds = (
-            source.local.policy
-            if source.local is not None
-            else BatchPolicy(batches=False, rows_max=1, rows_preferred=1, queue_items_max=policy.queue_items_max)
-        )
+        bounds = source.local.policy if source.local is not None else _step_policy(policy.queue_items_max)
         runner = runners.get(id(engine))
         if runner is None:
             own.append(Statistics(f"{model}:{step}", statistics.version))

@@ -236,6 +236,29 @@ async def test_ensembles_that_wait_for_each_other_fail(tmp_path: Path) -> None:
         assert all("wait for each other" in error or "which failed" in error for error in errors)
 
 
+async def test_a_step_that_is_a_sequence_model_gets_the_requests_sequence(tmp_path: Path) -> None:
+    text = b"""
+    platform: "ensemble"
+    max_batch_size: 8
+    input [ { name: "in" data_type: TYPE_INT32 dims: [ 1 ] } ]
+    output [ { name: "out" data_type: TYPE_INT32 dims: [ 1 ] } ]
+    ensemble_scheduling { step [ {
+      model_name: "s" model_version: -1
+      input_map { key: "INPUT" value: "in" } output_map { key: "OUTPUT" value: "out" }
+    } ] }
+    """
+    models = {"e": [config(text)], "s": [config(SEQUENCE, model=onnx_models.accumulate())]}
+    async with platform(tmp_path, models) as it:
+        ready = await it.ready("e")
+        sums = []
+        for number, tenant in enumerate(["a", "a", "b", "a"]):
+            control = SequenceControl(id=1, start=number in {0, 2})
+            inputs = {"in": np.array([[5]], np.int32)}
+            work = Work(inputs=inputs, outputs=("out",), sequence=control, tenant=tenant)
+            sums.append((await run(ready.runner, work))[0].item())
+        assert sums == [5, 10, 5, 15]
+
+
 async def test_an_ensemble_of_ensembles(tmp_path: Path) -> None:
     inner = step("inner", "in", "a").replace('"x"', '"in"').replace('"y"', '"out"')
     models = {

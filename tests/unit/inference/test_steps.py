@@ -291,6 +291,8 @@ def test_channels_are_mixed_and_higher_rates_averaged() -> None:
     ("data", "why"),
     [
         (b"RIFF", "not a WAV"),
+        (b"RIFF\0\0\0\0WAVE", "no sound in it"),
+        (wav(np.zeros(9))[:30], "no sound in it"),
         (wav(np.zeros(9), 11_025), "at 11025 Hz"),
         (wav(np.zeros(40_000), 16_000), "at most 1 s"),
         (b"", "not a WAV"),

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import io
-import wave
+import struct
 from collections.abc import Mapping
 from typing import Final
 
@@ -16,34 +15,57 @@ from mlmesh_runtime.errors import InvalidInput
 SECONDS_MAX: Final = 600
 RATE_MAX: Final = 192_000
 
+_FIELD: Final = "inputs[audio]"
+_CHUNK: Final = struct.Struct("<4sI")
+_FORM: Final = struct.Struct("<HHIIHH")
+_PCM: Final = 0x0001
+_EXTENSIBLE: Final = 0xFFFE
+_WIDTHS: Final = {8: "u1", 16: "<i2", 32: "<i4"}
+
 
 def read_wav(data: object, *, rate: int, seconds_max: int) -> Array:
     """Samples of a WAV file of PCM, channels mixed, FP32 [samples] from -1 to 1. Raises InvalidInput.
 
     A file of another rate is refused unless its rate is a multiple: samples between are then averaged over.
     """
-    field = "inputs[audio]"
     if not isinstance(data, bytes):
-        raise InvalidInput("sound is BYTES: a WAV file", field=field)
-    try:
-        with wave.open(io.BytesIO(data)) as file:
-            channels, width, own, count = file.getparams()[:4]
-            if own > RATE_MAX or own % rate or not 0 < channels <= 8 or width not in (1, 2, 4):
-                text = f"expected PCM of 8, 16 or 32 bits at {rate} Hz or a multiple, got {8 * width} bits at {own} Hz"
-                raise InvalidInput(text, field=field)
-            if count > seconds_max * own:
-                raise InvalidInput(f"expected at most {seconds_max} s", field=field, reason="SHAPE_MISMATCH")
-            frames = file.readframes(count)
-    except (wave.Error, EOFError) as error:
-        raise InvalidInput("it is not a WAV file of PCM", field=field) from error
-    values = np.frombuffer(
-        frames[: len(frames) // (width * channels) * width * channels], f"<{'u' if width == 1 else 'i'}{width}"
-    )
-    samples = values.astype(np.float32).reshape(-1, channels).mean(axis=1)
-    samples = (samples - 128) / 128 if width == 1 else samples / (1 << (8 * width - 1))
+        raise InvalidInput("sound is BYTES: a WAV file", field=_FIELD)
+    kind, channels, own, bits, sound = _parts(data)
+    if kind != _PCM or bits not in _WIDTHS or not 0 < channels <= 8 or not 0 < own <= RATE_MAX or own % rate:
+        text = f"expected PCM of 8, 16 or 32 bits at {rate} Hz or a multiple, got kind {kind}, {bits} bits at {own} Hz"
+        raise InvalidInput(text, field=_FIELD)
+    width = bits // 8
+    count = len(sound) // (width * channels)
+    if count > seconds_max * own:
+        raise InvalidInput(f"expected at most {seconds_max} s of sound", field=_FIELD, reason="SHAPE_MISMATCH")
+    values = np.frombuffer(sound, _WIDTHS[bits], count * channels).astype(np.float32)
+    samples = values.reshape(-1, channels).mean(axis=1)
+    samples = (samples - 128) / 128 if width == 1 else samples / (1 << (bits - 1))
     every = own // rate
-    mixed: Array = samples[: len(samples) // every * every].reshape(-1, every).mean(axis=1)
+    mixed: Array = samples[: count // every * every].reshape(-1, every).mean(axis=1)
     return mixed
+
+
+def _parts(data: bytes) -> tuple[int, int, int, int, memoryview]:
+    """(kind, channels, rate, bits, bytes of the sound) of a WAV file (Microsoft and IBM, Multimedia Programming
+    Interface 1.0, 1991); a last chunk that promises more than there is ends with the file."""
+    if data[:4] != b"RIFF" or data[8:12] != b"WAVE":
+        raise InvalidInput("it is not a WAV file", field=_FIELD)
+    form: tuple[int, int, int, int] | None = None
+    place = 12
+    while place + 8 <= len(data):
+        name, size = _CHUNK.unpack_from(data, place)
+        body = place + 8
+        if name == b"fmt " and size >= _FORM.size and body + _FORM.size <= len(data):
+            kind, channels, rate, _, _, bits = _FORM.unpack_from(data, body)
+            if kind == _EXTENSIBLE and size >= 26 and body + 26 <= len(data):
+                kind = int.from_bytes(data[body + 24 : body + 26], "little")
+            form = (kind, channels, rate, bits)
+        elif name == b"data" and form is not None:
+            return *form, memoryview(data)[body : body + size]
+        # Chunks begin at even places.
+        place = body + size + size % 2
+    raise InvalidInput("the WAV file has no sound in it", field=_FIELD)
 
 
 class FramesStep(BuiltIn):
