@@ -155,7 +155,7 @@ class DirectInfer:
             try:
                 message = call.request
                 cut = split(message)
-                plan = None if cut is None else plans.get(cut[0])
+                plan = None if cut is None else plans.get(cut[0]) or self._plans.find(cut[0])
                 if cut is None or plan is None:
                     self._in_full(call, message, cut, trace)
                     continue

@@ -27,7 +27,7 @@ from mlmesh_runtime.errors import InvalidInput
 from open_inference import grpc_service_pb2 as pb
 
 PLANS_MAX: Final = 1024
-"""Headers that are remembered; the oldest make room."""
+"""Headers that are remembered."""
 TEMPLATES_MAX: Final = 64
 """Shapes of answers that are remembered of one plan."""
 COPIED_BYTES_MAX: Final = 1 << 14
@@ -241,23 +241,37 @@ def plan_of(request: Request, model: ReadyModel) -> Plan | None:
 
 
 class Plans:
-    """Plans by header, for as long as the catalog does not change."""
+    """Plans by header, for as long as the catalog does not change.
+
+    Two generations of half the room each: what is used goes into the younger one, and when that is full the older one
+    goes. So plans that are used stay, however many headers come by that never repeat.
+    """
 
     def __init__(self, catalog: Catalog) -> None:
         self._catalog = catalog
         self._generation = -1
-        self._plans: dict[bytes, Plan] = {}
+        self._young: dict[bytes, Plan] = {}
+        self._old: dict[bytes, Plan] = {}
+
+    def __len__(self) -> int:
+        return len(self._young) + len(self._old)
 
     def current(self) -> dict[bytes, Plan]:
-        """The plans that hold now. They hold until the event loop's next turn."""
+        """Plans that hold until the event loop's next turn; `find` knows more."""
         if self._generation != self._catalog.generation:
             self._generation = self._catalog.generation
-            self._plans = {}
-        return self._plans
+            self._young, self._old = {}, {}
+        return self._young
+
+    def find(self, header: bytes) -> Plan | None:
+        """A plan that `current` does not hold (any more)."""
+        plan = self._young.get(header)
+        if plan is None and (plan := self._old.pop(header, None)) is not None:
+            self.add(header, plan)
+        return plan
 
     def add(self, header: bytes, plan: Plan) -> None:
         """Remember a plan."""
-        plans = self.current()
-        if len(plans) >= PLANS_MAX:
-            del plans[next(iter(plans))]
-        plans[header] = plan
+        if len(self.current()) >= PLANS_MAX // 2:
+            self._old, self._young = self._young, {}
+        self._young[header] = plan

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mlmesh_inference.catalog import Catalog
-from mlmesh_inference.oip import plans, wire
+from mlmesh_inference.oip import direct, plans, wire
 from mlmesh_inference.oip.direct import MESSAGES, DirectInfer, DirectStreamInfer
 from mlmesh_inference.running import shape_key
 from mlmesh_inference.tensors import DATATYPES, Array, Signature, TensorSpec, encode_raw
@@ -166,7 +166,7 @@ def test_what_is_plain_has_a_plan_and_what_is_not_has_none() -> None:
     }.items():
         pair = Pair()
         pair.alike(SEEDS[kind])
-        assert len(pair.fast[False]._plans.current()) == expected, kind
+        assert len(pair.fast[False]._plans) == expected, kind
 
 
 def test_a_plan_answers_without_protobuf(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,12 +351,17 @@ def test_plans_end_with_the_version_they_are_of() -> None:
     assert gone.error is not None
 
 
-def test_plans_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plans_are_bounded_and_those_in_use_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plans, "PLANS_MAX", 8)
     pair = Pair()
-    for width in range(20):
-        pair.alike(bytes(message(1, "", width).SerializeToString()))
-    assert len(pair.fast[False]._plans.current()) == 8
+    pair.alike(SEEDS["half out"])
+    made: list[object] = []
+    monkeypatch.setattr(direct, "plan_of", lambda *of: made.append(of) or plans.plan_of(*of))
+    for width in range(40):
+        pair.fast[False]([Outcome(bytes(message(1, "", width).SerializeToString()))])
+        pair.fast[False]([Outcome(SEEDS["half out"])])
+        assert len(pair.fast[False]._plans) <= 8
+    assert len(made) == 40
 
 
 def test_what_the_runner_refuses_or_fails_is_told_alike(pair: Pair) -> None:
