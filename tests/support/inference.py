@@ -27,6 +27,7 @@ from mlmesh_inference.scheduling.policy import BatchPolicy
 from mlmesh_inference.statistics import Statistics
 from mlmesh_inference.tensors import DATATYPES, Array, Signature, TensorSpec
 from mlmesh_inference.tokens import Tokens
+from mlmesh_inference.trace_settings import TraceSettings
 from mlmesh_runtime.errors import NotFound
 from mlmesh_runtime.health import HealthStatuses
 from mlmesh_runtime.server import Server
@@ -171,6 +172,7 @@ async def inference_server(
     streaming: Streaming | None = None,
     repository: Repository | None = None,
     protocol: ProtocolSettings | None = None,
+    traces: TraceSettings | None = None,
     **changes: Any,
 ) -> AsyncIterator[Server]:
     """A server in this process that answers for the models given; `changes` are fields of its `Settings`."""
@@ -178,7 +180,15 @@ async def inference_server(
     install(catalog, *models)
     going_away = asyncio.Event()
     streaming = streaming or Streaming(catalog=catalog, open=open_streams(), tokens=Tokens())
-    offered = services(catalog, repository or NoRepository(), [OnnxKind()], going_away, streaming, protocol=protocol)
+    offered = services(
+        catalog,
+        repository or NoRepository(),
+        [OnnxKind()],
+        going_away,
+        streaming,
+        protocol=protocol,
+        traces=traces,
+    )
     async with Server(settings(**changes), offered, health=health) as server:
         server.on_drain(going_away.set)
         server.on_drain(streaming.open.drain)

@@ -60,6 +60,18 @@ sequence_batching {
   state { input_name: "SUM" output_name: "SUM_NEXT" data_type: TYPE_INT32 dims: 1 }
 }
 """
+_TWICE: Final = b"""
+platform: "ensemble"
+max_batch_size: 8
+input { name: "IN" data_type: TYPE_FP32 dims: 4 }
+output { name: "OUT" data_type: TYPE_FP32 dims: 4 }
+ensemble_scheduling { step [
+  { model_name: "plus" model_version: -1
+    input_map { key: "x" value: "IN" } output_map { key: "y" value: "between" } },
+  { model_name: "plus" model_version: -1
+    input_map { key: "x" value: "between" } output_map { key: "y" value: "OUT" } }
+] }
+"""
 _DECOUPLED: Final = b"model_transaction_policy { decoupled: true }"
 
 
@@ -84,7 +96,7 @@ class OipServer:
 
 async def example_registry() -> MemoryRegistry:
     """simple (INT32 sum and difference), identity of every datatype, images with labels, accumulate with a state,
-    decoupled."""
+    decoupled, plus and the ensemble twice that runs it two times."""
     registry = MemoryRegistry()
     await registry.publish_files("simple", 1, {"model.onnx": onnx_models.add_sub(), "config.pbtxt": _SIMPLE})
     kinds = [kind for kind in onnx_models.DATATYPES if kind != "BF16"]
@@ -96,6 +108,8 @@ async def example_registry() -> MemoryRegistry:
     )
     await registry.publish_files("accumulate", 1, {"model.onnx": onnx_models.accumulate(), "config.pbtxt": _ACCUMULATE})
     await registry.publish_files("decoupled", 1, {"model.onnx": onnx_models.add(), "config.pbtxt": _DECOUPLED})
+    await registry.publish("plus", 1, onnx_models.add(plus=10.0))
+    await registry.publish_files("twice", 1, {"config.pbtxt": _TWICE})
     return registry
 
 

@@ -13,6 +13,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from mlmesh_inference.catalog import Catalog
 from mlmesh_inference.statistics import Statistics
+from mlmesh_inference.trace_settings import TraceSettings
 from mlmesh_inference.tracing import SpanTracer
 from mlmesh_runtime.telemetry import REGISTRY, Telemetry
 from open_inference import grpc_service_pb2 as pb
@@ -88,6 +89,28 @@ async def test_sampled_requests_show_queue_batch_and_engine_and_their_batch_mate
         ]
         assert times == sorted(times, key=lambda time: time or 0)
         assert named["queue"].end_time == named["batch"].start_time
+
+
+async def test_trace_settings_choose_among_what_callers_sample(spans: Any) -> None:
+    engine, catalog, settings = GatedEngine(is_open=True), Catalog(), TraceSettings()
+    tracer = SpanTracer(admits=settings.admits)
+    model = ready_model(engine, statistics=Statistics("m", 1, tracer=tracer))
+    async with (
+        inference_server(model, catalog=catalog, traces=settings) as server,
+        grpc.aio.insecure_channel(server.address) as channel,
+    ):
+        stub: Any = stubs.GRPCInferenceServiceStub(channel)
+        change = pb.TraceSettingRequest(model_name="m")
+        change.settings["trace_rate"].value.append("3")
+        change.settings["trace_count"].value.append("2")
+        await stub.TraceSetting(change, timeout=10)
+        for number in range(1, 13):
+            await stub.ModelInfer(request(1.0), timeout=10, metadata=traced(number, sampled=True))
+        told = await stub.TraceSetting(pb.TraceSettingRequest(model_name="m"), timeout=10)
+        assert list(told.settings["trace_count"].value) == ["0"]
+    found = [(span.name.rpartition("/")[2], span.context.trace_id) for span in spans() if span.context]
+    assert [trace for name, trace in found if name == "batch"] == [1, 4]
+    assert len([trace for name, trace in found if name == "ModelInfer"]) == 12
 
 
 async def test_numbers_of_a_version_come_and_go_with_it() -> None:

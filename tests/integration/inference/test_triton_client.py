@@ -553,7 +553,7 @@ def test_an_override_that_cannot_be_carried_out_leaves_what_serves(controlled: t
 
 def test_a_configuration_read_is_a_configuration_to_load(controlled: tuple[OipServer, Any]) -> None:
     _server, client = controlled
-    for model in ("simple", "images", "accumulate"):
+    for model in ("simple", "images", "accumulate", "decoupled", "twice"):
         config = client.get_model_config(model, as_json=True)["config"]
         client.load_model(model, config=json.dumps(config))
         assert client.get_model_config(model, as_json=True)["config"] == config
@@ -596,6 +596,23 @@ def test_a_model_that_the_client_brings_along(controlled: tuple[OipServer, Any])
     client.unload_model("brought")
     assert not client.is_model_ready("brought")
     assert refused(lambda: client.load_model("brought"))[0] == "NOT_FOUND"
+
+
+def test_an_ensemble_and_what_it_is_made_of(controlled: tuple[OipServer, Any]) -> None:
+    _server, client = controlled
+    inputs = [tensor("IN", np.ones((2, 4), np.float32))]
+    assert (client.infer("twice", inputs).as_numpy("OUT") == 21).all()
+    config = client.get_model_config("twice", as_json=True)["config"]
+    assert [step["model_name"] for step in config["ensemble_scheduling"]["step"]] == ["plus", "plus"]
+    client.unload_model("twice")
+    assert not client.is_model_ready("twice")
+    assert client.is_model_ready("plus")
+    client.load_model("twice")
+    assert (client.infer("twice", inputs).as_numpy("OUT") == 21).all()
+    client.unload_model("twice", unload_dependents=True)
+    assert not client.is_model_ready("twice")
+    assert not client.is_model_ready("plus")
+    assert client.is_model_ready("simple")
 
 
 def test_files_are_refused_unless_switched_on(server: OipServer, client: Any) -> None:
