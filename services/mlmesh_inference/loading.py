@@ -47,7 +47,7 @@ from mlmesh_inference.pipelines.assembly import (
 from mlmesh_inference.scheduling.batcher import Batcher, Observer
 from mlmesh_inference.scheduling.policy import BatchPolicy, policy_of
 from mlmesh_inference.serving import CONFIG_FILE, ServingConfig
-from mlmesh_inference.statistics import Statistics, Tracer
+from mlmesh_inference.statistics import MemoryUse, Statistics, Tracer
 from mlmesh_inference.tensors import Array, Signature, TensorSpec, show
 from mlmesh_inference.tuning import settle
 from mlmesh_runtime.chunks import crc32c
@@ -188,6 +188,9 @@ class Loading:
         before = self.catalog.ready(record.model, record.version)
         # A version that is loaded anew goes on counting where it was: its metrics have the same names.
         statistics = before.statistics if before else Statistics(record.model, record.version, tracer=self.tracer)
+        facts = prepared.facts or engine.facts
+        kind = "GPU" if facts.device.startswith("cuda") else "CPU"
+        statistics.memory = (MemoryUse(kind=kind, size_bytes=facts.memory_bytes),) if facts.memory_bytes else ()
         name = f"{record.model}/{record.version}"
         make = partial(_batcher, prepared.seconds)
         runner = runner_for(prepared.config, engine, served.policy, statistics, name=name, make=make)
@@ -206,7 +209,7 @@ class Loading:
             config=prepared.config,
             composing=engine.composing if isinstance(engine, Ensemble) else (),
             path=prepared.path,
-            facts=prepared.facts or engine.facts,
+            facts=facts,
             trials=prepared.trials,
         )
         why = prepared.built.reason
