@@ -60,3 +60,15 @@ def test_the_command_runs_on_its_extra_alone(built: Path, tmp_path: Path) -> Non
     printed = wheel.run(python.parent / "mlmesh", "--help", cwd=tmp_path)
     for command in ("init", "up", "demo", "apply", "status"):
         assert command in printed
+
+
+CLIENT = """
+from mlmesh_client import Client, RetryPolicy
+with Client("127.0.0.1:1", retry=RetryPolicy(attempts=1)) as client:
+    print(client, client.live(timeout=5))
+"""
+
+
+def test_the_client_library_runs_on_its_extra_alone(built: Path, tmp_path: Path) -> None:
+    python = wheel.environment(tmp_path / "venv", f"{built}[client]")
+    assert wheel.run(python, "-W", "error", "-c", CLIENT, cwd=tmp_path).strip() == "<Client 127.0.0.1:1> False"
