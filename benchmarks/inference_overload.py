@@ -216,8 +216,7 @@ async def overload(
         capacity_before=before.per_s,
         capacity_after=after.per_s,
         overload=loaded,
-        # Over the time in which calls came: what is answered after it came in it.
-        goodput=answered / seconds / ((before.per_s + after.per_s) / 2),
+        goodput=loaded.per_s / ((before.per_s + after.per_s) / 2),
         p99=loaded.latency_us["p99"] / 1e6 / deadline_s,
         late=late / max(1, answered + late),
         refused=refused / max(1, loaded.requests),
