@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 
+from mlmesh_inference.oip.config_fields import CARRIED_OUT
 from mlmesh_inference.oip.describe import EXTENSIONS
-from mlmesh_inference.oip.model_config import _CARRIED_OUT
 from mlmesh_inference.oip.servicer import METHODS
 from open_inference import model_config_pb2
 from tests.support.contract import ROOT
@@ -46,4 +46,4 @@ def test_every_field_of_a_configuration_is_in_the_table() -> None:
     fields = {field.name for field in model_config_pb2.ModelConfig.DESCRIPTOR.fields}
     assert {name for name in fields if f"`{name}`" not in section} == set()
     refused = set(re.findall(r"`(\w+)`", section.split("| all others |", 1)[1]))
-    assert refused == fields - _CARRIED_OUT["ModelConfig"] | {"response_cache"}
+    assert refused == fields - CARRIED_OUT["ModelConfig"] | {"response_cache"}

@@ -6,7 +6,7 @@ Loading it again as an override gives the same model again.
 from __future__ import annotations
 
 from mlmesh_inference.catalog import ReadyModel
-from mlmesh_inference.oip.model_config import data_type
+from mlmesh_inference.oip.config_fields import data_type
 from mlmesh_inference.serving import (
     BatchingConfig,
     ControlKind,

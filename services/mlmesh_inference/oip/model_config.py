@@ -8,12 +8,12 @@ a configuration that loads is one that is obeyed.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
 from google.protobuf import json_format, text_format
-from google.protobuf.message import Message
 
+from mlmesh_inference.oip import config_fields as fields
 from mlmesh_inference.serving import (
     BatchingConfig,
     ControlInput,
@@ -29,62 +29,19 @@ from mlmesh_inference.serving import (
     VersionPolicy,
     WarmupSample,
 )
-from mlmesh_inference.tensors import ELEMENTS_MAX, RANK_MAX
 from mlmesh_runtime.errors import InvalidInput, Unsupported
 from open_inference import model_config_pb2 as pb
 
 CONFIG_BYTES_MAX: Final = 256 * 1024
 """Longest configuration, as text or JSON."""
-ENTRIES_MAX: Final = 1024
-"""Most entries of any list or map of a configuration."""
 INSTANCES_MAX: Final = 256
 LEVELS_MAX: Final = 64
 """Most levels of priority."""
 SAMPLE_RUNS_MAX: Final = 1000
 """Most runs of all warm-up samples together."""
 
-# What is carried out, by message; everything else in a configuration is refused by name.
-_CARRIED_OUT: Final[Mapping[str, frozenset[str]]] = {
-    message: frozenset(fields.split())
-    for message, fields in {
-        "ModelConfig": "name platform backend version_policy max_batch_size input output dynamic_batching "
-        "sequence_batching ensemble_scheduling instance_group default_model_filename parameters model_warmup "
-        "model_transaction_policy optimization response_cache",
-        "ModelVersionPolicy": "latest all specific",
-        "ModelVersionPolicy.Latest": "num_versions",
-        "ModelVersionPolicy.All": "",
-        "ModelVersionPolicy.Specific": "versions",
-        "ModelInput": "name data_type format dims optional",
-        "ModelOutput": "name data_type dims label_filename",
-        # Where staging buffers lie is the engine's own choice, and changes no answer.
-        "ModelOptimizationPolicy": "input_pinned_memory output_pinned_memory",
-        "ModelOptimizationPolicy.PinnedMemoryBuffer": "enable",
-        "ModelDynamicBatching": "preferred_batch_size max_queue_delay_microseconds preserve_ordering priority_levels "
-        "default_priority_level default_queue_policy priority_queue_policy",
-        "ModelQueuePolicy": "default_timeout_microseconds allow_timeout_override max_queue_size",
-        "ModelSequenceBatching": "direct oldest max_sequence_idle_microseconds control_input state iterative_sequence",
-        "ModelSequenceBatching.StrategyDirect": "",
-        "ModelSequenceBatching.StrategyOldest": "max_candidate_sequences preserve_ordering",
-        "ModelSequenceBatching.ControlInput": "name control",
-        "ModelSequenceBatching.Control": "kind int32_false_true fp32_false_true bool_false_true data_type",
-        "ModelSequenceBatching.State": "input_name output_name data_type dims initial_state",
-        "ModelSequenceBatching.InitialState": "data_type dims zero_data name",
-        "ModelEnsembling": "step",
-        "ModelEnsembling.Step": "model_name model_version input_map output_map",
-        "ModelInstanceGroup": "name kind count gpus",
-        "ModelParameter": "string_value",
-        "ModelWarmup": "name batch_size inputs count",
-        "ModelWarmup.Input": "data_type dims zero_data random_data input_data_file",
-        "ModelTransactionPolicy": "decoupled",
-        # Only to say no: {"enable": false} is what NVIDIA's own configurations may hold.
-        "ModelResponseCache": "",
-    }.items()
-}
-
 # proto3 does not tell 0 from absent, and here it matters: 0 means that the model is not to batch.
 _NO_BATCH: Final = re.compile(r"^\s*max_batch_size\s*:\s*\+?0+\s*[;,]?\s*(#.*)?$", re.MULTILINE)
-_FILE: Final = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}(/[A-Za-z0-9][A-Za-z0-9._-]{0,127}){0,7}$")
-_TEXT_MAX: Final = 4096
 _QUOTED_MAX: Final = 300
 
 
@@ -118,17 +75,17 @@ def from_message(message: pb.ModelConfig, *, batching_refused: bool = False) -> 
 
     Raises InvalidInput for what is wrong, Unsupported for what is not carried out; both name the field.
     """
-    _check_supported(message, "config")
-    rows_max = _count(message.max_batch_size, "config.max_batch_size", 1 << 20)
+    fields.check_supported(message, "config")
+    rows_max = fields.count(message.max_batch_size, "config.max_batch_size", 1 << 20)
     inputs = tuple(_input(entry, f"config.input[{place}]") for place, entry in enumerate(message.input))
     outputs = tuple(_output(entry, f"config.output[{place}]") for place, entry in enumerate(message.output))
     for field, tensors in (("config.input", inputs), ("config.output", outputs)):
-        _unique([tensor.name for tensor in tensors], field)
+        fields.unique([tensor.name for tensor in tensors], field)
     instances, device = _instances(message.instance_group)
     return ServingConfig(
-        name=_text(message.name, "config.name"),
-        platform=_text(message.platform, "config.platform"),
-        backend=_text(message.backend, "config.backend"),
+        name=fields.text(message.name, "config.name"),
+        platform=fields.text(message.platform, "config.platform"),
+        backend=fields.text(message.backend, "config.backend"),
         rows_max=rows_max or (0 if batching_refused else None),
         inputs=inputs,
         outputs=outputs,
@@ -139,9 +96,9 @@ def from_message(message: pb.ModelConfig, *, batching_refused: bool = False) -> 
         versions=_versions(message.version_policy) if message.HasField("version_policy") else None,
         instances=instances,
         device=device,
-        model_file=_file(message.default_model_filename, "config.default_model_filename"),
+        model_file=fields.file_path(message.default_model_filename, "config.default_model_filename"),
         parameters={
-            _text(name, "config.parameters"): _text(value.string_value, f"config.parameters[{name[:64]}]")
+            fields.text(name, "config.parameters"): fields.text(value.string_value, f"config.parameters[{name[:64]}]")
             for name, value in message.parameters.items()
         },
         warmups=_warmups(message.model_warmup),
@@ -158,94 +115,16 @@ def _malformed(error: Exception) -> InvalidInput:
     return InvalidInput(f"the model configuration is malformed: {text}", field="config")
 
 
-def _check_supported(message: Message, path: str) -> None:
-    name = message.DESCRIPTOR.full_name.removeprefix("inference.")
-    carried_out = _CARRIED_OUT.get(name, frozenset())
-    for field, value in message.ListFields():
-        at = f"{path}.{field.name}"
-        if field.name not in carried_out:
-            raise Unsupported(f"{at} is not supported: leave it out")
-        is_map = field.message_type is not None and field.message_type.GetOptions().map_entry
-        if (is_map or isinstance(value, Sequence)) and not isinstance(value, str | bytes) and len(value) > ENTRIES_MAX:
-            raise InvalidInput(f"{at}: expected at most {ENTRIES_MAX} entries, got {len(value)}", field=at)
-        if field.message_type is None:
-            continue
-        if is_map:
-            for key in value:
-                if isinstance(value[key], Message):
-                    _check_supported(value[key], f"{at}[{str(key)[:64]}]")
-        elif isinstance(value, Message):
-            _check_supported(value, at)
-        else:
-            for place, entry in enumerate(value):
-                _check_supported(entry, f"{at}[{place}]")
-
-
-def _text(text: str, field: str) -> str:
-    if len(text) > _TEXT_MAX:
-        raise InvalidInput(f"{field}: expected at most {_TEXT_MAX} characters, got {len(text)}", field=field)
-    return text
-
-
-def _named(text: str, field: str) -> str:
-    if not 0 < len(text) <= 256:
-        raise InvalidInput(f"{field}: expected a name of 1 to 256 characters, got {len(text)}", field=field)
-    return text
-
-
-def _file(path: str, field: str) -> str:
-    if path and not _FILE.fullmatch(path):
-        raise InvalidInput(f"{field}: {path[:64]!r} is no relative path of a version's file", field=field)
-    return path
-
-
-def _count(value: int, field: str, most: int) -> int:
-    if not 0 <= value <= most:
-        raise InvalidInput(f"{field}: expected 0 to {most}, got {value}", field=field)
-    return value
-
-
-def _unique(names: Sequence[str], field: str) -> None:
-    twice = {name for name in names if names.count(name) > 1} if len(set(names)) != len(names) else set()
-    if twice:
-        raise InvalidInput(f"{field}: '{min(twice)}' is there twice", field=field)
-
-
-def _datatype(value: int, field: str) -> str:
-    if value == pb.TYPE_INVALID:
-        return ""
-    if value not in pb.DataType.values():
-        raise InvalidInput(f"{field}: {value} is no data type", field=field)
-    name = pb.DataType.Name(pb.DataType.ValueType(value)).removeprefix("TYPE_")
-    return "BYTES" if name == "STRING" else name
-
-
-def data_type(datatype: str) -> pb.DataType.ValueType:
-    """The configuration's name of one of the protocol's datatypes; TYPE_INVALID for ""."""
-    if not datatype:
-        return pb.TYPE_INVALID
-    return pb.DataType.Value("TYPE_STRING" if datatype == "BYTES" else f"TYPE_{datatype}")
-
-
-def _dims(dims: Sequence[int], field: str, *, lowest: int = -1) -> tuple[int, ...]:
-    if len(dims) > RANK_MAX:
-        raise InvalidInput(f"{field}: expected at most {RANK_MAX} dimensions, got {len(dims)}", field=field)
-    for dim in dims:
-        if dim < lowest or dim > ELEMENTS_MAX:
-            raise InvalidInput(f"{field}: expected {lowest} to {ELEMENTS_MAX}, got {dim}", field=field)
-    return tuple(dims)
-
-
 def _input(entry: pb.ModelInput, at: str) -> TensorConfig:
     if entry.format not in pb.ModelInput.Format.values():
         raise InvalidInput(f"{at}.format: {entry.format} is no format", field=f"{at}.format")
     layout = pb.ModelInput.Format.Name(entry.format).removeprefix("FORMAT_")
-    dims = _dims(entry.dims, f"{at}.dims")
+    dims = fields.dims_of(entry.dims, f"{at}.dims")
     if layout != "NONE" and len(dims) != 3:
         raise InvalidInput(f"{at}.dims: expected 3 dimensions of an image in {layout}, got {len(dims)}", field=at)
     return TensorConfig(
-        name=_named(entry.name, f"{at}.name"),
-        datatype=_datatype(entry.data_type, f"{at}.data_type"),
+        name=fields.named(entry.name, f"{at}.name"),
+        datatype=fields.datatype_of(entry.data_type, f"{at}.data_type"),
         dims=dims,
         optional=entry.optional,
         layout="" if layout == "NONE" else layout,
@@ -254,10 +133,10 @@ def _input(entry: pb.ModelInput, at: str) -> TensorConfig:
 
 def _output(entry: pb.ModelOutput, at: str) -> TensorConfig:
     return TensorConfig(
-        name=_named(entry.name, f"{at}.name"),
-        datatype=_datatype(entry.data_type, f"{at}.data_type"),
-        dims=_dims(entry.dims, f"{at}.dims"),
-        labels_file=_file(entry.label_filename, f"{at}.label_filename"),
+        name=fields.named(entry.name, f"{at}.name"),
+        datatype=fields.datatype_of(entry.data_type, f"{at}.data_type"),
+        dims=fields.dims_of(entry.dims, f"{at}.dims"),
+        labels_file=fields.file_path(entry.label_filename, f"{at}.label_filename"),
     )
 
 
@@ -271,7 +150,7 @@ def _queue(message: pb.ModelQueuePolicy) -> QueueConfig:
 
 def _batching(message: pb.ModelDynamicBatching) -> BatchingConfig:
     at = "config.dynamic_batching"
-    levels = _count(message.priority_levels, f"{at}.priority_levels", LEVELS_MAX)
+    levels = fields.count(message.priority_levels, f"{at}.priority_levels", LEVELS_MAX)
     default = message.default_priority_level
     if levels and not 1 <= default <= levels:
         field = f"{at}.default_priority_level"
@@ -288,7 +167,7 @@ def _batching(message: pb.ModelDynamicBatching) -> BatchingConfig:
             raise InvalidInput(f"{field}: expected 1 or more, got {rows}", field=field)
     return BatchingConfig(
         preferred_rows=tuple(message.preferred_batch_size),
-        delay_us=_count(message.max_queue_delay_microseconds, f"{at}.max_queue_delay_microseconds", 60_000_000),
+        delay_us=fields.count(message.max_queue_delay_microseconds, f"{at}.max_queue_delay_microseconds", 60_000_000),
         priorities=levels,
         priority_default=default,
         queue=_queue(message.default_queue_policy) if message.HasField("default_queue_policy") else QueueConfig(),
@@ -302,21 +181,21 @@ def _sequence(message: pb.ModelSequenceBatching) -> SequenceConfig:
         _control(entry, f"{at}.control_input[{place}]") for place, entry in enumerate(message.control_input)
     )
     states = tuple(_state(entry, f"{at}.state[{place}]") for place, entry in enumerate(message.state))
-    _unique([control.name for control in controls] + [state.input for state in states], f"{at}.state")
-    _unique([state.output for state in states], f"{at}.state")
-    _unique([control.kind.name for control in controls], f"{at}.control_input")
+    fields.unique([control.name for control in controls] + [state.input for state in states], f"{at}.state")
+    fields.unique([state.output for state in states], f"{at}.state")
+    fields.unique([control.kind.name for control in controls], f"{at}.control_input")
     most = message.oldest.max_candidate_sequences if message.HasField("oldest") else 0
     return SequenceConfig(
         states=states,
         controls=controls,
         idle_us=min(message.max_sequence_idle_microseconds, 1 << 62) or 1_000_000,
-        sequences_max=_count(most, f"{at}.oldest.max_candidate_sequences", 1 << 20),
+        sequences_max=fields.count(most, f"{at}.oldest.max_candidate_sequences", 1 << 20),
         iterative=message.iterative_sequence,
     )
 
 
 def _control(entry: pb.ModelSequenceBatching.ControlInput, at: str) -> ControlInput:
-    name = _named(entry.name, f"{at}.name")
+    name = fields.named(entry.name, f"{at}.name")
     if len(entry.control) != 1:
         raise InvalidInput(f"{at}.control: expected 1 control, got {len(entry.control)}", field=f"{at}.control")
     control = entry.control[0]
@@ -330,7 +209,7 @@ def _control(entry: pb.ModelSequenceBatching.ControlInput, at: str) -> ControlIn
     }
     said = {datatype: values for datatype, values in pairs.items() if values}
     if kind is ControlKind.CORRELATION_ID:
-        datatype = _datatype(control.data_type, f"{at}.control[0].data_type")
+        datatype = fields.datatype_of(control.data_type, f"{at}.control[0].data_type")
         if said or datatype not in {"UINT64", "INT64", "UINT32", "INT32", "BYTES"}:
             raise InvalidInput(f"{at}: a correlation id is of one 32 or 64 bit integer type or a string", field=at)
         return ControlInput(name=name, kind=kind, datatype=datatype)
@@ -347,10 +226,10 @@ def _state(entry: pb.ModelSequenceBatching.State, at: str) -> StateConfig:
         got = len(entry.initial_state)
         raise InvalidInput(f"{at}.initial_state: expected at most 1, got {got}", field=f"{at}.initial_state")
     return StateConfig(
-        input=_named(entry.input_name, f"{at}.input_name"),
-        output=_named(entry.output_name, f"{at}.output_name"),
-        datatype=_datatype(entry.data_type, f"{at}.data_type"),
-        dims=_dims(entry.dims, f"{at}.dims"),
+        input=fields.named(entry.input_name, f"{at}.input_name"),
+        output=fields.named(entry.output_name, f"{at}.output_name"),
+        datatype=fields.datatype_of(entry.data_type, f"{at}.data_type"),
+        dims=fields.dims_of(entry.dims, f"{at}.dims"),
     )
 
 
@@ -360,7 +239,7 @@ def _steps(message: pb.ModelEnsembling) -> tuple[Step, ...]:
         raise InvalidInput(f"{field}: expected at least 1 step, got 0", field=field)
     return tuple(
         Step(
-            model=_named(step.model_name, f"config.ensemble_scheduling.step[{place}].model_name"),
+            model=fields.named(step.model_name, f"config.ensemble_scheduling.step[{place}].model_name"),
             # -1 and 0 both leave the choice to the server: a version's number starts at 1.
             version=max(0, step.model_version),
             inputs=dict(step.input_map),
@@ -381,7 +260,9 @@ def _versions(message: pb.ModelVersionPolicy) -> VersionPolicy:
         case "all":
             return VersionPolicy()
         case _:
-            return VersionPolicy(latest=_count(message.latest.num_versions, f"{at}.latest", ENTRIES_MAX) or 1)
+            return VersionPolicy(
+                latest=fields.count(message.latest.num_versions, f"{at}.latest", fields.ENTRIES_MAX) or 1
+            )
 
 
 def _instances(groups: Sequence[pb.ModelInstanceGroup]) -> tuple[int, str]:
@@ -389,14 +270,14 @@ def _instances(groups: Sequence[pb.ModelInstanceGroup]) -> tuple[int, str]:
     total, devices = 0, set()
     for place, group in enumerate(groups):
         at = f"config.instance_group[{place}]"
-        total += _count(group.count, f"{at}.count", INSTANCES_MAX) or 1
+        total += fields.count(group.count, f"{at}.count", INSTANCES_MAX) or 1
         if list(group.gpus) not in ([], [0]):
             raise Unsupported(f"{at}.gpus: only GPU 0 is supported, a process serves from one")
         kind = pb.ModelInstanceGroup.KIND_GPU if group.gpus and not group.kind else group.kind
         devices.add({pb.ModelInstanceGroup.KIND_GPU: "gpu", pb.ModelInstanceGroup.KIND_CPU: "cpu"}.get(kind, ""))
     if len(devices) > 1:
         raise Unsupported("config.instance_group: groups of different kinds are not supported")
-    return _count(total, "config.instance_group", INSTANCES_MAX), devices.pop() if devices else ""
+    return fields.count(total, "config.instance_group", INSTANCES_MAX), devices.pop() if devices else ""
 
 
 def _warmups(samples: Sequence[pb.ModelWarmup]) -> tuple[WarmupSample, ...]:
@@ -410,8 +291,8 @@ def _warmups(samples: Sequence[pb.ModelWarmup]) -> tuple[WarmupSample, ...]:
 
 def _warmup(sample: pb.ModelWarmup, at: str) -> WarmupSample:
     return WarmupSample(
-        name=_named(sample.name, f"{at}.name"),
-        rows=_count(sample.batch_size, f"{at}.batch_size", 1 << 20),
+        name=fields.named(sample.name, f"{at}.name"),
+        rows=fields.count(sample.batch_size, f"{at}.batch_size", 1 << 20),
         inputs=tuple(_sample_input(name, entry, f"{at}.inputs[{name[:64]}]") for name, entry in sample.inputs.items()),
         count=sample.count or 1,
     )
@@ -422,13 +303,13 @@ def _sample_input(name: str, entry: pb.ModelWarmup.Input, at: str) -> SampleInpu
     fills = {"zero_data": Fill.ZEROS, "random_data": Fill.RANDOM, "input_data_file": Fill.FILE}
     if choice is None:
         raise InvalidInput(f"{at}: expected zero_data, random_data or input_data_file", field=at)
-    datatype = _datatype(entry.data_type, f"{at}.data_type")
+    datatype = fields.datatype_of(entry.data_type, f"{at}.data_type")
     if not datatype:
         raise InvalidInput(f"{at}.data_type: expected a data type", field=at)
     return SampleInput(
-        name=_named(name, at),
+        name=fields.named(name, at),
         datatype=datatype,
-        dims=_dims(entry.dims, f"{at}.dims", lowest=0),
+        dims=fields.dims_of(entry.dims, f"{at}.dims", lowest=0),
         fill=fills[choice],
-        file=_file(entry.input_data_file, f"{at}.input_data_file"),
+        file=fields.file_path(entry.input_data_file, f"{at}.input_data_file"),
     )

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlmesh_inference.catalog import ReadyModel
+from mlmesh_inference.oip.config_fields import ENTRIES_MAX
 from mlmesh_inference.oip.describe_config import config
-from mlmesh_inference.oip.model_config import CONFIG_BYTES_MAX, ENTRIES_MAX, read_json, read_text
+from mlmesh_inference.oip.model_config import CONFIG_BYTES_MAX, read_json, read_text
 from mlmesh_inference.serving import (
     BatchingConfig,
     ControlInput,
@@ -28,6 +29,7 @@ from mlmesh_inference.serving import (
     WarmupSample,
 )
 from mlmesh_runtime.errors import InvalidInput, MeshError, Unsupported
+from open_inference import model_config_pb2
 from tests.support.inference import GatedEngine, ready_model
 
 FULL = b"""
@@ -254,6 +256,29 @@ def test_json_that_is_none_is_malformed(text: str) -> None:
 def test_anything_else_raises_only_what_callers_may_see(data: bytes) -> None:
     try:
         said = read_text(data)
+    except MeshError:
+        return
+    assert isinstance(said, ServingConfig)
+
+
+@settings(max_examples=60)
+@given(
+    st.text(max_size=100)
+    | st.dictionaries(
+        st.sampled_from([field.name for field in model_config_pb2.ModelConfig.DESCRIPTOR.fields]),
+        st.recursive(
+            st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+            lambda inner: (
+                st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["name", "dims", "count"]), inner)
+            ),
+            max_leaves=6,
+        ),
+        max_size=4,
+    ).map(json.dumps)
+)
+def test_any_json_raises_only_what_callers_may_see(text: str) -> None:
+    try:
+        said = read_json(text)
     except MeshError:
         return
     assert isinstance(said, ServingConfig)
