@@ -61,6 +61,7 @@ check: install ## Formatting, lint, types, import rules, protos, manifests
 	$(BIN)/mypy $(addprefix -p ,$(PACKAGES))
 	$(BIN)/mypy tools
 	$(BIN)/lint-imports --no-cache
+	@! cargo fmt --version >/dev/null 2>&1 || cargo fmt --check --manifest-path $(FRONT)/Cargo.toml
 	$(BIN)/python tools/protos.py lint
 	$(BIN)/python tools/protos.py breaking
 	$(BIN)/python -m pytest -q tests/contract/manifests

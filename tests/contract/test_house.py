@@ -99,7 +99,7 @@ def test_modules_say_what_they_are() -> None:
 def test_the_commands_that_a_person_remembers() -> None:
     text = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"^([a-z]+):.*## ", text, re.MULTILINE))
-    assert targets == {"help", "install", "gen", "check", "test", "tools", "bench", "demo", "up"}
+    assert targets == {"help", "install", "front", "gen", "check", "test", "tools", "bench", "demo", "up"}
     phony = re.search(r"^\.PHONY: (.*)$", text, re.MULTILINE)
     assert phony is not None
     assert set(phony.group(1).split()) == targets
