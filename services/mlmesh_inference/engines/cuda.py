@@ -55,7 +55,9 @@ def load_driver() -> ctypes.CDLL:
     except OSError:
         raise EngineError("no NVIDIA driver here (libcuda.so.1 is missing)") from None
     for name, arguments in _SIGNATURES.items():
-        function = getattr(library, name)
+        function = getattr(library, name, None)
+        if function is None:
+            raise EngineError(f"the NVIDIA driver here is too old: it lacks {name}")
         function.argtypes = arguments
         function.restype = c_int
     code = library.cuInit(0)

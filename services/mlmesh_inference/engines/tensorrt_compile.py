@@ -16,6 +16,7 @@ from typing import Any
 
 from mlmesh_inference.engines.base import EngineError
 from mlmesh_inference.engines.tensorrt_api import MESSAGES, logger, precisions_of_network, with_tf32
+from mlmesh_inference.engines.tensorrt_doubles import refuse_doubles
 from mlmesh_inference.engines.tensorrt_profiles import FreeInput, Profile, batch_ranges, parse_dims, profiles
 
 
@@ -104,6 +105,8 @@ def compile_plan(
     began = time.monotonic()
     MESSAGES.take("")
     watch.step(Step(phase="Reading the model"))
+    if model.is_file():
+        refuse_doubles(model)
     builder = trt.Builder(logger(trt))
     network = builder.create_network(_network_flags(trt))
     parser = trt.OnnxParser(network, logger(trt))

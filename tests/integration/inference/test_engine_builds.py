@@ -113,12 +113,13 @@ def test_the_precision_is_that_of_the_file(tmp_path: Path) -> None:
     [
         (b"this is no model", OPTIONS, "TensorRT cannot read it"),
         (onnx_models.identity(["FP32"]), OPTIONS, r"'in_FP32' \[-1,-1\] has a free dimension.*no optimization profile"),
+        (onnx_models.identity(["FP64"], ("batch", 3)), OPTIONS, "'in_FP64' is FP64, of which TensorRT would make FP32"),
         (onnx_models.add(), PlanOptions(dims="seq=1..4"), "'seq' is declared, but is no free dimension"),
         (onnx_models.add(), PlanOptions(capabilities=("SM90",)), "'SM90' is not one of TensorRT for RTX's: .*SM86"),
         (onnx_models.add(), PlanOptions(dims="batch=1..2", rows_max=1), None),
         (onnx_models.add(), PlanOptions(capabilities=("SM86", "SM120"), rows_max=1, rows_preferred=1), None),
     ],
-    ids=["bytes", "no profile", "no such dimension", "Hopper", "batch declared", "capabilities"],
+    ids=["bytes", "no profile", "doubles", "no such dimension", "Hopper", "batch declared", "capabilities"],
 )
 def test_what_cannot_be_compiled_says_why(model: bytes, options: PlanOptions, text: str | None, tmp_path: Path) -> None:
     made = order(tmp_path, model, options)

@@ -1,12 +1,18 @@
-"""Profiles: which shapes each covers, what is refused, and which one runs a batch."""
+"""Profiles: which shapes each covers, what is refused, and which one runs a batch. And what is refused before."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
+import onnx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from onnx import numpy_helper
 
 from mlmesh_inference.engines.base import EngineError
+from mlmesh_inference.engines.tensorrt_doubles import refuse_doubles
 from mlmesh_inference.engines.tensorrt_profiles import (
     PROFILES_MAX,
     FreeInput,
@@ -17,6 +23,7 @@ from mlmesh_inference.engines.tensorrt_profiles import (
     parse_dims,
     profiles,
 )
+from tests.support import onnx_models
 
 IDS = FreeInput(name="ids", shape=(-1, -1), dimensions=("batch", "seq"))
 MASK = FreeInput(name="mask", shape=(-1, -1), dimensions=("batch", "seq"))
@@ -116,3 +123,33 @@ def test_the_first_profile_that_covers_all_inputs_is_chosen() -> None:
 
     assert [of(1, 3), of(1, 9), of(4, 8), of(8, 16)] == [0, 1, 2, 5]
     assert [of(9, 3), of(1, 17), of(0, 3), of(1, 3, mask=(1, 9)), of(1, 3, mask=(1,))] == [-1] * 5
+
+
+def double_weights(count: int) -> bytes:
+    """y[N,4] = x[N,4] + the sum of so many FP64 weights, in FP32 but for them."""
+    model = onnx.load_from_string(onnx_models.add())
+    model.graph.initializer.append(numpy_helper.from_array(np.ones(count), "doubles"))
+    return bytes(model.SerializeToString())
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        (onnx_models.identity(["FP64"]), "in_FP64"),
+        (onnx_models.identity(["INT32", "FP64"]), "in_FP64"),
+        (double_weights(2), "doubles"),
+    ],
+    ids=["input", "one of several inputs", "weights"],
+)
+def test_fp64_is_refused_by_name(data: bytes, name: str, tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(data)
+    with pytest.raises(EngineError, match=f"'{name}' is FP64, of which TensorRT would make FP32"):
+        refuse_doubles(tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize(
+    "data", [onnx_models.identity(["FP32", "INT64"]), double_weights(1), b"", b"this is no model", b"\x3a\xff"]
+)
+def test_what_has_none_and_what_is_no_model_is_let_through(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(data)
+    refuse_doubles(tmp_path / "model.onnx")
