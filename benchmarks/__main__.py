@@ -10,7 +10,10 @@ from pathlib import Path
 import typer
 
 from benchmarks import (
+    inference_limits,
+    inference_overload,
     inference_path,
+    inference_scheduler,
     inference_soak,
     paths,
     registry_search,
@@ -38,6 +41,8 @@ BENCHMARKS |= {"registry-watch": registry_watch.main, "registry-write": registry
 BENCHMARKS |= {"registry-transfer": registry_transfer.main}
 BENCHMARKS |= {"training-ddp": training_ddp.main, "peers": peers.main}
 BENCHMARKS |= {"inference-path": inference_path.main, "inference-soak": inference_soak.main}
+BENCHMARKS |= {"inference-scheduler": inference_scheduler.main, "inference-limits": inference_limits.main}
+BENCHMARKS |= {"inference-overload": inference_overload.main}
 
 
 def main() -> None:
