@@ -46,7 +46,8 @@ GIVEN_BYTES_MAX: Final = 16 << 20
 """Most bytes of the samples of a configuration that a trial compares on."""
 
 LATENCY_MAX_S: Final = 0.1
-"""Batches that take longer are not grown any further, however much they would bring."""
+LATENCY_MAX_ROWS: Final = 8
+"""Batches that take longer than both, the time and so many single rows, are not grown, whatever they would bring."""
 
 Child = Callable[[TrialOrder], Awaitable[tuple[Trial, ...]]]
 Waiting = TypeVar("Waiting")
@@ -249,7 +250,8 @@ def tuning_of(trials: Sequence[Trial]) -> Tuning | None:
     measured = {1: dict(winner.batch_times)}
     if winner.loaded_times:
         measured[winner.instances] = dict(winner.loaded_times)
-    return decide(measured, latency_max_s=LATENCY_MAX_S)
+    least = min(winner.batch_times)[1]
+    return decide(measured, latency_max_s=max(LATENCY_MAX_S, LATENCY_MAX_ROWS * least))
 
 
 def _facts(

@@ -32,6 +32,9 @@ TIMING_S: Final = 0.4
 """Time to measure in, for each batch size and all engines."""
 _ROUNDS_MIN, _ROUNDS_MAX = 3, 25
 _NICE: Final = 10
+_UNDISTURBED: Final = 0.8
+"""Share of a run's time that is CPU time on a machine that is not busy."""
+_SHORT_S: Final = 0.005
 _ADDRESSES_BYTES: Final = 64 << 30
 """Address space of a child: libraries reserve tens of GB that they never touch."""
 
@@ -90,8 +93,9 @@ class _Tried:
     precision: str = ""
     difference: Difference = field(default_factory=Difference)
     refusal: str = ""
-    times: dict[int, list[float]] = field(default_factory=dict)
-    loaded: dict[int, list[float]] = field(default_factory=dict)
+    times: dict[int, list[tuple[float, float]]] = field(default_factory=dict)
+    """By rows: seconds by the clock, and seconds of CPU, of each run."""
+    loaded: dict[int, list[tuple[float, float]]] = field(default_factory=dict)
 
 
 def try_engines(
@@ -135,7 +139,8 @@ def try_engines(
             _compare(each, reference.engine, requests, order)
         if order.timing_s and not reference.refusal:
             _time(tried, order, requests, clock)
-        return tuple(_trial(each, order) for each in tried)
+        disturbed = _disturbed(reference, order)
+        return tuple(_trial(each, order, disturbed=disturbed) for each in tried)
 
 
 def _build(tried: _Tried, kinds: Mapping[str, EngineKind], order: TrialOrder, stack: ExitStack) -> None:
@@ -248,10 +253,13 @@ def _time(
 def _time_once(tried: _Tried, rows: int, inputs: Mapping[str, Array], clock: Clock) -> None:
     if tried.engine is None or tried.refusal:
         return
+    used = time.process_time()
     try:
-        tried.times.setdefault(rows, []).append(_run(tried.engine, inputs, clock))
+        seconds = _run(tried.engine, inputs, clock)
     except EngineError as error:
         tried.refusal = f"a batch of {rows} rows fails: {str(error)[:500]}"
+        return
+    tried.times.setdefault(rows, []).append((seconds, time.process_time() - used))
 
 
 def _time_loaded(  # noqa: PLR0917
@@ -265,12 +273,14 @@ def _time_loaded(  # noqa: PLR0917
     def work(_: int) -> list[float]:
         return [_run(engine, inputs, clock) for _ in range(2)]
 
+    used = time.process_time()
     try:
         times = [seconds for found in pool.map(work, range(instances)) for seconds in found]
     except EngineError as error:
         tried.refusal = f"a batch of {rows} rows fails: {str(error)[:500]}"
         return
-    tried.loaded.setdefault(rows, []).append(statistics.mean(times))
+    used = time.process_time() - used
+    tried.loaded.setdefault(rows, []).append((statistics.mean(times), used / len(times)))
 
 
 def _run(engine: Engine, inputs: Mapping[str, Array], clock: Clock) -> float:
@@ -280,10 +290,20 @@ def _run(engine: Engine, inputs: Mapping[str, Array], clock: Clock) -> float:
     return clock() - begin
 
 
-def _trial(tried: _Tried, order: TrialOrder) -> Trial:
+def _disturbed(reference: _Tried, order: TrialOrder) -> bool:
+    """Whether others took the CPU away: the reference computes on the caller's thread, so its time should be CPU time.
+
+    Then CPU time tells engines apart better than the clock, where a batch has one thread.
+    """
+    pairs = [pair for found in reference.times.values() for pair in found]
+    took, used = sum(took for took, _ in pairs), sum(used for _, used in pairs)
+    return order.threads == 1 and took > 0 and used / took < _UNDISTURBED
+
+
+def _trial(tried: _Tried, order: TrialOrder, *, disturbed: bool) -> Trial:
     reason = tried.refusal
     if not reason and tried.candidate.engine == REFERENCE:
-        reason = "the reference"
+        reason = "the reference" + (", by CPU time: the machine was busy" if disturbed else "")
     elif not reason:
         allowed = tolerance(tried.precision) if order.tolerance is None else order.tolerance
         by = f"'{tried.difference.output}' differs by {tried.difference.relative:.2g}, allowed is {allowed:.2g}"
@@ -294,19 +314,28 @@ def _trial(tried: _Tried, order: TrialOrder) -> Trial:
         reason=reason,
         accepted=not tried.refusal,
         error_max=tried.difference.absolute,
-        batch_times=_medians(tried.times),
+        batch_times=tuple((rows, _median(found, disturbed)) for rows, found in sorted(tried.times.items())),
         # What serves beside the trial only ever adds time: the faster quarter of the rounds tells engines apart.
-        loaded_times=tuple((rows, _quarter(found)) for rows, found in sorted(tried.loaded.items())),
+        loaded_times=tuple((rows, _quarter(found, disturbed)) for rows, found in sorted(tried.loaded.items())),
         instances=order.concurrency,
     )
 
 
-def _medians(times: Mapping[int, Sequence[float]]) -> tuple[tuple[int, float], ...]:
-    return tuple((rows, statistics.median(found)) for rows, found in sorted(times.items()))
+def _cpu_time(times: Sequence[tuple[float, float]]) -> float | None:
+    """Mean CPU time; None for runs so short that nobody comes between, and that systems count CPU time coarsely in."""
+    if min(took for took, _ in times) < _SHORT_S:
+        return None
+    return statistics.mean(used for _, used in times) or None
 
 
-def _quarter(times: Sequence[float]) -> float:
-    return sorted(times)[len(times) // 4]
+def _median(times: Sequence[tuple[float, float]], disturbed: bool) -> float:
+    used = _cpu_time(times) if disturbed else None
+    return used if used is not None else statistics.median(took for took, _ in times)
+
+
+def _quarter(times: Sequence[tuple[float, float]], disturbed: bool) -> float:
+    used = _cpu_time(times) if disturbed else None
+    return used if used is not None else sorted(took for took, _ in times)[len(times) // 4]
 
 
 def order_to_json(order: TrialOrder) -> dict[str, Any]:
