@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from mlmesh_inference import metrics
+from mlmesh_inference.running import Answer
 from mlmesh_inference.scheduling.batcher import BatchReport
 from mlmesh_inference.scheduling.queue import Pending
 
@@ -253,3 +255,27 @@ class Statistics:
     def close(self) -> None:
         """The version is gone: its metrics go too, so a registry of many versions does not grow without end."""
         metrics.hide(self)
+
+
+async def counted(
+    answers: AsyncGenerator[Answer, None], statistics: Statistics, *, clock: Callable[[], int] = time.monotonic_ns
+) -> AsyncGenerator[Answer, None]:
+    """The same answers of a decoupled model, counted as they go. Closing it closes `answers`: cancelled then."""
+    index, begun = 0, clock()
+    ended = "cancel"
+    try:
+        async with aclosing(answers):
+            async for answer in answers:
+                ready = clock()
+                yield answer
+                taken = clock()
+                outcome = "success" if answer.outputs else "empty"
+                statistics.responded(index, outcome, infer_ns=ready - begun, output_ns=taken - ready)
+                index, begun = index + 1, taken
+        ended = ""
+    except Exception:
+        ended = "fail"
+        raise
+    finally:
+        if ended:
+            statistics.responded(index, ended, infer_ns=clock() - begun)

@@ -39,6 +39,7 @@ from mlmesh_inference.oip import requests
 from mlmesh_inference.oip.infer import Prepared, prepare, shutting_down
 from mlmesh_inference.oip.stream_replies import MESSAGES, empty, failed, part, unexpected_error
 from mlmesh_inference.running import SequenceControl
+from mlmesh_inference.statistics import counted
 from mlmesh_inference.tensors import Array
 from mlmesh_inference.tokens import FIELD, SequenceState, Token, Tokens, unpack
 from mlmesh_runtime.errors import InvalidInput, MeshError, NotFound
@@ -318,8 +319,8 @@ class _Stream:
         """All answers of a decoupled model to one request, as they come."""
         try:
             answers: Any = prepared.model.runner.respond(prepared.work)
-            async with contextlib.aclosing(answers):
-                async for item in answers:
+            async with contextlib.aclosing(counted(answers, prepared.model.statistics)) as parts:
+                async for item in parts:
                     await self._say(part(prepared, item))
             MESSAGES.by_code["OK"] += 1
             if prepared.request.options.empty_final:
