@@ -183,7 +183,7 @@ class AioClient:
                 finally:
                     stream.done_sending()
 
-            feeding = asyncio.create_task(feed())
+            feeding = asyncio.ensure_future(feed())
             try:
                 async for result in stream:
                     for row in packing.split(result, messages.popleft()):

@@ -87,8 +87,8 @@ class AioStream:
 
     async def __aenter__(self) -> Self:
         self._model = await self._describe()
-        self._session = Session(ordered=not self._model.decoupled)
-        self._task = asyncio.create_task(self._run(), name=f"stream-{self._name}")
+        self._session = Session(ordered=not self._model.decoupled, retry=self._reconnecting.again_s)
+        self._task = asyncio.ensure_future(self._run())
         return self
 
     async def __aexit__(
@@ -208,7 +208,7 @@ class AioStream:
 
     async def map(self, inputs: Iterable[Inputs] | AsyncIterable[Inputs]) -> AsyncIterator[Result]:
         """The results of many requests, which are sent while results come. Ends the sending."""
-        feeding = asyncio.create_task(self._feed(inputs))
+        feeding = asyncio.ensure_future(self._feed(inputs))
         try:
             async for result in self._all():
                 yield result
@@ -283,7 +283,7 @@ class AioStream:
         self._session.opened()
         self.connections += 1
         call = self._connect(metadata=(*self._options.metadata, ANNOUNCED), timeout=self._options.connection_s)
-        sender = asyncio.create_task(self._send_all(call))
+        sender = asyncio.ensure_future(self._send_all(call))
         watch = _Watch(call, self._session, self._results, self._options.stalled_s)
         try:
             with watch:
@@ -312,8 +312,8 @@ class AioStream:
                 while len(results) >= RESULTS_MAX:
                     self._taken.clear()
                     await self._taken.wait()
-            if session.leaving or (self._sending_done and not len(session)):
-                # For the sender to end its side.
+            if not ready or (self._sending_done and not len(session)):
+                # For the sender: it is to end its side, or something is to be sent again.
                 self._changed.set()
 
     async def _send_all(self, call: Any) -> None:
@@ -330,7 +330,9 @@ class AioStream:
                     return
                 else:
                     self._changed.clear()
-                    await self._changed.wait()
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(session.due_s()):
+                            await self._changed.wait()
 
     def __repr__(self) -> str:
         state = "failed" if self._error else "closed" if self._closed or self._task is None else "open"

@@ -122,6 +122,10 @@ class Reconnecting:
         self._failures = 0
         self._since_s = clock()
 
+    def again_s(self, error: InferenceError, tries: int) -> float | None:
+        """Seconds after which a request that a server refused in its place is sent again; None for never."""
+        return self._retries.wait_s(error, tries, left_s=self._options.timeout_s)
+
     def progressed(self) -> None:
         """An answer came, or the server asked to move."""
         self._failures = 0

@@ -10,12 +10,17 @@ all that it took, and its token brings the state along or says that there is non
 nobody knows what the server had done: a sequence that had begun there is lost (SequenceLost), one whose first request
 has no answer yet begins anew.
 
+A request that was refused with a hint when to come back is sent again then, a few times; results wait for it where they
+have an order.
+
 Not thread-safe: whoever carries the stream sees to that.
 """
 
 from __future__ import annotations
 
+import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from mlmesh_client.errors import InferenceError, SequenceLost, from_stream
@@ -32,6 +37,8 @@ class _Entry:
     request: pb.ModelInferRequest
     sequence: SequencePlace | None
     sent: bool = False
+    tries: int = 1
+    due_s: float = 0.0
     given: int = 0
     skip: int = 0
     done: bool = False
@@ -43,12 +50,21 @@ class Session:
 
     Args:
         ordered: give results in the order of the requests; False gives them as they come.
+        retry: seconds after which a request that failed for the so-manieth time is sent again; None for never.
+        clock: seconds that never go back.
     """
 
-    def __init__(self, *, ordered: bool = True) -> None:
-        self._ordered = ordered
+    def __init__(
+        self,
+        *,
+        ordered: bool = True,
+        retry: Callable[[InferenceError, int], float | None] = lambda _error, _tries: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._ordered, self._retry, self._clock = ordered, retry, clock
         self._pending: dict[int, _Entry] = {}
         self._unsent: deque[_Entry] = deque()
+        self._delayed: list[_Entry] = []
         self._last = 0
         self._token: str | None = None
         self._token_sent = False
@@ -84,6 +100,10 @@ class Session:
 
     def next(self) -> pb.ModelInferRequest | None:
         """The next request to send on the present connection; None when there is none now."""
+        if self._delayed:
+            now_s = self._clock()
+            self._unsent.extend(entry for entry in self._delayed if entry.due_s <= now_s)
+            self._delayed = [entry for entry in self._delayed if entry.due_s > now_s]
         if not self.to_send:
             return None
         entry = self._unsent.popleft()
@@ -98,9 +118,16 @@ class Session:
         first.parameters[RESUME].string_param = self._token
         return first
 
+    def due_s(self) -> float | None:
+        """Seconds until a request is to be sent again; None when none is."""
+        if not self._delayed:
+            return None
+        return max(0.0, min(entry.due_s for entry in self._delayed) - self._clock())
+
     def opened(self) -> None:
         """There is a new connection: all that has no answer is sent on it."""
         self.leaving = self._token_sent = False
+        self._delayed.clear()
         self._unsent = deque(entry for entry in self._pending.values() if not entry.done)
         for entry in self._unsent:
             entry.skip = entry.given
@@ -122,6 +149,8 @@ class Session:
             return []
         final = response.parameters[FINAL].bool_param if FINAL in response.parameters else True
         error = from_stream(message) if message.error_message else None
+        if error is not None and self._again(entry, error):
+            return []
         final = final or error is not None
         if entry.skip:
             entry.skip -= 1
@@ -155,7 +184,17 @@ class Session:
             if not entry.done:
                 self._fail(entry, error)
         self._unsent.clear()
+        self._delayed.clear()
         return self._ready()
+
+    def _again(self, entry: _Entry, error: InferenceError) -> bool:
+        """Whether a refused request is sent again; those of a sequence are not, for later ones may have been taken."""
+        if entry.sequence is not None or entry.given or (wait_s := self._retry(error, entry.tries)) is None:
+            return False
+        entry.tries += 1
+        entry.due_s = self._clock() + wait_s
+        self._delayed.append(entry)
+        return True
 
     def _entry(self, name: str) -> _Entry | None:
         """Whose answer it is. Some servers leave the id out of errors; then it is the oldest that was sent."""

@@ -93,7 +93,7 @@ class Stream:
 
     def __enter__(self) -> Self:
         self._model = self._describe()
-        self._session = Session(ordered=not self._model.decoupled)
+        self._session = Session(ordered=not self._model.decoupled, retry=self._reconnecting.again_s)
         # A daemon: a program that forgot a stream ends all the same.
         self._thread = threading.Thread(target=self._run, name=f"stream-{self._name}", daemon=True)
         self._thread.start()
@@ -343,7 +343,7 @@ class Stream:
                         break
                     if session.leaving or (self._sending_done and not len(session)):
                         return
-                    self._changed.wait()
+                    self._changed.wait(session.due_s())
             yield request
 
     def __repr__(self) -> str:

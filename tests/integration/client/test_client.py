@@ -274,6 +274,19 @@ async def test_a_full_servers_hint_reaches_the_caller() -> None:
         await asyncio.gather(first, second)
 
 
+async def test_a_stream_comes_back_to_a_full_server_when_it_said() -> None:
+    engine = GatedEngine()
+    model = ready_model(engine, queue_items_max=1, admission=False, limiter=False, rows_preferred=1)
+    async with served(model) as it, it.client() as client, client.stream("m", in_flight=8) as stream:
+        for number in range(4):
+            await stream.send(rows(float(number)))
+        await engine.begun()
+        await eventually(lambda: bool(stream._session._delayed))
+        engine.open()
+        assert [value(await stream.receive(timeout=TIMEOUT_S)) for _ in range(4)] == [0, 2, 4, 6]
+        assert stream.resent >= 1
+
+
 async def test_mutual_tls_and_names(tmp_path: Path, each_transport: str) -> None:
     if each_transport != "grpcio":
         pytest.skip("TLS is grpcio's, whatever the transport")

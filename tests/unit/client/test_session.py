@@ -140,6 +140,38 @@ def test_errors_are_results() -> None:
     assert b is not None
 
 
+def test_a_request_that_was_refused_with_a_hint_is_sent_again_then_and_in_its_place() -> None:
+    now_s = 100.0
+    session = Session(retry=lambda error, tries: error.retry_after_s if tries < 3 else None, clock=lambda: now_s)
+    session.opened()
+    ask(session, "a", "b")
+    a, b = sent(session)
+    refused = answer(a, error="full")
+    refused.infer_response.parameters["mlmesh_retry_after_ms"].int64_param = 2000
+    assert session.due_s() is None
+    assert session.received(refused) == []
+    assert session.received(answer(b)) == []
+    assert (session.next(), session.due_s()) == (None, 2.0)
+    now_s = 102.0
+    assert sent(session) == [a]
+    assert session.received(refused) == []
+    # Another connection does not wait.
+    session.broke()
+    session.opened()
+    assert names(sent(session)) == ["a"]
+    results = session.received(refused)
+    assert given_out(results) == ["a", "b"]
+    assert results[0].error is not None
+
+
+def test_a_request_of_a_sequence_is_not_sent_again() -> None:
+    session = Session(retry=lambda _error, _tries: 0.0)
+    session.opened()
+    ask(session, "s", sequence=SequencePlace(id=1, start=True))
+    (result,) = session.received(answer(sent(session)[0], error="full"))
+    assert result.error is not None
+
+
 def test_answers_of_a_decoupled_model_come_as_they_come_and_once() -> None:
     session = connected("a", "b", ordered=False)
     a, b = sent(session)
