@@ -23,7 +23,13 @@ import numpy as np
 from mlmesh_inference.tensors import Array, TensorSpec, show
 
 TOLERANCES: Final[Mapping[str, float]] = MappingProxyType(
-    {"fp32": 2048 * 2.0**-24, "fp16": 8 * 2.0**-11, "bf16": 8 * 2.0**-8, "fp64": 2048 * 2.0**-24}
+    {
+        "fp64": 2048 * 2.0**-24,
+        "fp32": 2048 * 2.0**-24,
+        "tf32": 8 * 2.0**-11,
+        "fp16": 8 * 2.0**-11,
+        "bf16": 8 * 2.0**-8,
+    }
 )
 TOLERANCE_QUANTISED: Final = 8 * 2.0**-7
 """For what has no precision of its own above: as if numbers had eight bits."""

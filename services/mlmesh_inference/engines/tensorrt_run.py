@@ -123,7 +123,8 @@ class TensorRTEngine:
         self.precisions = with_tf32(found) if "tf32" in said else found
         free_after, _ = device.memory()
         self.facts = EngineFacts(
-            precision="+".join(self.precisions),
+            # The narrowest: how far its answers may be from FP32 follows from this.
+            precision=self.precisions[-1] if self.precisions else "",
             device=device_name,
             memory_bytes=max(0, free_before - free_after),
             memory_source=MemorySource.DEVICE,

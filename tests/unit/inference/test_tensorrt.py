@@ -7,6 +7,7 @@ tests/gpu.
 from __future__ import annotations
 
 import ctypes
+import json
 from enum import Enum
 from types import SimpleNamespace
 from typing import Any
@@ -173,6 +174,7 @@ class Maker:
         self.refuses = changes.get("refuses", False)
         self.kind = changes.get("kind", "FLOAT")
         self.width = changes.get("width", 4)
+        self.inspected = changes.get("inspected", "")
 
     def context(self, strategy: Strategy) -> Context:
         assert strategy is Strategy.USER_MANAGED
@@ -197,12 +199,14 @@ class Maker:
             get_tensor_shape=lambda name: shapes[name],
             get_tensor_mode=lambda name: Mode.INPUT if name == "x" else Mode.OUTPUT,
             create_execution_context=self.context,
+            create_engine_inspector=lambda: SimpleNamespace(get_engine_information=lambda _form: self.inspected),
         )
         runtime = SimpleNamespace(deserialize_cuda_engine=lambda plan: None if self.refuses else engine)
         base = type("ILogger", (), {"Severity": SimpleNamespace(ERROR=1, INTERNAL_ERROR=2)})
         return Bindings(
             ILogger=base,
             Runtime=lambda _logger: runtime,
+            LayerInformationFormat=SimpleNamespace(JSON=1),
             TensorIOMode=Mode,
             TensorLocation=Place,
             ExecutionContextAllocationStrategy=Strategy,
@@ -363,7 +367,28 @@ def test_what_cannot_be_served_is_refused_when_built(changes: dict[str, Any], te
     assert device.blocks == {}
 
 
-def test_the_precision_is_what_was_read_back() -> None:
-    engine, _ = build(Device())
-    assert engine.facts.precision == "fp32"
+def inspected(*formats: str) -> str:
+    """What the inspector of TensorRT says of an engine with one layer."""
+    outputs = [{"Name": "y", "Dimensions": [1, 4], "Format/Datatype": each} for each in formats]
+    return json.dumps({"Layers": [{"Name": "conv", "Inputs": [], "Outputs": outputs}], "Bindings": ["x", "y"]})
+
+
+@pytest.mark.parametrize(
+    ("text", "said", "precisions"),
+    [
+        (inspected("Row major linear FP32"), (), ("fp32",)),
+        (inspected("Channel major FP16 format where channel % 8 == 0", "Row major linear FP32"), (), ("fp32", "fp16")),
+        (inspected("BFloat16", "Int32", "Bool"), (), ("bf16",)),
+        (inspected("Row major Int8 format", "Half"), ("fp32",), ("fp16", "int8")),
+        (inspected("Float"), ("tf32",), ("tf32",)),
+        (json.dumps({"Layers": ["conv", "relu"]}), ("fp16",), ("fp16",)),
+        ("no json", ("fp32",), ("fp32",)),
+    ],
+)
+def test_the_precision_is_what_was_read_back(text: str, said: tuple[str, ...], precisions: tuple[str, ...]) -> None:
+    """And what the graph said only where the engine does not tell."""
+    made = Maker(Device(), inspected=text)
+    engine = TensorRTEngine(made.module(), b"plan", made.device, said=said)  # type: ignore[arg-type]
+    assert engine.precisions == precisions
+    assert engine.facts.precision == precisions[-1], "the narrowest"
     assert engine.facts.device == "cuda:0"
