@@ -21,6 +21,7 @@ from benchmarks import (
     registry_watch,
     registry_write,
     training_ddp,
+    transports,
 )
 from benchmarks.peers import run as peers
 
