@@ -35,7 +35,6 @@ from mlmesh_inference.engines.selection import Trial, chosen
 from mlmesh_inference.follow import Backoff, Sleep, Source
 from mlmesh_inference.oip.model_config import read_text
 from mlmesh_inference.pipelines.assembly import (
-    Dependencies,
     Ensemble,
     LocalModel,
     build_ensemble,
@@ -44,6 +43,7 @@ from mlmesh_inference.pipelines.assembly import (
     runner_for,
     warm_up_step,
 )
+from mlmesh_inference.pipelines.dependencies import Dependencies
 from mlmesh_inference.scheduling.batcher import Batcher, Observer
 from mlmesh_inference.scheduling.policy import BatchPolicy, policy_of
 from mlmesh_inference.serving import CONFIG_FILE, ServingConfig
@@ -248,8 +248,8 @@ class Loading:
                 raise
             return LocalModel(engine=built.engine, policy=bounds, reason=built.reason)
 
-        build = partial(build_ensemble, config, folder=folder, files=files, served=served, build=local)
-        ensemble = await run_blocking(self.build, build)
+        build = partial(build_ensemble, config, folder=folder, files=files, catalog=self.catalog, build=local)
+        ensemble = await run_blocking(self.build, build, served=served)
         if record.signature is not None and (problem := signature_mismatch(record.signature, ensemble.signature)):
             ensemble.close()
             raise LoadError(problem)

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 
-from mlmesh_inference.catalog import Catalog, ReadyModel, State
-from mlmesh_inference.engines.base import Engine, EngineError, EngineFacts
+from mlmesh_inference.catalog import Catalog, ReadyModel
+from mlmesh_inference.engines.base import Engine, EngineError, EngineFacts, MemorySource
+from mlmesh_inference.pipelines.dependencies import Key, OtherModel
 from mlmesh_inference.pipelines.fusing import Stage, fused
 from mlmesh_inference.pipelines.graph import Graph, Part
 from mlmesh_inference.pipelines.plan import GraphError, Plan, ensemble_signature, node_of
@@ -38,8 +39,6 @@ STEPS_MAX: Final = 64
 """Most steps of an ensemble."""
 PLATFORM: Final = "ensemble"
 _WARM: Final = 32
-
-_Key = tuple[str, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -64,19 +63,21 @@ class Ensemble:
     """A checked ensemble and its engines; stands where other versions have their engine, but runs only as a graph.
 
     Attributes:
-        plan: of its steps. composing: (model, version) of other models that it needs.
+        plan: of its steps. composing: (model, version) of other models that it needs, in the catalog.
+        facts: what its own engines take of memory, together.
     """
 
     name = PLATFORM
     concurrency = 1
-    facts = EngineFacts()
 
-    def __init__(self, plan: Plan, sources: tuple[_Source, ...]) -> None:
+    def __init__(self, plan: Plan, sources: tuple[_Source, ...], catalog: Catalog) -> None:
         self.plan = plan
         self.sources = sources
+        self.catalog = catalog
+        self.facts = _facts(self._engines())
         self.reason = "; ".join(_shown(node.name, source) for node, source in zip(plan.nodes, sources, strict=True))
         self.signature = plan.signature
-        self.composing: tuple[_Key, ...] = tuple(
+        self.composing: tuple[Key, ...] = tuple(
             sorted({(source.served.name, source.served.version) for source in sources if source.served is not None})
         )
 
@@ -86,8 +87,23 @@ class Ensemble:
 
     def close(self) -> None:
         """Give back the engines of its own, once each."""
-        for engine in {id(engine): engine for source in self.sources if (engine := _engine(source))}.values():
+        for engine in self._engines():
             engine.close()
+
+    def _engines(self) -> list[Engine]:
+        return list({id(engine): engine for source in self.sources if (engine := _engine(source))}.values())
+
+
+def _facts(engines: Sequence[Engine]) -> EngineFacts:
+    memory = sum(engine.facts.memory_bytes for engine in engines)
+    precisions = sorted({engine.facts.precision for engine in engines} - {""})
+    devices = sorted({engine.facts.device for engine in engines})
+    return EngineFacts(
+        precision="+".join(precisions),
+        device=devices[-1] if devices else "cpu",
+        memory_bytes=memory,
+        memory_source=MemorySource.WEIGHTS if memory else MemorySource.UNKNOWN,
+    )
 
 
 def _shown(name: str, source: _Source) -> str:
@@ -118,88 +134,19 @@ def others(config: ServingConfig, files: Collection[str]) -> list[Step]:
     return [step for step in config.steps if not step.model.startswith(PREFIX) and not is_local(step, files)]
 
 
-class Dependencies:
-    """Which models wait for which: an ensemble that needs others waits until they answer."""
-
-    def __init__(self, catalog: Catalog) -> None:
-        self._catalog = catalog
-        self._waiting: dict[str, set[str]] = {}
-
-    async def served(self, model: str, steps: Collection[Step], waits: Callable[[str], None]) -> dict[_Key, ReadyModel]:
-        """The models of steps, by name and version as the steps have it. Waits while they are on their way.
-
-        `waits` is told why, where one of them does not come forward.
-        Raises GraphError when one is unknown or has failed, and when models wait for each other.
-        """
-        needs = {step.model for step in steps}
-        if not needs:
-            return {}
-        self._waiting[model] = needs
-        try:
-            self._check_cycle(model)
-            async with self._catalog.watch() as changes:
-                told = ""
-                while True:
-                    found = {(step.model, step.version): self._find(step) for step in steps}
-                    ready = {key: one for key, one in found.items() if one is not None}
-                    if len(ready) == len(found):
-                        return ready
-                    why = next((why for key in found if key not in ready and (why := self._stuck(key[0]))), "")
-                    if why not in ("", told):
-                        told = why
-                        waits(why)
-                    await anext(changes)
-        finally:
-            del self._waiting[model]
-
-    def _find(self, step: Step) -> ReadyModel | None:
-        ready = self._catalog.find(step.model, str(step.version) if step.version else "")
-        if ready is not None:
-            return ready
-        statuses = [
-            status
-            for status in self._catalog.statuses(step.model)
-            if status.state is not State.DRAINING and step.version in (0, status.version)
-        ]
-        shown = f"model '{step.model}'" + (f" version {step.version}" if step.version else "")
-        if not statuses:
-            raise GraphError(f"a step needs {shown}, which is neither served here nor a file of this version")
-        if all(status.state is State.FAILED for status in statuses):
-            raise GraphError(f"a step needs {shown}, which failed: {statuses[-1].error}")
-        return None
-
-    def _stuck(self, model: str) -> str:
-        """Why a model does not come forward, "" when it does."""
-        errors = [status.error for status in self._catalog.statuses(model) if status.error]
-        return f"waits for model '{model}': {errors[-1]}" if errors else ""
-
-    def _check_cycle(self, model: str) -> None:
-        path, todo = [model], [sorted(self._waiting[model])]
-        while todo:
-            if not todo[-1]:
-                todo.pop()
-                path.pop()
-                continue
-            name = todo[-1].pop()
-            if name == model:
-                raise GraphError(f"the models wait for each other: {' -> '.join([*path, model])}")
-            if name in self._waiting and name not in path:
-                path.append(name)
-                todo.append(sorted(self._waiting[name]))
-
-
 def build_ensemble(
     config: ServingConfig,
     *,
     folder: Path,
     files: Collection[str],
-    served: Mapping[_Key, ReadyModel],
+    served: Mapping[Key, ReadyModel],
+    catalog: Catalog,
     build: Callable[[Path], LocalModel],
 ) -> Ensemble:
     """Check an ensemble and build what it has of its own. Blocking; raises EngineError, nothing is left open then.
 
     Args:
-        folder: of the version, with `files`. served: what Dependencies.served found.
+        folder: of the version, with `files`. served: what Dependencies.served found in the catalog.
         build: an engine of a file, warmed up.
     """
     signature = ensemble_signature(config)
@@ -230,12 +177,8 @@ def build_ensemble(
         plan = Plan.of(signature, [stage.node for stage in joined])
         by_name = {stage.node.name: stage for stage in joined}
         ordered = [by_name[node.name] for node in plan.nodes]
-        return Ensemble(
-            plan,
-            tuple(
-                _Source(built_in=each.step) if each.step is not None else sources[each.node.name] for each in ordered
-            ),
-        )
+        chosen = [_Source(built_in=each.step) if each.step else sources[each.node.name] for each in ordered]
+        return Ensemble(plan, tuple(chosen), catalog)
     except BaseException:
         for local in locals_.values():
             local.engine.close()
@@ -358,7 +301,8 @@ def _graph(
     def part(source: _Source, step: str) -> Part:
         if source.served is not None:
             bounds = source.served.policy
-            return Part(runner=source.served.runner, batches=bounds.batches, rows_max=bounds.rows_max, owned=False)
+            other = OtherModel(ensemble.catalog, source.served.name, source.served.version)
+            return Part(runner=other, batches=bounds.batches, rows_max=bounds.rows_max, owned=False)
         engine = _engine(source)
         if engine is None:
             raise TypeError("a step has a model")

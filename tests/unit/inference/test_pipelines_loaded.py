@@ -8,14 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlmesh_inference.catalog import State
+from mlmesh_inference.catalog import Catalog, State
+from mlmesh_inference.overrides import Override
+from mlmesh_inference.pipelines.dependencies import Dependencies
+from mlmesh_inference.pipelines.plan import GraphError
 from mlmesh_inference.pipelines.streams import Iterative
 from mlmesh_inference.running import FutureSink, SequenceControl, Work, run
 from mlmesh_inference.sequences import Sequencer
+from mlmesh_inference.serving import ServingConfig, Step
 from mlmesh_inference.tensors import Array
-from mlmesh_runtime.errors import InvalidInput, Unsupported
+from mlmesh_runtime.errors import InvalidInput, MeshError, Unsupported
 from mlmesh_runtime.telemetry import REGISTRY
 from tests.support import onnx_models
+from tests.support.inference import eventually
 from tests.support.pipelines import answers, platform
 
 ADD = onnx_models.add()
@@ -269,3 +274,35 @@ async def test_an_ensemble_of_ensembles(tmp_path: Path) -> None:
     async with platform(tmp_path, models) as it:
         await it.ready("outer")
         assert (await it.ask("outer", ones(2)))["out"].tolist() == [[13.0] * 4] * 2
+
+
+async def test_a_model_of_an_ensemble_may_be_loaded_anew_or_go_by_hand(tmp_path: Path) -> None:
+    models = {"e": [config(ensemble(step("m", "in", "out")))], "m": [{"model.onnx": ADD}]}
+    async with platform(tmp_path, models) as it:
+        await it.ready("e")
+        before = it.catalog.resolve("m", "1").runner
+        await it.loader.load("m", Override(config=ServingConfig(parameters={"note": "anew"}), files={}))
+        assert it.catalog.resolve("m", "1").runner is not before
+        assert (await it.ask("e", ones()))["out"][0, 0] == 2.0
+        await it.loader.unload("m")
+        with pytest.raises(MeshError, match="'m'"):
+            await it.ask("e", ones())
+        await it.loader.load("m")
+        assert (await it.ask("e", ones()))["out"][0, 0] == 2.0
+
+
+async def test_versions_of_an_ensemble_that_wait_at_once() -> None:
+    catalog, told = Catalog(), list[str]()
+    waits = [Step(model="later", inputs={"x": "in"}, outputs={"y": "out"})]
+    dependencies = Dependencies(catalog)
+    catalog.begin("later", 1, total_bytes=0, sha256="")
+    versions = [asyncio.ensure_future(dependencies.served("e", waits, told.append)) for _ in range(2)]
+    await asyncio.sleep(0)
+    with pytest.raises(GraphError, match="wait for each other: later -> e -> later"):
+        await dependencies.served("later", [Step(model="e")], told.append)
+    catalog.progress("later", 1, State.FETCHING, error="the registry does not answer")
+    catalog.progress("later", 1, State.FETCHING, error="the registry does not answer")
+    await eventually(lambda: told == ["waits for model 'later': the registry does not answer"] * 2)
+    catalog.forget("later", 1)
+    errors = await asyncio.gather(*versions, return_exceptions=True)
+    assert ["neither served here" in str(error) for error in errors] == [True, True]
