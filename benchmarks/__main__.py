@@ -44,6 +44,7 @@ BENCHMARKS |= {"training-ddp": training_ddp.main, "peers": peers.main}
 BENCHMARKS |= {"inference-path": inference_path.main, "inference-soak": inference_soak.main}
 BENCHMARKS |= {"inference-scheduler": inference_scheduler.main, "inference-limits": inference_limits.main}
 BENCHMARKS |= {"inference-overload": inference_overload.main}
+BENCHMARKS |= {"transports": transports.main}
 
 
 def main() -> None:

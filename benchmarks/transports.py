@@ -1,8 +1,8 @@
 """What does one message cost on each transport, answered by a task of its own (generic) or in bursts (direct)?
 
-Method: an echo of 1 KB by `mlmesh_runtime.server.Server`, one process for each of grpcio and native, generic and direct,
-and one of a bare grpc.aio server. The load comes from benchmarks/load, a client that costs a few microseconds a message.
-Rounds visit every server for every shape, in another order each time; the first is thrown away. Reported: medians of
+Method: an echo of 1 KB by `mlmesh_runtime.server.Server`, one process for each of grpcio and native, generic and
+direct, and one of a bare grpc.aio server. The load comes from benchmarks/load, a client that costs a few microseconds a
+message. Rounds visit every server for every shape, in another order each time; the first is thrown away. Reported: medians of
 messages a second, latency, and the server's CPU time a message (user and system, by psutil): the figure to trust.
 
     python -m benchmarks transports --rounds 5 --seconds 1
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib.util
 import json
 import os
 import random
@@ -27,6 +28,7 @@ import grpc
 import psutil
 
 from benchmarks.peers.load import build_client
+from benchmarks.peers.servers import Unavailable
 from mlmesh_runtime.config import Settings
 from mlmesh_runtime.direct import DirectCall
 from mlmesh_runtime.server import Server, Service
@@ -127,7 +129,20 @@ def main(arguments: list[str] | None = None) -> None:
     if given.serve:
         asyncio.run(serve(given.serve))
         return
-    client, chance = build_client(), random.Random(7)
+    if importlib.util.find_spec("mlmesh_front.mlmesh_front") is None:
+        print("transports: the native transport is not built (make front); only grpcio is measured")
+        given.servers = ",".join(name for name in given.servers.split(",") if not name.startswith("native"))
+    try:
+        client = build_client()
+    except Unavailable as missing:
+        print(f"transports: {missing}")
+        return
+    measure(given, client)
+
+
+def measure(given: argparse.Namespace, client: Path) -> None:
+    """All servers, all shapes, round by round."""
+    chance = random.Random(7)  # noqa: S311
     servers: dict[str, Started] = {}
     cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as folder:
