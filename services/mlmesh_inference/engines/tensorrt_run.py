@@ -12,12 +12,13 @@ run plainly. `tensorrt_rtx` captures by itself.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import math
 import queue
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Final
@@ -99,6 +100,7 @@ class TensorRTEngine:
     ) -> None:
         self._device = device
         self._instances: list[_Instance] = []
+        self._free: queue.SimpleQueue[_Instance] = queue.SimpleQueue()
         self._runtime = self._engine = None
         device.enter()
         free_before, _ = device.memory()
@@ -129,7 +131,6 @@ class TensorRTEngine:
             memory_bytes=max(0, free_before - free_after),
             memory_source=MemorySource.DEVICE,
         )
-        self._free: queue.SimpleQueue[_Instance] = queue.SimpleQueue()
         for instance in self._instances:
             self._free.put(instance)
 
@@ -150,14 +151,20 @@ class TensorRTEngine:
         return sum(instance.graphs for instance in self._instances)
 
     def close(self) -> None:
-        """Give GPU and pinned memory back. Safe after a failed start."""
-        self._device.enter()
+        """Give GPU and pinned memory back, also after a failed start, and on a GPU that fails.
+
+        What TensorRT made is gone before the device is let go, or its destructors would find no device.
+        """
+        with contextlib.suppress(EngineError):
+            self._device.enter()
         for instance in self._instances:
             instance.close()
         self._instances.clear()
+        self._free = queue.SimpleQueue()
         self._engine = None
         self._runtime = None
-        self._device.close()
+        with contextlib.suppress(EngineError):
+            self._device.close()
 
 
 def read_profiles(engine: Any, inputs: Sequence[TensorSpec]) -> tuple[Profile, ...]:
@@ -388,20 +395,26 @@ class _Instance:
         return len(self._lanes)
 
     def close(self) -> None:
-        """Give everything back, contexts before the memory that they use."""
-        if self._stream:
-            self._device.synchronize(self._stream)
+        """Give everything back, contexts before the memory that they use. A GPU that fails gives back what it can."""
+        device, stream = self._device, self._stream
+        if stream:
+            _try(device.synchronize, stream)
         for lane in self._lanes.values():
-            self._device.destroy_graph(lane.graph)
+            _try(device.destroy_graph, lane.graph)
         self._lanes.clear()
         self._plain.clear()
+        self._engine = None
         for buffer in self._buffers.values():
-            self._device.free(buffer.device)
-            self._device.free_host(buffer.pinned)
+            _try(device.free, buffer.device)
+            _try(device.free_host, buffer.pinned)
         self._buffers.clear()
         if self._scratch:
-            self._device.free(self._scratch)
-            self._scratch = 0
-        if self._stream:
-            self._device.destroy_stream(self._stream)
-            self._stream = 0
+            _try(device.free, self._scratch)
+        if stream:
+            _try(device.destroy_stream, stream)
+        self._scratch = self._stream = 0
+
+
+def _try(act: Callable[[int], None], what: int) -> None:
+    with contextlib.suppress(EngineError):
+        act(what)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import weakref
 from enum import Enum
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +33,9 @@ class Device:
         self.graphs: dict[int, Any] = {}
         self.launched = 0
         self.closed = False
+        self.fails = False
+        self.engine: weakref.ref[Any] | None = None
+        self.left: Any = None
         self.recording: list[Any] | None = None
         self._left = allocations_max
         self._captures = captures
@@ -73,6 +77,8 @@ class Device:
 
     def synchronize(self, stream: int) -> None:
         """Everything is done at once."""
+        if self.fails:
+            raise EngineError("cuStreamSynchronize: CUDA_ERROR_ILLEGAL_ADDRESS (700)")
 
     def begin_capture(self, stream: int) -> None:
         self.recording = []
@@ -94,6 +100,7 @@ class Device:
 
     def close(self) -> None:
         self.closed = True
+        self.left = self.engine() if self.engine is not None else None
 
 
 class Mode(Enum):
@@ -188,7 +195,7 @@ class Maker:
 
     def module(self) -> Any:
         shapes = {"x": (-1, self.width), "y": self.output_shape}
-        engine = SimpleNamespace(
+        engine = Bindings(
             num_io_tensors=2,
             num_optimization_profiles=len(self.ranges),
             device_memory_size_v2=512,
@@ -201,7 +208,10 @@ class Maker:
             create_execution_context=self.context,
             create_engine_inspector=lambda: SimpleNamespace(get_engine_information=lambda _form: self.inspected),
         )
-        runtime = SimpleNamespace(deserialize_cuda_engine=lambda plan: None if self.refuses else engine)
+        self.device.engine = weakref.ref(engine)
+        made = [None if self.refuses else engine]
+        del engine
+        runtime = SimpleNamespace(deserialize_cuda_engine=lambda plan: made.pop())
         base = type("ILogger", (), {"Severity": SimpleNamespace(ERROR=1, INTERNAL_ERROR=2)})
         return Bindings(
             ILogger=base,
@@ -310,6 +320,30 @@ def test_instances_have_memory_of_their_own() -> None:
     assert len({context.scratch for context in made.contexts}) == 2
     engine.close()
     assert device.blocks == {}
+
+
+def test_what_tensorrt_made_is_gone_before_the_device_is() -> None:
+    device = Device()
+    engine, _ = build(device, instances=2)
+    engine.run({"x": rows(1.0)}, ["y"])
+    assert device.engine is not None
+    assert device.engine() is not None
+    engine.close()
+    assert device.closed
+    assert device.left is None
+
+
+def test_a_gpu_that_fails_is_given_back_all_the_same() -> None:
+    device = Device()
+    engine, _ = build(device)
+    engine.run({"x": rows(1.0)}, ["y"])
+    device.fails = True
+    with pytest.raises(EngineError, match="ILLEGAL_ADDRESS"):
+        engine.run({"x": rows(1.0)}, ["y"])
+    engine.close()
+    assert device.blocks == {}
+    assert device.streams == set()
+    assert device.closed
 
 
 def test_no_rows_do_not_reach_the_gpu() -> None:
