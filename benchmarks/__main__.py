@@ -10,11 +10,13 @@ from pathlib import Path
 import typer
 
 from benchmarks import (
+    inference_engines,
     inference_limits,
     inference_overload,
     inference_path,
     inference_scheduler,
     inference_soak,
+    memory_unload,
     paths,
     registry_search,
     registry_transfer,
@@ -45,6 +47,7 @@ BENCHMARKS |= {"inference-path": inference_path.main, "inference-soak": inferenc
 BENCHMARKS |= {"inference-scheduler": inference_scheduler.main, "inference-limits": inference_limits.main}
 BENCHMARKS |= {"inference-overload": inference_overload.main}
 BENCHMARKS |= {"transports": transports.main}
+BENCHMARKS |= {"inference-engines": inference_engines.main, "memory-unload": memory_unload.main}
 
 
 def main() -> None:
