@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from mlmesh_inference.config import VARIABLES, InferenceSettings
@@ -82,3 +84,18 @@ def test_a_wrong_number_names_its_variable(name: str, value: str) -> None:
 def test_a_wrong_selector_names_its_variable() -> None:
     with pytest.raises(ConfigError, match="MLMESH_SERVE: 'Mnist@x' is none of"):
         InferenceSettings.from_settings(settings(MLMESH_SERVE="Mnist@x"))
+
+
+def test_streams_that_move(tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    key.write_bytes(b"sixteen bytes or more\n")
+    found = InferenceSettings.from_settings(settings(MLMESH_STREAM_AGE_S="90.5", MLMESH_STREAM_KEY=str(key)))
+    assert (found.stream_age_s, found.stream_key) == (90.5, b"sixteen bytes or more")
+    assert "sixteen" not in repr(found)
+    for text in ("-1", "soon", "inf", "nan"):
+        with pytest.raises(ConfigError, match="MLMESH_STREAM_AGE_S"):
+            InferenceSettings.from_settings(settings(MLMESH_STREAM_AGE_S=text))
+    key.write_bytes(b"short")
+    for path in (key, tmp_path / "none"):
+        with pytest.raises(ConfigError, match="MLMESH_STREAM_KEY"):
+            InferenceSettings.from_settings(settings(MLMESH_STREAM_KEY=str(path)))
