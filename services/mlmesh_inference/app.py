@@ -29,6 +29,7 @@ from mlmesh_inference.load import LoadMeter
 from mlmesh_inference.loader import Loader
 from mlmesh_inference.loading import Loading
 from mlmesh_inference.moving import OpenStreams
+from mlmesh_inference.oip import model_repository
 from mlmesh_inference.oip.dialects import TRITON, add_to_server
 from mlmesh_inference.oip.direct import DirectInfer, DirectStreamInfer
 from mlmesh_inference.oip.infer import shutting_down
@@ -132,25 +133,33 @@ def services(
     direct: dict[str, DirectMethod] = {"ModelInfer": DirectInfer(catalog, regions=memory, always_raw=raw)}
     if protocol.dialect == TRITON:
         direct["ModelStreamInfer"] = DirectStreamInfer(catalog, regions=memory, always_raw=raw)
+    inference = OpenInferenceServicer(
+        catalog,
+        repository,
+        version=server_version(),
+        going_away=going_away,
+        streaming=streaming,
+        settings=protocol,
+        memory=memory,
+        traces=traces or TraceSettings(exporting=tracing()),
+    )
     return [
         Service(
             add=add_to_server,
-            servicer=OpenInferenceServicer(
-                catalog,
-                repository,
-                version=server_version(),
-                going_away=going_away,
-                streaming=streaming,
-                settings=protocol,
-                memory=memory,
-                traces=traces or TraceSettings(exporting=tracing()),
-            ),
+            servicer=inference,
             descriptor=_SERVICE,
             validate=False,
             deadline_optional=METHODS,
             direct=direct,
             going_away=shutting_down,
             trailers=reporter.trailers if protocol.load_trailers else None,
+        ),
+        Service(
+            add=model_repository.add_to_server,
+            servicer=model_repository.ModelRepositoryServicer(inference),
+            descriptor=model_repository.DESCRIPTOR,
+            validate=False,
+            deadline_optional=model_repository.METHODS,
         ),
         Service(
             add=control_pb2_grpc.add_InferenceControlServiceServicer_to_server,

@@ -75,10 +75,15 @@ ensemble_scheduling { step [
 _DECOUPLED: Final = b"model_transaction_policy { decoupled: true }"
 
 
+def available(transport: str) -> bool:
+    """Whether a transport is here."""
+    spec = importlib.util.find_spec("mlmesh_front")
+    return transport == "grpcio" or (spec is not None and spec.origin is not None)
+
+
 def usable(transport: str) -> str:
     """The transport, or a visible skip where it was not built."""
-    spec = importlib.util.find_spec("mlmesh_front") if transport == "native" else None
-    if transport == "native" and (spec is None or spec.origin is None):
+    if not available(transport):
         pytest.skip("the native transport is not here: `make front` builds it")
     return transport
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ import pytest
 from mlmesh_inference.config import ProtocolSettings
 from open_inference import grpc_service_pb2 as pb
 from open_inference import grpc_service_pb2_grpc as stubs
-from tests.support.oip_server import TRANSPORTS, foreign, oip_server, usable
+from tests.support.oip_server import TRANSPORTS, available, foreign, oip_server, usable
 
 SUM = [[n + 3 for n in range(16)]]
 DIFFERENCE = [[n - 3 for n in range(16)]]
@@ -24,9 +27,29 @@ def transport(request: pytest.FixtureRequest) -> str:
     return usable(request.param)
 
 
-async def test_kserves_client(transport: str, tmp_path: Path) -> None:
-    async with oip_server(tmp_path, transport=transport) as server:
-        told = json.loads((await foreign("kserve", "kserve_client.py", server.address)).splitlines()[-1])
+@contextlib.asynccontextmanager
+async def servers(root: Path, *dialects: str) -> AsyncIterator[dict[str, str]]:
+    """A server of every transport and dialect, by address: one process of a client, slow to start, sees all."""
+    here = [name for name in TRANSPORTS if available(name)]
+    async with contextlib.AsyncExitStack() as stack:
+        found = {}
+        for transport, dialect in itertools.product(here, dialects):
+            protocol = ProtocolSettings(dialect=dialect)
+            folder = root / f"{transport}-{dialect}"
+            server = await stack.enter_async_context(oip_server(folder, transport=transport, protocol=protocol))
+            found[server.address] = dialect
+        yield found
+
+
+async def test_kserves_client(tmp_path: Path) -> None:
+    async with servers(tmp_path, "triton") as found:
+        lines = (await foreign("kserve", "kserve_client.py", *found)).splitlines()
+    assert len(lines) == len(found)
+    for line in lines:
+        kserve_saw(json.loads(line))
+
+
+def kserve_saw(told: dict[str, Any]) -> None:
     assert [told[name] for name in ("live", "ready", "model_ready", "unknown_ready")] == [True, True, True, False]
     for raw in (False, True):
         answer = {"id": "k1", "model": "simple", "version": "1", "sum": SUM, "difference": DIFFERENCE}
@@ -44,11 +67,16 @@ async def test_kserves_client(transport: str, tmp_path: Path) -> None:
     assert told["nothing"][0] == "INVALID_ARGUMENT"
 
 
-@pytest.mark.parametrize("default", ["triton", "mlserver"])
-async def test_mlservers_stubs(default: str, transport: str, tmp_path: Path) -> None:
-    protocol = ProtocolSettings(dialect=default)
-    async with oip_server(tmp_path, transport=transport, protocol=protocol) as server:
-        told = json.loads((await foreign("mlserver", "mlserver_client.py", server.address, default)).splitlines()[-1])
+async def test_mlservers_stubs(tmp_path: Path) -> None:
+    async with servers(tmp_path, "triton", "mlserver") as found:
+        given = [f"{address}={dialect}" for address, dialect in found.items()]
+        lines = (await foreign("mlserver", "mlserver_client.py", *given)).splitlines()
+    assert len(lines) == len(found)
+    for line in lines:
+        mlserver_saw(json.loads(line))
+
+
+def mlserver_saw(told: dict[str, Any]) -> None:
     assert [told[name] for name in ("live", "ready", "model_ready")] == [True, True, True]
     assert (told["metadata"], told["metadata_parameters"]) == (METADATA, 0)
     for raw in (False, True):
@@ -65,6 +93,9 @@ async def test_mlservers_stubs(default: str, transport: str, tmp_path: Path) -> 
     assert told["after_unload"][0] == "NOT_FOUND"
     assert told["after_load"]
     assert told["load_unknown"][0] == "NOT_FOUND"
+    assert told["older_index"] == told["index"]
+    assert (told["older_unload"], told["older_load"]) == (False, True)
+    assert told["older_unknown"] == ["NOT_FOUND", "Model nobody not found"]
 
 
 @pytest.mark.parametrize("default", ["triton", "mlserver"])

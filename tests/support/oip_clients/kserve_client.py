@@ -1,4 +1,4 @@
-"""KServe's own client, unchanged, against the server at the address given: prints what it saw as JSON.
+"""KServe's own client, unchanged, against the servers at the addresses given: prints a line of JSON for each.
 
 Runs in KServe's environment (.tools/kserve), where nothing of ours is.
 """
@@ -74,4 +74,5 @@ async def main(address: str) -> dict:
     return told
 
 
-print(json.dumps(asyncio.run(main(sys.argv[1]))))
+for each in sys.argv[1:]:
+    print(json.dumps(asyncio.run(main(each))))

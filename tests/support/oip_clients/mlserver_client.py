@@ -1,4 +1,5 @@
-"""MLServer's own stubs and converters, unchanged, against the server at the address given: prints what it saw as JSON.
+"""MLServer's own stubs and converters, unchanged, against the servers given as ADDRESS=DIALECT: prints a line
+of JSON for each.
 
 Runs in MLServer's environment (.tools/mlserver), where nothing of ours is.
 """
@@ -10,8 +11,10 @@ import sys
 import grpc
 from mlserver.codecs import NumpyCodec
 from mlserver.grpc import dataplane_pb2 as pb
+from mlserver.grpc import model_repository_pb2 as repository_pb
 from mlserver.grpc.converters import ModelInferRequestConverter, ModelInferResponseConverter
 from mlserver.grpc.dataplane_pb2_grpc import GRPCInferenceServiceStub
+from mlserver.grpc.model_repository_pb2_grpc import ModelRepositoryServiceStub
 from mlserver.types import InferenceRequest, RequestInput
 
 HEADER = (("x-oip-dialect", "mlserver"),)
@@ -88,7 +91,18 @@ async def main(address: str, default: str) -> dict:
         told["load_unknown"] = await code_of(
             stub.RepositoryModelLoad(pb.RepositoryModelLoadRequest(model_name="nobody"))
         )
+        older = ModelRepositoryServiceStub(channel)
+        index = await older.RepositoryIndex(repository_pb.RepositoryIndexRequest(ready=True))
+        told["older_index"] = [[m.name, m.version, m.state] for m in index.models]
+        named = repository_pb.RepositoryModelLoadRequest(model_name="simple")
+        await older.RepositoryModelUnload(repository_pb.RepositoryModelUnloadRequest(model_name="simple"))
+        told["older_unload"] = (await stub.ModelReady(pb.ModelReadyRequest(name="simple"))).ready
+        await older.RepositoryModelLoad(named)
+        told["older_load"] = (await stub.ModelReady(pb.ModelReadyRequest(name="simple"))).ready
+        named.model_name = "nobody"
+        told["older_unknown"] = await code_of(older.RepositoryModelLoad(named))
     return told
 
 
-print(json.dumps(asyncio.run(main(sys.argv[1], sys.argv[2]))))
+for each in sys.argv[1:]:
+    print(json.dumps(asyncio.run(main(*each.split("=")))))
