@@ -2,8 +2,9 @@
 
 Method: an echo of 1 KB by `mlmesh_runtime.server.Server`, one process for each of grpcio and native, generic and
 direct, and one of a bare grpc.aio server. The load comes from benchmarks/load, a client that costs a few microseconds a
-message. Rounds visit every server for every shape, in another order each time; the first is thrown away. Reported: medians of
-messages a second, latency, and the server's CPU time a message (user and system, by psutil): the figure to trust.
+message. Rounds visit every server for every shape, in another order each time; the first is thrown away. Reported:
+medians of messages a second, latency, and the server's CPU time a message (user and system, by psutil), which is the
+figure to trust.
 
     python -m benchmarks transports --rounds 5 --seconds 1
 """
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import importlib.util
 import json
 import os
 import random
@@ -29,9 +29,10 @@ import psutil
 
 from benchmarks.peers.load import build_client
 from benchmarks.peers.servers import Unavailable
-from mlmesh_runtime.config import Settings
+from mlmesh_runtime.config import ConfigError, Settings
 from mlmesh_runtime.direct import DirectCall
 from mlmesh_runtime.server import Server, Service
+from mlmesh_runtime.transport import choose
 from tests.support.echo import PROTOS, EchoServicer, Text, echo_service
 
 SERVERS = ("native direct", "native generic", "grpcio direct", "grpcio generic", "bare grpc.aio")
@@ -129,8 +130,10 @@ def main(arguments: list[str] | None = None) -> None:
     if given.serve:
         asyncio.run(serve(given.serve))
         return
-    if importlib.util.find_spec("mlmesh_front.mlmesh_front") is None:
-        print("transports: the native transport is not built (make front); only grpcio is measured")
+    try:
+        choose(Settings(service="bench", transport="native"))
+    except ConfigError as missing:
+        print(f"transports: only grpcio is measured: {missing}")
         given.servers = ",".join(name for name in given.servers.split(",") if not name.startswith("native"))
     try:
         client = build_client()
