@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from mlmesh_inference.engines.base import EngineError
-from mlmesh_inference.engines.tensorrt_run import GRAPHS_MAX, TensorRTEngine
+from mlmesh_inference.engines.tensorrt_instance import GRAPHS_MAX
+from mlmesh_inference.engines.tensorrt_run import TensorRTEngine
 from mlmesh_runtime.errors import InvalidInput
 from tests.support.inference import rows
 
