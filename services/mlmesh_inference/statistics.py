@@ -112,7 +112,7 @@ class Statistics:
         self.model = model
         self.version = version
         self._wall = wall
-        self._tracer = tracer
+        self.tracer = tracer
         self.last_inference_s = 0.0
         self.inference_count = 0
         self.execution_count = 0
@@ -172,10 +172,10 @@ class Statistics:
         size.input.add(before_ns)
         size.infer.add(engine_ns)
         size.output.add(after_ns)
-        if self._tracer is not None:
+        if self.tracer is not None:
             for item in items:
                 if item.work.trace is not None:
-                    self._tracer.batch(report, model=self.model, version=self.version)
+                    self.tracer.batch(report, model=self.model, version=self.version)
                     break
 
     def _requests(self, items: Sequence[Pending], formed_ns: int) -> None:

@@ -17,6 +17,7 @@ from mlmesh_inference.engines.onnx import OnnxKind
 from mlmesh_inference.loader import Loader
 from mlmesh_inference.loading import Loading
 from mlmesh_inference.running import Answer, Work, run
+from mlmesh_inference.statistics import Tracer
 from mlmesh_inference.tensors import Array, object_array
 from mlmesh_runtime.executors import Executors
 from tests.support.registry_source import MemoryRegistry
@@ -76,7 +77,12 @@ async def answers(ready: ReadyModel, work: Work) -> list[Answer]:
 
 @contextlib.asynccontextmanager
 async def platform(
-    root: Path, models: Mapping[str, Sequence[Files]], *, rows_max: int = 8, concurrency: int = 1
+    root: Path,
+    models: Mapping[str, Sequence[Files]],
+    *,
+    rows_max: int = 8,
+    concurrency: int = 1,
+    tracer: Tracer | None = None,
 ) -> AsyncIterator[Platform]:
     """Serve models: by name, the files of each of their versions."""
     source, changed = MemoryRegistry(), asyncio.Event()
@@ -96,6 +102,7 @@ async def platform(
             settings=settings,
             disk=executors["disk"],
             build=executors["build"],
+            tracer=tracer,
         )
         loader = Loader(loading, fallback_s=0.05)
         async with asyncio.TaskGroup() as group:

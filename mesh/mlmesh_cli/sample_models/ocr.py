@@ -65,7 +65,10 @@ ensemble_scheduling {
 }
 parameters [
   { key: "mlmesh.text-input.side_min" value: { string_value: "320" } },
-  { key: "mlmesh.text-input.side_max" value: { string_value: "1536" } }
+  { key: "mlmesh.text-input.side_max" value: { string_value: "1536" } },
+  { key: "mlmesh.text-boxes.boxes_max" value: { string_value: "100" } },
+  { key: "mlmesh.text-crops.width_max" value: { string_value: "1280" } },
+  { key: "mlmesh.requests_max" value: { string_value: "16" } }
 ]
 """
 _STREAMED = "model_transaction_policy { decoupled: true }\n"

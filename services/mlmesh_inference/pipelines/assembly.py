@@ -208,7 +208,8 @@ def warm_up_step(engine: Engine, *, batches: bool) -> None:
 
 
 def _check_parameters(config: ServingConfig) -> None:
-    """Refuse options of steps that are not there."""
+    """Refuse options of steps that are not there, and bounds that are none."""
+    _requests_max(config, BatchPolicy())
     known = {step.model for step in config.steps}
     for name in config.parameters:
         step = name.rpartition(".")[0]
@@ -273,6 +274,16 @@ def runner_for(
     return Decoupled(runner) if config.decoupled else runner
 
 
+def _requests_max(config: ServingConfig, policy: BatchPolicy) -> int:
+    """Requests under way at once: those of a graph hold what every step of theirs made. Raises EngineError."""
+    said = config.parameter("requests_max")
+    if not said:
+        return policy.queue_items_max
+    if not (said.isascii() and said.isdigit() and int(said)):
+        raise EngineError(f"parameter mlmesh.requests_max: expected a number of 1 or more; got {said[:64]!r}")
+    return min(int(said), policy.queue_items_max)
+
+
 def _step_policy(queue_items_max: int) -> BatchPolicy:
     """Of a built-in step: every request by itself. What a run takes depends on the request, so no time is foretold."""
     return BatchPolicy(
@@ -309,7 +320,7 @@ def _graph(
         bounds = source.local.policy if source.local is not None else _step_policy(policy.queue_items_max)
         runner = runners.get(id(engine))
         if runner is None:
-            own.append(Statistics(f"{model}:{step}", statistics.version))
+            own.append(Statistics(f"{model}:{step}", statistics.version, tracer=statistics.tracer))
             runner = make(engine, bounds, own[-1], f"{name}:{step}")
             runners[id(engine)] = runner
         return Part(runner=runner, batches=bounds.batches, rows_max=bounds.rows_max)
@@ -320,7 +331,7 @@ def _graph(
         parts,
         statistics,
         name=model,
-        requests_max=policy.queue_items_max,
+        requests_max=_requests_max(config, policy),
         decoupled=config.decoupled,
         closing=[each.close for each in own],
     )

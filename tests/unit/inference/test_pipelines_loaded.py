@@ -14,6 +14,7 @@ from mlmesh_inference.pipelines.dependencies import Dependencies
 from mlmesh_inference.pipelines.plan import GraphError
 from mlmesh_inference.pipelines.streams import Iterative
 from mlmesh_inference.running import FutureSink, SequenceControl, Work, run
+from mlmesh_inference.scheduling.batcher import BatchReport
 from mlmesh_inference.sequences import Sequencer
 from mlmesh_inference.serving import ServingConfig, Step
 from mlmesh_inference.tensors import Array
@@ -170,6 +171,27 @@ async def test_an_ensemble_of_the_versions_own_files(tmp_path: Path) -> None:
         assert ready.statistics.inference_count == 3
 
 
+class Recorder:
+    """A tracer that remembers whose batches it was told of."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, int]] = []
+
+    def batch(self, report: BatchReport, *, model: str, version: int) -> None:
+        self.seen.append((model, version))
+
+
+async def test_requests_under_way_and_steps_in_traces_are_what_was_said(tmp_path: Path) -> None:
+    more = 'parameters { key: "mlmesh.requests_max" value { string_value: "3" } }'
+    text = ensemble(step("first.onnx", "in", "out"), more=more)
+    tracer = Recorder()
+    async with platform(tmp_path, {"e": [config(text, first=ADD)]}, tracer=tracer) as it:
+        ready = await it.ready("e")
+        assert ready.runner.capacity == 3
+        await run(ready.runner, Work(inputs=ones(), outputs=("out",), trace="sampled"))
+        assert sorted(tracer.seen) == [("e", 1), ("e:first.onnx", 1)]
+
+
 async def test_an_ensemble_of_other_models_waits_for_them_and_keeps_their_versions(tmp_path: Path) -> None:
     text = ensemble(step("m", "in", "a"), step("n", "a", "out", version=1))
     models = {"e": [config(text)], "m": [{"model.onnx": ADD}], "n": [{"model.onnx": ADD_10}]}
@@ -209,6 +231,15 @@ async def test_an_ensemble_of_other_models_waits_for_them_and_keeps_their_versio
                 )
             ),
             "the ensemble has no step 'mlmesh.classes'",
+        ),
+        (
+            config(
+                ensemble(
+                    step("m", "in", "out"),
+                    more='parameters { key: "mlmesh.requests_max" value { string_value: "0" } }',
+                )
+            ),
+            "mlmesh.requests_max: expected a number of 1 or more",
         ),
         (config(ensemble(step("broken.onnx", "in", "out")), broken=b"no model"), "it is no well-formed ONNX model"),
     ],
