@@ -28,7 +28,7 @@ TIMEOUT_S = 60.0
 PART = 150
 PAUSE_S = 0.002
 
-pytestmark = [pytest.mark.timeout(180), pytest.mark.usefixtures("each_transport")]
+pytestmark = pytest.mark.timeout(180)
 
 
 class Servers:
@@ -178,10 +178,10 @@ async def test_every_message_is_answered_once_and_in_order_whatever_happens(each
     assert connections >= 6
 
 
-async def test_a_draining_server_sends_a_sequences_state_along(tmp_path: Path, each_transport: str) -> None:
+async def test_a_draining_server_sends_a_sequences_state_along(tmp_path: Path) -> None:
     key = tmp_path / "key"
     key.write_bytes(b"a key of sixteen bytes or more")
-    async with two_servers(each_transport, str(key)) as (servers, proxy):
+    async with two_servers("grpcio", str(key)) as (servers, proxy):
         client = AioClient(proxy.address, timeout=TIMEOUT_S)
         async with client, client.stream("sum") as stream:
             total = 0
