@@ -86,7 +86,11 @@ class Wrapper:
                 direct((call,))
                 answer = await call.outcome
                 if isinstance(answer, MeshError):
-                    raise answer
+                    try:
+                        raise answer
+                    finally:
+                        # Its traceback holds this frame, which would hold it, and the request, till collected.
+                        del answer, call
                 if answer is not None:
                     return answer
                 response = behaviour(decode(method, raw), context)

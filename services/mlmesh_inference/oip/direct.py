@@ -258,6 +258,8 @@ def _refuse_message(call: DirectCall, request_id: str, model_name: str, error: E
 
 def _told(error: Exception) -> MeshError:
     if isinstance(error, MeshError):
+        # Where it was raised is of no interest, but would keep the request until the call is forgotten.
+        error.__traceback__ = error.__context__ = error.__cause__ = None
         return error
     fixed = InternalError.fresh()
     _LOG.error("unexpected error in a request", exc_info=error, extra={"log_id": fixed.log_id})

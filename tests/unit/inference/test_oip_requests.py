@@ -132,7 +132,7 @@ async def test_contents_that_are_there_and_empty_do_not_hurt_raw_ones(model: Rea
         (raw, lambda m: [m.outputs.add(name="sum") for _ in "12"], "output 'sum' already exists in request"),
         (raw, lambda m: m.parameters["triton_x"].SetInParent(), "parameter keys starting with 'triton_' are reserved"),
         (raw, lambda m: setattr(m.parameters["timeout"], "string_param", "1"), "'timeout' parameter"),
-        (raw, lambda m: setattr(m.parameters["timeout"], "int64_param", -1), "'timeout' parameter"),
+        (raw, lambda m: setattr(m.parameters["timeout"], "int64_param", -1), "'timeout'"),
     ],
 )
 async def test_what_is_refused(
@@ -292,7 +292,7 @@ async def test_reserved_parameters_are_read_and_the_rest_is_the_models(model: Re
         ("sequence_id", {"string_param": "x" * 129}, "128 characters"),
         ("sequence_start", {"int64_param": 1}, "'sequence_start' parameter, expected bool_param"),
         ("sequence_end", {"string_param": "1"}, "'sequence_end' parameter, expected bool_param"),
-        ("priority", {"int64_param": -1}, "'priority' parameter"),
+        ("priority", {"int64_param": -1}, "'priority'"),
         ("priority", {"string_param": "1"}, "'priority' parameter, expected int64_param or uint64_param"),
         ("timeout", {"double_param": 1.0}, "'timeout' parameter, expected int64_param or uint64_param"),
         ("triton_enable_empty_final_response", {"int64_param": 1}, "expected bool_param"),
@@ -383,7 +383,7 @@ async def test_tensors_in_shared_memory(model: ReadyModel) -> None:
         (lambda m: None, "expected 1 raw_input_contents for model 'm', one an input, got 2"),
         (lambda m: m.raw_input_contents.pop() and placed(m.inputs[0], 0, 12), "Expected 16, got 12"),
         (lambda m: m.raw_input_contents.pop() and placed(m.inputs[0], 60, 16), "outside"),
-        (lambda m: m.raw_input_contents.pop() and placed(m.inputs[0], -1, 16), "'shared_memory_offset' parameter"),
+        (lambda m: m.raw_input_contents.pop() and placed(m.inputs[0], -1, 16), "'shared_memory_offset'"),
         (
             lambda m: m.raw_input_contents.pop() and m.inputs[0].parameters.pop("shared_memory_byte_size"),
             "'shared_memory_byte_size'",
