@@ -7,7 +7,7 @@ from typing import Final
 
 from mlmesh_inference.scheduling.execution import Run
 from mlmesh_inference.scheduling.limiter import GradientLimiter
-from mlmesh_inference.scheduling.pace import WAY_BACK, Pace, end_ns
+from mlmesh_inference.scheduling.pace import USABLE_LEAST, USABLE_MOST, Pace, end_ns
 from mlmesh_inference.scheduling.policy import BatchPolicy
 from mlmesh_inference.scheduling.queue import BatchQueue, Pending
 from mlmesh_runtime.errors import Overloaded
@@ -49,6 +49,9 @@ class Admission:
         """Nothing that waits takes longer than this a row ahead of it, and this beside."""
         self.least_ns = 0
         """No batch takes less."""
+        self.usable = USABLE_MOST
+        """Share of a caller's time that may be used here; see `pace`."""
+        self._lost = 0
         self._refresh()
 
     def _refresh(self) -> None:
@@ -65,10 +68,19 @@ class Admission:
         if run.alone is None:
             expected = max([item.expected_ns for item in run.items])
             self.pace.observe(run.rows, took, done_ns - expected if expected else None)
+        if self._lost:
+            self._lost = 0
+            self.usable = max(USABLE_LEAST, self.usable - 0.02)
+        else:
+            self.usable = min(USABLE_MOST, self.usable + 0.001)
         if self.limiter is not None:
             seen = done_ns * count - sum([item.arrived_ns for item in run.items])
             self.limiter.observe(done_ns, requests=count, seen_ns=seen, base_ns=took, inside=inside)
         self._refresh()
+
+    def lost(self) -> None:
+        """Somebody who was let in was not answered in time."""
+        self._lost += 1
 
     def no_room(self, item: Pending, queue: BatchQueue, running_items: int) -> tuple[str, Overloaded] | None:
         """Why somebody has to be refused for this request to come in: the outcome's name, and what to tell.
@@ -101,7 +113,7 @@ class Admission:
             instances=self._instances,
         )
         item.expected_ns = end
-        late = end + pace.margin_ns - (now + WAY_BACK * (deadline_ns - now)) if deadline_ns else 0.0
+        late = end + pace.margin_ns - (now + self.usable * (deadline_ns - now)) if deadline_ns else 0.0
         if start_by_ns:
             late = max(late, end - pace.full_ns + pace.margin_ns - start_by_ns)
         if late <= 0:

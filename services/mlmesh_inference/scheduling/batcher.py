@@ -23,7 +23,6 @@ from mlmesh_inference.engines.base import Engine
 from mlmesh_inference.running import Answer, Sink, Work, run, shape_key
 from mlmesh_inference.scheduling.admission import Admission
 from mlmesh_inference.scheduling.execution import Clock, Run, execute, outcomes
-from mlmesh_inference.scheduling.pace import WAY_BACK
 from mlmesh_inference.scheduling.policy import BatchPolicy
 from mlmesh_inference.scheduling.queue import PATIENCE_NS, BatchQueue, Pending
 from mlmesh_inference.scheduling.workers import Workers
@@ -166,7 +165,7 @@ class Batcher:
             if (
                 waiting >= known.plenty
                 or waiting + self._running_items >= known.limit
-                or (latest and WAY_BACK * (latest - now) < queue.rows * known.row_ns + known.turn_ns)
+                or (latest and known.usable * (latest - now) < queue.rows * known.row_ns + known.turn_ns)
             ):
                 self._admit(item, deadline_ns, start_by)
             if deadline_ns:
@@ -259,6 +258,7 @@ class Batcher:
             self._observer.dropped(item, "cancelled")
         else:
             self._observer.dropped(item, "expired")
+            self._admission.lost()
             item.sink.fail(_expired())
 
     def _execute(self, run: Run) -> None:
@@ -280,6 +280,8 @@ class Batcher:
         for item, outcome in zip(run.items, outcomes(run), strict=True):
             sink = item.sink
             if sink.done():
+                if 0 < item.work.deadline_ns <= run.engine_end_ns:
+                    self._admission.lost()
                 continue
             if outcome is None:
                 sink.fail(_expired())

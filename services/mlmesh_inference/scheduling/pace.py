@@ -7,9 +7,11 @@ instances, each as long as full batches took lately; then its own batch.
 How far that can be trusted is measured as TCP does for its timer (V. Jacobson, SIGCOMM 1988; RFC 6298): times of
 batches are smoothed with gain 1/8; so are the errors of what was foreseen, whose smoothed deviation (gain 1/4) counts
 four times on top. That margin is never less than an eighth of a batch, nor more than one. A tenth of the caller's time
-is left for what nobody sees here: the answer's way back, and the caller's own delays. So a request is refused rather
-too early than too late, which costs no throughput: it is refused only while others keep the engine busy. With a free
-instance and nothing waiting nobody is refused, whatever was foreseen: that is how a wrong estimate is corrected.
+is left for what nobody sees here: the answer's way back, and the caller's own delays; two hundredths more after each
+batch with somebody who was let in and not answered in time, up to half, and a thousandth less after each batch without.
+So a request is refused rather too early than too late, which costs no throughput: it is refused only while others keep
+the engine busy. With a free instance and nothing waiting nobody is refused, whatever was foreseen: that is how a wrong
+estimate is corrected.
 """
 
 from __future__ import annotations
@@ -17,8 +19,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-WAY_BACK: Final = 0.9
-"""Share of the caller's time that may be used here."""
+USABLE_MOST: Final = 0.9
+"""Share of a caller's time that may be used here when all goes well."""
+USABLE_LEAST: Final = 0.5
 _DEVIATIONS: Final = 4
 _MARGIN_LEAST: Final = 1 / 8
 """Of a full batch."""

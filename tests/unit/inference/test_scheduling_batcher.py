@@ -14,7 +14,7 @@ from mlmesh_inference.scheduling.policy import BatchPolicy
 from mlmesh_inference.scheduling.queue import Pending
 from mlmesh_inference.serving import QueueConfig
 from mlmesh_runtime.errors import Overloaded, TimedOut
-from tests.support.inference import GatedEngine, rows, submitted
+from tests.support.inference import GatedEngine, eventually, rows, submitted
 
 MS = 1_000_000
 SECONDS = {1: 0.010, 8: 0.080}
@@ -109,6 +109,29 @@ async def test_who_waited_too_long_to_be_in_time_is_not_run_in_vain() -> None:
     await first
     assert engine.batches == [[0.0]]
     assert seen.dropped_as == ["expired"]
+    await it.drain()
+
+
+async def test_who_is_not_answered_in_time_makes_it_more_careful_for_a_while() -> None:
+    engine, clock = GatedEngine(), Clock()
+    it = batcher(engine, clock=clock, rows_preferred=1)
+    known = it._admission
+    assert known.usable == 0.9
+    for number in range(30):
+        late = submit(it, 1.0, deadline_ns=clock.now + 10 * MS)
+        await engine.begun()
+        clock.now += 11 * MS
+        late.cancel()  # as a transport does when the time is over
+        engine.step()
+        submit(it, float(number))
+        await engine.begun()
+        engine.step()
+        await eventually(lambda: not it._running)
+    assert known.usable < 0.6
+    engine.open()
+    for _ in range(400):
+        await submit(it, 1.0)
+    assert known.usable == 0.9
     await it.drain()
 
 
