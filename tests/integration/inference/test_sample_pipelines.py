@@ -131,9 +131,13 @@ def test_a_text_comes_back_as_the_encoders_vector(reference: np.ndarray[Any, Any
         ).as_numpy("embedding")
         return found
 
+    steps = client.get_model_config("minilm").config.ensemble_scheduling.step
+    assert [step.model_name for step in steps] == ["mlmesh.tokenize", "encoder.onnx", "mlmesh.mean-pool"]
     together = embedded(TEXTS)
     np.testing.assert_allclose(together, reference, atol=2e-5)
     np.testing.assert_allclose(embedded(TEXTS[3:4]), reference[3:4], atol=2e-5)
+    (statistics,) = client.get_inference_statistics("minilm", "1").model_stats
+    assert statistics.inference_count >= len(TEXTS) + 1
     likeness = together @ together.T
     assert likeness[0, 1] > 0.5
     assert likeness[0, 2] < 0.2
