@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 from pathlib import Path
@@ -11,6 +12,17 @@ import pytest
 
 from mlmesh_inference.oip.shared_memory import REGIONS_MAX, SharedMemory, is_local, only_local
 from mlmesh_runtime.errors import AlreadyExists, Denied, InvalidInput, MeshError, NotFound, Overloaded
+
+
+def held_open(folder: Path) -> list[str]:
+    """Names of what this process has open in a folder."""
+    found = []
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            path = Path(os.readlink(f"/proc/self/fd/{number}"))
+            if path.parent == folder:
+                found.append(path.name)
+    return found
 
 
 @pytest.fixture
@@ -57,11 +69,10 @@ def test_what_cannot_be_registered(
     (tmp_path / "link").symlink_to(tmp_path / "seg")
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
-    before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(InvalidInput):
         memory.register(name, key, offset, size)
     assert memory.status("") == {}
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert held_open(tmp_path) == []
 
 
 @pytest.mark.parametrize(("offset", "size"), [(33, 0), (0, 33), (-1, 1), (0, -1), (1 << 70, 1), (0, 1 << 70)])
@@ -94,7 +105,6 @@ def test_more_than_the_window_holds_is_refused(memory: SharedMemory, tmp_path: P
 def test_a_request_under_way_outlives_its_region_and_then_the_file_is_closed(
     memory: SharedMemory, tmp_path: Path
 ) -> None:
-    before = len(os.listdir("/proc/self/fd"))
     memory.register("in", "/seg", 0, 64)
     window = memory.window("in", 0, 4)
     memory.unregister("in")
@@ -104,9 +114,10 @@ def test_a_request_under_way_outlives_its_region_and_then_the_file_is_closed(
     os.close(other)
     assert (tmp_path / "seg").read_bytes()[:4] == b"late"
     assert (tmp_path / "other").read_bytes() == b"untouched"
+    assert held_open(tmp_path) == ["seg"]
     del window
     gc.collect()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert held_open(tmp_path) == []
 
 
 def test_names_are_taken_once_and_given_back(memory: SharedMemory) -> None:
