@@ -418,7 +418,7 @@ impl Front {
 }
 
 /// One unary call, or one message of a stream: `mlmesh_runtime.direct.DirectCall`.
-#[pyclass(frozen, module = "mlmesh_front", freelist = 256)]
+#[pyclass(frozen, module = "mlmesh_front")]
 pub struct DirectCall {
     shared: Arc<Shared>,
     slot: Option<u64>,
