@@ -6,8 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 
+import numpy as np
+
 from mlmesh_client.errors import InferenceError, invalid
-from mlmesh_client.tensors import Array, TensorSpec, convert, outputs, raw
+from mlmesh_client.tensors import Array, TensorSpec, convert, datatype_of, outputs, raw
 from open_inference import grpc_service_pb2 as pb
 
 Inputs: TypeAlias = Mapping[str, Any] | Any
@@ -148,7 +150,7 @@ def request_of(
         request.inputs.add(name=spec.name, datatype=spec.datatype, shape=array.shape)
         request.raw_input_contents.append(raw(array, spec.datatype))
     for name in wanted or ():
-        if name not in {spec.name for spec in model.outputs}:
+        if model.outputs and name not in {spec.name for spec in model.outputs}:
             names = [spec.name for spec in model.outputs]
             raise invalid(f"model '{model.name}' has no output '{name}'; it has {names}", "outputs")
         request.outputs.add(name=name)
@@ -169,7 +171,12 @@ def request_of(
 
 
 def arrays_of(model: Model, inputs: Inputs) -> list[tuple[TensorSpec, Array]]:
-    """Inputs in the model's order, converted. Raises InvalidInput."""
+    """Inputs in the model's order, converted. Raises InvalidInput.
+
+    Some servers (KServe, MLServer) say nothing of a model's tensors; arrays then are sent as they are.
+    """
+    if not model.inputs:
+        return _undescribed(model, inputs)
     if not isinstance(inputs, Mapping):
         if len(model.inputs) != 1:
             names = [spec.name for spec in model.inputs]
@@ -181,6 +188,14 @@ def arrays_of(model: Model, inputs: Inputs) -> list[tuple[TensorSpec, Array]]:
             raise invalid(f"model '{model.name}' has no input '{name}'; it takes {sorted(known)}", "inputs")
     # One that is missing may be optional, which only the server knows.
     return [(spec, convert(inputs[name], spec)) for name, spec in known.items() if name in inputs]
+
+
+def _undescribed(model: Model, inputs: Inputs) -> list[tuple[TensorSpec, Array]]:
+    if not isinstance(inputs, Mapping) or not all(isinstance(array, np.ndarray) for array in inputs.values()):
+        message = f"the server does not tell what model '{model.name}' takes: give numpy arrays, by name"
+        raise invalid(message, "inputs")
+    specs = [TensorSpec(name=name, datatype=datatype_of(a, name), shape=a.shape) for name, a in inputs.items()]
+    return [(spec, convert(inputs[spec.name], spec)) for spec in specs]
 
 
 def _set(parameter: pb.InferParameter, name: str, value: Parameter) -> None:

@@ -84,6 +84,18 @@ def show(shape: Sequence[int]) -> str:
     return "[" + ",".join(map(str, shape)) + "]"
 
 
+def datatype_of(array: Array, name: str) -> str:
+    """The datatype of an array by itself. Raises InvalidInput where there is none."""
+    if array.dtype.kind in "OSU":
+        return _BYTES
+    if array.dtype == BFLOAT16:
+        return _BF16
+    for datatype, dtype in DTYPES.items():
+        if array.dtype == dtype:
+            return datatype
+    raise invalid(f"input '{name}' is {array.dtype}, which has no datatype", f"inputs[{name}].datatype")
+
+
 def convert(value: Any, spec: TensorSpec) -> Array:
     """What a caller gave, as an array of the model's datatype. Raises InvalidInput that says what does not fit.
 

@@ -140,3 +140,25 @@ def test_a_request_carries_what_was_asked_for() -> None:
         "s": "string_param",
         "priority": "uint64_param",
     }
+
+
+def test_a_server_that_describes_nothing_gets_arrays_as_they_are() -> None:
+    unknown = Model(name="m", platform="", versions=(), inputs=(), outputs=())
+    given = {
+        "f": np.ones((1, 2), np.float32),
+        "i": np.ones(3, np.int8),
+        "s": np.array(["a"]),
+        "b": np.ones(2, ml_dtypes.bfloat16),
+    }
+    request = request_of(unknown, given, wanted=["whatever"])
+    assert [(t.name, t.datatype, list(t.shape)) for t in request.inputs] == [
+        ("f", "FP32", [1, 2]),
+        ("i", "INT8", [3]),
+        ("s", "BYTES", [1]),
+        ("b", "BF16", [2]),
+    ]
+    for wrong in ({"x": [1.0]}, np.ones(2)):
+        with pytest.raises(InvalidInput, match="give numpy arrays, by name"):
+            request_of(unknown, wrong)
+    with pytest.raises(InvalidInput, match="complex128, which has no datatype"):
+        request_of(unknown, {"x": np.ones(1, np.complex128)})
