@@ -221,7 +221,11 @@ class _Stream:
         if self._sequences:
             if not self._shared.tokens.sealed or not self._sequences.portable:
                 return None
-            states = self._sequences.take()
+            try:
+                states = self._sequences.take()
+            except MeshError:
+                # On its way from one engine of this process to another at this very moment.
+                return None
         token = Token(moves=self._moves + 1, owner=self._owner, written_s=self._shared.wall(), sequences=tuple(states))
         try:
             return self._shared.tokens.write(token)
