@@ -39,7 +39,8 @@ _Key = tuple[str, Id]
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Sequence:
-    """A live sequence. `turn` is the request that runs; `ending` after one that says END was taken."""
+    """A live sequence. `turn` is the request that runs; `ending` after one that says END was taken; `coming` while a
+    request of it still runs where it lived before."""
 
     key: _Key
     state: dict[str, Array]
@@ -47,10 +48,11 @@ class _Sequence:
     queue: deque[tuple[Work, Sink]] = field(default_factory=deque)
     turn: _Turn | None = None
     ending: bool = False
+    coming: bool = False
 
     @property
     def busy(self) -> bool:
-        return self.turn is not None or bool(self.queue)
+        return self.turn is not None or bool(self.queue) or self.coming
 
 
 class _Turn:
@@ -115,6 +117,7 @@ class Sequencer:
         self._wanted: dict[tuple[str, ...], tuple[str, ...]] = {}
         self._taken = 0
         self._draining = False
+        self._successor: Sequencer | None = None
         self._quiet = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
 
@@ -259,6 +262,10 @@ class Sequencer:
         sequence.turn = None
         sequence.used_ns = self._clock()
         self._over(sequence, turn.work)
+        self._advance(sequence)
+
+    def _advance(self, sequence: _Sequence) -> None:
+        """Let the next request of a sequence run; with none left, it may go on elsewhere."""
         while sequence.queue:
             work, sink = sequence.queue.popleft()
             if sink.done():
@@ -271,6 +278,8 @@ class Sequencer:
                 sink.fail(error)
             else:
                 return
+        if self._successor is not None:
+            self._successor._handed(sequence, ended=self._sequences.get(sequence.key) is not sequence)
 
     def _over(self, sequence: _Sequence, work: Work) -> None:
         self._taken -= 1
@@ -302,6 +311,36 @@ class Sequencer:
                 del self._sequences[sequence.key]
             else:
                 return
+
+    def adopt(self, before: Sequencer) -> None:
+        """Go on with the sequences of the runner that answered for this version until now, such as by another engine.
+
+        Those whose requests run there come when these are done; what is asked of them meanwhile waits here. Sequences
+        of another kind of state are left to end.
+        """
+        if before._plan.states != self._plan.states:
+            return
+        before._successor = self
+        for key, old in list(before._sequences.items()):
+            if len(self._sequences) >= self._sequences_max:
+                return
+            sequence = self._begin(key)
+            sequence.ending = old.ending
+            if old.busy:
+                sequence.coming = True
+            else:
+                sequence.state = old.state
+                del before._sequences[key]
+
+    def _handed(self, old: _Sequence, *, ended: bool) -> None:
+        sequence = self._sequences.get(old.key)
+        if sequence is None or not sequence.coming:
+            return
+        sequence.coming, sequence.state, sequence.used_ns = False, old.state, self._clock()
+        if ended and not sequence.queue:
+            del self._sequences[old.key]
+        else:
+            self._advance(sequence)
 
     def snapshot(self, tenant: str, sequence_id: Id) -> Mapping[str, Array]:
         """The state of a sequence between two requests, by input of the model; copies.

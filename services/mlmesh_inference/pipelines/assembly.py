@@ -274,6 +274,12 @@ def runner_for(
     return Decoupled(runner) if config.decoupled else runner
 
 
+def take_over(runner: Runner, before: Runner) -> None:
+    """Let a version's new runner go on where the one before it was; what that one runs, it ends."""
+    if isinstance(runner, Sequencer) and isinstance(before, Sequencer):
+        runner.adopt(before)
+
+
 def _requests_max(config: ServingConfig, policy: BatchPolicy) -> int:
     """Requests under way at once: those of a graph hold what every step of theirs made. Raises EngineError."""
     said = config.parameter("requests_max")

@@ -279,6 +279,34 @@ async def test_a_state_goes_on_elsewhere() -> None:
     assert state["total"].tolist() == [[5.0]]
 
 
+async def test_another_engine_of_the_version_goes_on_with_its_sequences() -> None:
+    old = Summing()
+    before, after = sequencer(old), sequencer(Summing(is_open=True))
+    running = [send(before, "busy", 1, "start"), send(before, "busy", 2), send(before, "ends", 7, "start", "end")]
+    await old.begun()
+    before.restore("", "idle", {"total": np.full((1, 1), 40, np.float32)})
+    after.adopt(before)
+    assert (before.sequences, after.sequences) == (2, 3)
+    idle = send(after, "idle", 2)
+    waits = [send(after, "busy", 3), send(after, "ends", 1, "start")]
+    with pytest.raises(InvalidInput, match="START"):
+        send(after, "stranger", 1)
+    assert await value(idle) == 42
+    assert not any(each.done() for each in waits)
+    old.open()
+    assert [await value(each) for each in running] == [1, 3, 7]
+    assert [await value(each) for each in waits] == [6, 1]
+    await before.drain()
+    assert (before.sequences, after.sequences) == (0, 3)
+
+
+async def test_sequences_of_another_kind_of_state_are_left_to_end() -> None:
+    before, after = sequencer(Summing(is_open=True)), sequencer(Summing(is_open=True), SequenceConfig())
+    await send(before, 7, 1, "start")
+    after.adopt(before)
+    assert (before.sequences, after.sequences) == (1, 0)
+
+
 async def test_a_state_is_taken_between_requests_only_and_checked() -> None:
     engine = Summing()
     it = sequencer(engine)
