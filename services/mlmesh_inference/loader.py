@@ -178,7 +178,10 @@ class Loader:
                 key=(model.name, model.version),
                 memory_bytes=model.facts.memory_bytes,
                 used_s=self._used_s(model),
-                pinned=(model.name, model.version) in needed or (model.name, model.version) in self._tasks,
+                pinned=(model.name, model.version) in needed
+                or (model.name, model.version) in self._tasks
+                # Sleep would forget them; nobody's sequence rests longer than its model's idle time.
+                or getattr(model.runner, "sequences", 0) > 0,
             )
             for model in ready
         ]

@@ -41,6 +41,7 @@ from mlmesh_inference.pipelines.assembly import (
     callers_signature,
     others,
     runner_for,
+    take_over,
     warm_up_step,
 )
 from mlmesh_inference.pipelines.dependencies import Dependencies
@@ -194,6 +195,8 @@ class Loading:
         name = f"{record.model}/{record.version}"
         make = partial(_batcher, prepared.seconds)
         runner = runner_for(prepared.config, engine, served.policy, statistics, name=name, make=make)
+        if before is not None:
+            take_over(runner, before.runner)
         statistics.watch_depth(lambda: runner.depth, lambda: getattr(runner, "concurrency_limit", 0))
         ready = ReadyModel(
             name=record.model,
