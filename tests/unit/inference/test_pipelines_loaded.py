@@ -337,3 +337,19 @@ async def test_versions_of_an_ensemble_that_wait_at_once() -> None:
     catalog.forget("later", 1)
     errors = await asyncio.gather(*versions, return_exceptions=True)
     assert ["neither served here" in str(error) for error in errors] == [True, True]
+
+
+async def test_sequences_outlive_a_load_under_another_configuration(tmp_path: Path) -> None:
+    async with platform(tmp_path, {"s": [config(SEQUENCE, model=onnx_models.accumulate())]}) as it:
+        await it.ready("s")
+
+        async def add(value: int, *, start: bool = False) -> int:
+            control = SequenceControl(id=3, start=start)
+            work = Work(inputs={"INPUT": np.array([[value]], np.int32)}, outputs=("OUTPUT",), sequence=control)
+            return int((await run(it.catalog.resolve("s", "").runner, work))[0].item())
+
+        assert await add(5, start=True) == 5
+        before = it.catalog.resolve("s", "")
+        await it.loader.load("s", Override(config=before.config))
+        assert it.catalog.resolve("s", "").runner is not before.runner
+        assert await add(6) == 11
