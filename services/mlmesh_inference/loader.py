@@ -356,7 +356,7 @@ class Loader:
             records = await run_blocking(self._loading.disk, uploaded, model, override)
             for record in records:
                 for file in record.files:
-                    await self._loading.keep(file, override.files[record.version][file.path])
+                    await self._loading.fetching.keep(file, override.files[record.version][file.path])
         brought = {**{name: there for name, there in self._brought.items() if name != model}, model: records}
         view = overlaid(self._follower.view or self._remembered, brought)
         if view is None or not view.numbers(model):

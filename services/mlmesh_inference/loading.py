@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from mlmesh_inference.catalog import Catalog, ReadyModel, State
 from mlmesh_inference.choosing import EngineChooser, Plan, Queue, When
 from mlmesh_inference.config import InferenceSettings
 from mlmesh_inference.configured import ConfigError, batched, read_labels, rows_bounds, sample, served_signature
-from mlmesh_inference.desired import ModelFile, VersionRecord, signature_mismatch
+from mlmesh_inference.desired import VersionRecord, signature_mismatch
 from mlmesh_inference.engine_options import engine_options
 from mlmesh_inference.engines.base import (
     BuiltEngine,
@@ -32,7 +31,8 @@ from mlmesh_inference.engines.base import (
 from mlmesh_inference.engines.inspection import inspect
 from mlmesh_inference.engines.memory import GrowthMeter
 from mlmesh_inference.engines.selection import Trial, chosen
-from mlmesh_inference.follow import Backoff, Sleep, Source
+from mlmesh_inference.fetching import FetchError, Fetching
+from mlmesh_inference.follow import Sleep, Source
 from mlmesh_inference.oip.model_config import read_text
 from mlmesh_inference.pipelines.assembly import (
     Ensemble,
@@ -51,13 +51,11 @@ from mlmesh_inference.serving import CONFIG_FILE, ServingConfig
 from mlmesh_inference.statistics import MemoryUse, Statistics, Tracer
 from mlmesh_inference.tensors import Array, Signature, TensorSpec, show
 from mlmesh_inference.tuning import settle
-from mlmesh_runtime.chunks import crc32c
-from mlmesh_runtime.errors import Corrupt, InvalidInput, MeshError, NotFound
+from mlmesh_runtime.errors import MeshError
 from mlmesh_runtime.executors import BoundedExecutor, run_blocking
 
 _LOG = logging.getLogger(__name__)
 
-CORRUPT_ATTEMPTS_MAX: Final = 3
 GROWTH: Final = GrowthMeter()
 """Memory that engines take; one a process, because memory is the process's."""
 _PLATFORMS: Final = {"onnxruntime-cpu": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}
@@ -90,9 +88,14 @@ class Loading:
     chooser: EngineChooser | None = None
     waiting: Queue[tuple[Prepared, ReadyModel]] = field(default_factory=Queue)
     dependencies: Dependencies = field(init=False)
+    fetching: Fetching = field(init=False)
 
     def __post_init__(self) -> None:
-        """Ensembles of a process wait for models of its catalog."""
+        """Ensembles of a process wait for models of its catalog; its versions share what is fetched."""
+        fetching = Fetching(
+            source=self.source, cache=self.cache, catalog=self.catalog, disk=self.disk, sleep=self.sleep
+        )
+        object.__setattr__(self, "fetching", fetching)
         object.__setattr__(self, "dependencies", Dependencies(self.catalog))
 
     async def load(
@@ -123,7 +126,7 @@ class Loading:
         self.catalog.begin(model, version, total_bytes=record.size, sha256=file.sha256 if file else "")
         built: BuiltEngine | None = None
         try:
-            await self._fetch_until_here(record, stalled)
+            await self.fetching.fetch(record, stalled)
             folder = await run_blocking(self.disk, self.cache.lay_out, record)
             if config is None:
                 config = await run_blocking(self.disk, read_config, folder, record)
@@ -139,7 +142,7 @@ class Loading:
                 prepared = await settle(self, prepared)
                 built = prepared.built
             labels = await run_blocking(self.disk, read_labels, folder, config)
-        except (LoadError, EngineError, ConfigError) as error:
+        except (LoadError, FetchError, EngineError, ConfigError) as error:
             return self._failed(record, built, str(error))
         except Exception as error:  # the other models must go on
             _LOG.exception("loading failed unexpectedly", extra={"model": model, "version": version})
@@ -277,62 +280,6 @@ class Loading:
             names = ", ".join(kind.name for kind in self.kinds)
             raise LoadError(f"the configuration asks for engine {config.engine[:64]!r}; there are {names}")
         return build_preferred(kinds, path, options)
-
-    async def keep(self, file: ModelFile, data: bytes) -> None:
-        """Put bytes that somebody brought along where a fetch would have put them."""
-        if await run_blocking(self.disk, self.cache.has, file):
-            return
-
-        def write() -> None:
-            writer = self.cache.writer(file)
-            try:
-                rest = data[writer.committed :]
-                writer.write(writer.committed, rest, crc32c(rest))
-                writer.finish()
-            finally:
-                writer.close()
-
-        await run_blocking(self.disk, write)
-
-    async def _fetch_until_here(self, record: VersionRecord, stalled: Callable[[], None]) -> None:
-        backoff, corrupt = Backoff(), 0
-        while True:
-            try:
-                return await self._fetch(record)
-            except (NotFound, InvalidInput) as error:
-                raise LoadError(error.message) from error
-            except (MeshError, OSError) as error:
-                text = error.message if isinstance(error, MeshError) else str(error)
-                corrupt += isinstance(error, Corrupt)
-                if corrupt >= CORRUPT_ATTEMPTS_MAX:
-                    raise LoadError(f"{text} ({corrupt} times)") from error
-                _LOG.warning("fetch failed", extra={"model": record.model, "version": record.version, "error": text})
-                self.catalog.progress(record.model, record.version, State.FETCHING, error=text)
-                stalled()
-                await self.sleep(backoff.next_s())
-
-    async def _fetch(self, record: VersionRecord) -> None:
-        done = 0
-        for file in record.files:
-            if not await run_blocking(self.disk, self.cache.has, file):
-                await self._download(file, record, done)
-            done += file.size
-            self.catalog.progress(record.model, record.version, State.FETCHING, fetched_bytes=done)
-
-    async def _download(self, file: ModelFile, record: VersionRecord, done: int) -> None:
-        """Fetch one file, from where an earlier fetch was cut."""
-        writer = await run_blocking(self.disk, self.cache.writer, file)
-        try:
-            if writer.committed < file.size:
-                async with aclosing(self.source.download(file, writer.committed)) as chunks:
-                    async for chunk in chunks:
-                        committed = await run_blocking(self.disk, writer.write, *chunk)
-                        fetched = done + committed
-                        self.catalog.progress(record.model, record.version, State.FETCHING, fetched_bytes=fetched)
-            await run_blocking(self.disk, writer.finish)
-        finally:
-            # A write that a thread has begun must end first; the executor's queue may be full of others' work.
-            await asyncio.shield(run_blocking(self.disk, writer.close))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
