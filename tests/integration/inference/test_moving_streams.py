@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from mlmesh.inference.v1 import control_pb2, control_pb2_grpc
+from mlmesh_cli.app import app
 from mlmesh_inference.catalog import Catalog, ReadyModel
 from mlmesh_inference.oip import stream as streams
 from mlmesh_inference.oip.stream import Streaming
@@ -233,3 +236,23 @@ async def test_a_cancelled_stream_withdraws_what_waits() -> None:
         engine.open()
         await eventually(lambda: model.runner.depth == 0)
         assert len(engine.batches) == 1
+
+
+async def test_streams_are_listed_and_moved_from_the_command_line_without_a_laptop_mesh() -> None:
+    def mlmesh(*arguments: str) -> Any:
+        done = CliRunner().invoke(app, ["streams", *arguments, "-o", "json"])
+        assert done.exit_code == 0, done.stderr
+        return json.loads(done.stdout)
+
+    async with served(ready_model(GatedEngine(is_open=True))) as it:
+        call = it.open()
+        await call.write(request(1))
+        await call.read()
+        at = ("--address", it.server.address)
+        (process,) = (await asyncio.to_thread(mlmesh, "list", *at))["processes"]
+        assert process["streams"] == {"models/m/versions/1": 1}
+        assert (await asyncio.to_thread(mlmesh, "move", "m/2", *at))["asked"] == 0
+        assert (await asyncio.to_thread(mlmesh, "move", "m/1", "--spread", "0", *at))["asked"] == 1
+        assert token_of(await call.read())
+        await call.done_writing()
+        assert await read_to_end(call) == (grpc.StatusCode.OK, [])
