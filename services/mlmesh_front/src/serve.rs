@@ -36,7 +36,10 @@ const PENDING_BYTES: usize = 4 * 1024 * 1024;
 const UNSENT_BYTES: usize = 1024 * 1024;
 /// A call reset so soon after its begin was not given up by somebody who waited.
 const RAPID_RESET_NS: u64 = 20_000_000;
-const RAPID_RESET_COST: f64 = 4.0;
+const RAPID_RESET_COST: f64 = 0.5;
+const LATE_RESET_COST: f64 = 0.02;
+/// Deadlines so short are no reason to give a call up.
+const SHORT_DEADLINE_NS: u64 = 1_000_000;
 /// Answers' bytes on one connection that nobody reads, before it gets no more calls.
 const CONNECTION_UNSENT: usize = 64 * 1024 * 1024;
 /// How long the end of a stream waits that has sent nothing yet, and whose peer may be sending.
@@ -422,11 +425,16 @@ impl Serving {
         for stream in resets {
             let key = self.conn.streams.borrow().get(&stream).copied();
             let Some(key) = key else {
-                self.conn.seen.control(1.0, "too many resets");
+                // Answered meanwhile: what a peer does whose deadline ended as ours did.
+                self.conn.seen.control(LATE_RESET_COST, "too many resets");
                 continue;
             };
-            let begun = self.world.with(key, |entry| entry.shared.started_ns).unwrap_or(now);
-            if now.saturating_sub(begun) < RAPID_RESET_NS {
+            let rapid = self.world.with(key, |entry| {
+                let (begun, deadline) = (entry.shared.started_ns, entry.shared.deadline_ns);
+                let expired = deadline != 0 && now >= deadline && deadline - begun > SHORT_DEADLINE_NS;
+                now.saturating_sub(begun) < RAPID_RESET_NS && !expired
+            });
+            if rapid == Some(true) {
                 self.conn.seen.control(RAPID_RESET_COST, "too many resets");
             }
             self.world.cancel(key, Status::new(wire::CANCELLED, ""), false);

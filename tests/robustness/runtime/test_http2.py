@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import grpc
+import h2.exceptions
 import hyperframe.frame as frames
 import psutil
 import pytest
@@ -51,7 +52,7 @@ async def ends(raw: Raw, *, timeout_s: float = 10.0) -> None:
 async def test_rapid_resets_end_the_connection(each_transport: str) -> None:
     servicer = EchoServicer()
     async with serving(echo_service(servicer)) as server, connected(server.address) as raw:
-        for _ in range(200):
+        for _ in range(400 if each_transport == "native" else 200):
             for _ in range(20):
                 stream = raw.http.get_next_available_stream_id()
                 raw.http.send_headers(stream, request())
@@ -97,6 +98,26 @@ async def test_a_thousand_calls_given_up_in_time_are_no_attack() -> None:
                 raw.http.reset_stream(stream, 8)
             await raw.send()
         assert (await raw.call(request(), [framed(HI)])).status == 0
+
+
+async def test_deadlines_that_end_are_no_attack() -> None:
+    """Calls with 5 ms to live, which their client gives up when these are over, as fast as they come."""
+
+    async def hold(request: Any) -> None:
+        if request.text == "wait":
+            await asyncio.Event().wait()
+
+    async with serving(echo_service(EchoServicer(hold))) as server, connected(server.address) as raw:
+        wait = framed(Text(text="wait").SerializeToString())
+        for _ in range(60):
+            streams = [await raw.open(request(grpc_timeout="5m"), wait) for _ in range(80)]
+            await asyncio.sleep(0.006)
+            for stream in streams:
+                with contextlib.suppress(h2.exceptions.StreamClosedError):
+                    raw.http.reset_stream(stream, 8)
+            await raw.send()
+        assert (await raw.call(request(), [framed(HI)])).status == 0
+        assert not raw.closed
 
 
 @pytest.mark.parametrize("kind", ["ping", "settings", "empty data", "continuation", "priority"])
