@@ -175,6 +175,26 @@ async def test_priority_and_timeout_of_requests_reach_the_queue() -> None:
     assert engine.batches == [[1.0], [4.0], [3.0]]
 
 
+async def test_probes_and_statistics_do_not_wait_behind_inference() -> None:
+    engine = GatedEngine()
+    model = ready_model(engine, queue_items_max=4)
+    async with served(model) as (stub, channel):
+        calls = [stub.ModelInfer(request(1.0), timeout=20)]
+        await engine.begun()
+        calls += [stub.ModelInfer(request(2.0 + n), timeout=20) for n in range(4)]
+        await eventually(lambda: model.runner.depth == 4)
+        assert (await stub.ServerLive(pb.ServerLiveRequest(), timeout=5)).live
+        assert (await stub.ModelReady(pb.ModelReadyRequest(name="m"), timeout=5)).ready
+        (statistics,) = (await stub.ModelStatistics(pb.ModelStatisticsRequest(name="m"), timeout=5)).model_stats
+        assert statistics.inference_count == 0
+        control: Any = control_pb2_grpc.InferenceControlServiceStub(channel)
+        asked = control_pb2.GetServedVersionRequest(name="models/m/versions/1")
+        assert (await control.GetServedVersion(asked, timeout=5)).served_version.queue_depth == 4
+        assert not any(call.done() for call in calls)
+        engine.open()
+        await asyncio.gather(*calls)
+
+
 async def test_load_reports_come_out_of_band_at_once_and_again() -> None:
     engine = GatedEngine()
     model = ready_model(engine, queue_items_max=4)
