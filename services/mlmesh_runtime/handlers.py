@@ -137,6 +137,7 @@ class Wrapper:
             rpc.lane = None
         if first is not None:
             handed = HandedOver(rpc, first, read)
+            del first  # the stream may last
             await pump(rpc, behaviour(handed, StreamContext(rpc, handed)))
 
     def _stream_unary(self, method: Method, behaviour: Callable[[Any, Any], Any]) -> Any:

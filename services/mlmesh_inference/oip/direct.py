@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError
 
 from mlmesh_inference.catalog import Catalog, ReadyModel
 from mlmesh_inference.oip import wire
-from mlmesh_inference.oip.infer import DECOUPLED, failure, parse, work_of
+from mlmesh_inference.oip.infer import DECOUPLED, failure, parse, unplaced, work_of
 from mlmesh_inference.oip.plans import Plans, Replies, plan_of
 from mlmesh_inference.oip.requests import Regions, Request, read
 from mlmesh_inference.oip.stream import ANNOUNCED
@@ -258,9 +258,7 @@ def _refuse_message(call: DirectCall, request_id: str, model_name: str, error: E
 
 def _told(error: Exception) -> MeshError:
     if isinstance(error, MeshError):
-        # Where it was raised is of no interest, but would keep the request until the call is forgotten.
-        error.__traceback__ = error.__context__ = error.__cause__ = None
-        return error
+        return unplaced(error)
     fixed = InternalError.fresh()
     _LOG.error("unexpected error in a request", exc_info=error, extra={"log_id": fixed.log_id})
     return fixed

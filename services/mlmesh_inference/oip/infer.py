@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 from mlmesh_inference.catalog import Catalog, ReadyModel
 from mlmesh_inference.oip import replies, requests, wire
@@ -20,6 +20,8 @@ from mlmesh_runtime.calls import CURRENT
 from mlmesh_runtime.errors import MeshError, NotReady, Unauthenticated, Unsupported
 from mlmesh_runtime.identity import current_identity
 from open_inference import grpc_service_pb2 as pb
+
+_Error = TypeVar("_Error", bound=Exception)
 
 DECOUPLED: Final = "ModelInfer RPC doesn't support models with decoupled transaction policy"
 
@@ -123,6 +125,13 @@ def failure(request_id: str, model_name: str, error: MeshError) -> pb.ModelStrea
     response.infer_response.model_name = model_name
     response.infer_response.parameters[replies.FINAL].bool_param = True
     return response
+
+
+def unplaced(error: _Error) -> _Error:
+    """An error to be told later. Where a MeshError was raised is of no interest, but would keep the request alive."""
+    if isinstance(error, MeshError):
+        error.__traceback__ = error.__context__ = error.__cause__ = None
+    return error
 
 
 def shutting_down() -> NotReady:

@@ -36,7 +36,7 @@ from typing import Any, Final
 from mlmesh_inference.catalog import Catalog, ReadyModel
 from mlmesh_inference.moving import MOVED, RESUMED, OpenSequences, OpenStreams, SequenceKey, Why, travelling
 from mlmesh_inference.oip import requests
-from mlmesh_inference.oip.infer import Prepared, prepare, shutting_down
+from mlmesh_inference.oip.infer import Prepared, prepare, shutting_down, unplaced
 from mlmesh_inference.oip.stream_replies import MESSAGES, empty, failed, part, unexpected_error
 from mlmesh_inference.running import SequenceControl
 from mlmesh_inference.statistics import counted
@@ -132,7 +132,7 @@ class _Slot:
     def fail(self, error: Exception) -> None:
         """See Sink."""
         if not self.settled:
-            self.error, self.settled = error, True
+            self.error, self.settled = unplaced(error), True
             if self.starts is not None:
                 self._stream.never_began(self.starts)
             self._stream.changed.set()
@@ -245,6 +245,7 @@ class _Stream:
                     self._dropped = True
                 else:
                     self._take(message, group)
+                del message  # it would be kept until the next one comes
         except MeshError as error:
             self._ending = error
         self._read_all = True
