@@ -106,11 +106,11 @@ def plot(results: dict[str, Any], path: Path) -> None:
             values += [each["loaded"], each["worked"], each["unloaded"]]
         left.plot([place / 3 for place in range(len(values))], values, style, label=name)
     left.set(xlabel="loads and unloads of MiniLM", ylabel="resident memory, MiB", ylim=0)
-    left.legend()
+    left.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize=8)
     for name, values in results["shapes"].items():
         right.plot([number for number, _ in values], [size for _, size in values], label=name)
     right.set(xlabel="batches, each of another shape", ylabel="resident memory, MiB", ylim=0)
-    right.legend()
+    right.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize=8)
     figure.savefig(path, dpi=120)
 
 
