@@ -99,3 +99,20 @@ def test_streams_that_move(tmp_path: Path) -> None:
     for path in (key, tmp_path / "none"):
         with pytest.raises(ConfigError, match="MLMESH_STREAM_KEY"):
             InferenceSettings.from_settings(settings(MLMESH_STREAM_KEY=str(path)))
+
+
+def test_choices_of_the_protocol() -> None:
+    plain = InferenceSettings.from_settings(settings()).protocol
+    assert (plain.dialect, plain.compat, plain.load_files, plain.shared_memory) == ("triton", "", False, False)
+    said = settings(
+        MLMESH_OIP_DIALECT="MLServer", MLMESH_OIP_COMPAT="triton", MLMESH_LOAD_FILES="1", MLMESH_SHARED_MEMORY="1"
+    )
+    found = InferenceSettings.from_settings(said).protocol
+    assert (found.dialect, found.compat, found.load_files, found.shared_memory) == ("mlserver", "triton", True, True)
+
+
+@pytest.mark.parametrize("name", ["MLMESH_LOAD_FILES", "MLMESH_SHARED_MEMORY"])
+@pytest.mark.parametrize("value", ["yes", "true", "2"])
+def test_what_opens_a_door_is_switched_on_by_1_only(name: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=name):
+        InferenceSettings.from_settings(settings(**{name: value}))
