@@ -277,8 +277,11 @@ async def test_a_reader_that_does_not_read_holds_back_only_itself(running: Runni
 
 
 async def test_a_broken_off_stream_withdraws_what_waits(running: Running) -> None:
-    call = running.stub.ModelStreamInfer(stream_of([request(float(n)) for n in range(5)]), timeout=TIMEOUT_S)
+    call = running.stub.ModelStreamInfer(timeout=TIMEOUT_S)
+    await call.write(request(0.0))
     await running.engine.begun()
+    for value in (1.0, 2.0, 3.0, 4.0):
+        await call.write(request(value))
     batcher = running.catalog.resolve("m", "").runner
     await eventually(lambda: batcher.depth == 4)
     items = list(batcher._queue)
