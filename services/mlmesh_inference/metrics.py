@@ -7,6 +7,7 @@ look-ups and one call a request off the hot path.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
@@ -32,7 +33,8 @@ class _Versions(Collector):
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._shown: dict[int, Statistics] = {}
+        # Whoever forgets to hide its numbers must not keep them for ever.
+        self._shown: weakref.WeakValueDictionary[int, Statistics] = weakref.WeakValueDictionary()
 
     def add(self, statistics: Statistics) -> None:
         with self._lock:
