@@ -105,6 +105,12 @@ TRANSPORT = Gauge(
     ("transport", "reason"),
     registry=REGISTRY,
 )
+CONNECTIONS_ENDED = Counter(
+    "mlmesh_server_connections_ended",
+    "Connections ended by the native transport for what their peer did: floods of control frames or resets, silence.",
+    ("reason",),
+    registry=REGISTRY,
+)
 TLS_RELOADS = Counter(
     "mlmesh_tls_reloads",
     "Changed certificate files: taken (ok), or unusable and the old certificate kept (refused).",

@@ -300,6 +300,8 @@ pub struct Hub {
     /// Direct unary calls in Python's hands.
     pub in_flight: AtomicI64,
     pub closed: AtomicBool,
+    /// Connections that were ended for what their peer did.
+    pub abuses: Mutex<std::collections::HashMap<&'static str, u64>>,
 }
 
 impl Hub {
@@ -322,6 +324,7 @@ impl Hub {
             event: unsafe { OwnedFd::from_raw_fd(fd) },
             in_flight: AtomicI64::new(0),
             closed: AtomicBool::new(false),
+            abuses: Default::default(),
         })
     }
 

@@ -224,6 +224,11 @@ impl Front {
             .collect()
     }
 
+    /// Connections that were ended for what their peer did, by reason.
+    fn ended_connections(&self) -> std::collections::HashMap<&'static str, u64> {
+        locked(&self.hub.abuses).clone()
+    }
+
     /// Close the ports, tell every peer to open nothing new, close connections as their calls end.
     fn graceful(&self) {
         self.hub.send(Out::Graceful);

@@ -271,7 +271,6 @@ async fn connection(world: Rc<World>, socket: Socket, peer: String) {
             pinged_ns: 0,
             timer: Box::pin(wake_at),
             told_graceful: false,
-            abused: false,
         };
         wire.gathers.set(true);
         std::future::poll_fn(|cx| {
@@ -323,7 +322,6 @@ struct Serving {
     pinged_ns: u64,
     timer: Pin<Box<tokio::time::Sleep>>,
     told_graceful: bool,
-    abused: bool,
 }
 
 impl Serving {
@@ -347,8 +345,11 @@ impl Serving {
         loop {
             match http.poll_accept(cx) {
                 Poll::Ready(Some(Ok((request, respond)))) => self.open(request, respond, cx),
-                Poll::Ready(_) => {
+                Poll::Ready(ended) => {
                     over = true;
+                    if let Some(Err(error)) = ended {
+                        self.broken(&error);
+                    }
                     break;
                 }
                 Poll::Pending => break,
@@ -362,8 +363,8 @@ impl Serving {
         if over {
             return Poll::Ready(());
         }
-        if self.conn.seen.abuse.get().is_some() && !self.abused {
-            self.abused = true;
+        if let Some(abuse) = self.conn.seen.abuse.get() {
+            *locked(&self.world.hub.abuses).entry(abuse).or_insert(0) += 1;
             http.abrupt_shutdown(Reason::ENHANCE_YOUR_CALM);
             // What it had sent is dropped with the connection; give the goodbye a moment to leave.
             let _ = http.poll_closed(cx);
@@ -373,6 +374,15 @@ impl Serving {
             return Poll::Ready(());
         }
         Poll::Pending
+    }
+
+    /// h2 ended the connection for what the peer sent.
+    fn broken(&self, error: &h2::Error) {
+        if error.is_library() {
+            let calm = error.reason() == Some(Reason::ENHANCE_YOUR_CALM);
+            let reason = if calm { "too much to be calm" } else { "broken HTTP/2" };
+            *locked(&self.world.hub.abuses).entry(reason).or_insert(0) += 1;
+        }
     }
 
     /// True when the peer does not answer any more.
@@ -393,6 +403,7 @@ impl Serving {
             let next = if self.pinged_ns != 0 {
                 let due = self.pinged_ns.max(read) + config.keepalive_timeout_ns;
                 if due <= now {
+                    *locked(&self.world.hub.abuses).entry("no answer to a ping").or_insert(0) += 1;
                     return true;
                 }
                 due

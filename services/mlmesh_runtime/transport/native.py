@@ -335,6 +335,7 @@ class Bulk:
     def __init__(self, front: mlmesh_front.Front, counted: Sequence[Counted]) -> None:
         self._front, self._counted = front, counted
         self._in_flight = 0
+        self._ended: dict[str, int] = {}
         self._lock = threading.Lock()
 
     def __call__(self) -> None:
@@ -355,6 +356,10 @@ class Bulk:
                 )
                 was.started, was.received, was.sent, was.seconds = started, received, sent, seconds
                 was.handled, was.buckets = handled, buckets
+            ended = self._front.ended_connections()
+            for reason, count in ended.items():
+                telemetry.CONNECTIONS_ENDED.labels(reason).inc(count - self._ended.get(reason, 0))
+            self._ended = ended
             in_flight = self._front.in_flight()
             telemetry.RPC_IN_FLIGHT.inc(in_flight - self._in_flight)
             self._in_flight = in_flight
