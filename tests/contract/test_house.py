@@ -23,6 +23,10 @@ ENVIRONMENT = {
     "mesh/mlmesh_local/__main__.py",
     "mesh/mlmesh_cli/app.py",
     "mesh/mlmesh_cli/connection.py",
+    # Children of inference get the environment with the path of modules; oneDNN reads a bound of its own there.
+    "services/mlmesh_inference/compiling.py",
+    "services/mlmesh_inference/engines/child.py",
+    "services/mlmesh_inference/engines/openvino.py",
     # Processes of a training: torch elastic tells each by variables who it is, and reads others instead of arguments.
     "services/mlmesh_training/trainer/__main__.py",
     "services/mlmesh_training/trainer/fitting/agent.py",

@@ -176,9 +176,14 @@ async def test_what_it_asks_about_server_and_models(address: str) -> None:
             "binary_tensor_data",
             "classification",
             "model_configuration",
+            "logging",
             "model_repository",
+            "model_repository(unload_dependents)",
             "parameters",
+            "schedule_policy",
+            "sequence",
             "statistics",
+            "trace",
         }
         model = await client.get_model_metadata("simple", as_json=True)
         assert model["inputs"][0] == {"name": "INPUT0", "datatype": "INT32", "shape": ["-1", "16"]}
@@ -233,12 +238,15 @@ async def test_errors_read_as_they_do_elsewhere(change: dict[str, Any], code: st
 
 async def test_not_implemented_is_told_as_such(address: str) -> None:
     async with triton_aio.InferenceServerClient(address) as client:
-        for call in (
-            client.get_system_shared_memory_status,
-            client.get_cuda_shared_memory_status,
-            client.get_trace_settings,
-            client.get_log_settings,
-        ):
+        # System shared memory is off unless the server says otherwise.
+        for call in (client.get_system_shared_memory_status, client.get_cuda_shared_memory_status):
             with pytest.raises(InferenceServerException) as caught:
                 await call()
             assert caught.value.status() == "StatusCode.UNIMPLEMENTED"
+        settings = (await client.get_log_settings()).settings
+        assert {name for name in settings if settings[name].WhichOneof("parameter_choice") == "bool_param"} == {
+            "log_info",
+            "log_warning",
+            "log_error",
+        }
+        assert "OFF" in (await client.get_trace_settings()).settings["trace_level"].value

@@ -39,7 +39,7 @@ def test_every_command_of_the_issue_is_here() -> None:
     assert names == {
         "init", "up", "down", "status", "apply", "demo", "train",
         "studies", "jobs", "models", "datasets", "infer", "routes", "traces", "certs",
-        "quota", "audit", "optimize", "streams",
+        "quota", "audit", "optimize", "streams", "engines",
     }  # fmt: skip
 
 
@@ -61,7 +61,8 @@ def test_examples_name_only_commands_and_options_that_exist() -> None:
                 continue
             found = [c for p, c in _ALL if tuple(words[1 : 1 + len(p)]) == p]
             assert found, f"{path}: {line}"
-            known = {option for parameter in found[-1].params for option in parameter.opts}
+            parameters = found[-1].params
+            known = {option for each in parameters for option in (*each.opts, *each.secondary_opts)}
             for word in words:
                 assert not word.startswith("-") or word in known, f"{path}: {word}"
 
