@@ -23,6 +23,9 @@ const PING_STRIKES: u32 = 2;
 pub struct Seen {
     pub last_read_ns: Cell<u64>,
     pub resets: RefCell<Vec<u32>>,
+    /// Streams begun in this turn, in order: h2 does not tell of those that were reset before it was asked.
+    pub opened: RefCell<Vec<u32>>,
+    opened_last: Cell<u32>,
     /// The peer broke a bound.
     pub abuse: Cell<Option<&'static str>>,
     ping_interval_ns: u64,
@@ -38,6 +41,8 @@ impl Seen {
         Seen {
             last_read_ns: Cell::new(now),
             resets: RefCell::new(Vec::new()),
+            opened: RefCell::new(Vec::new()),
+            opened_last: Cell::new(0),
             abuse: Cell::new(None),
             ping_interval_ns,
             last_ping_ns: Cell::new(0),
@@ -79,6 +84,10 @@ impl Seen {
     fn frame(&self, kind: u8, flags: u8, len: usize, stream: u32) {
         match kind {
             0 if len == 0 && flags & 1 == 0 => self.control(1.0, "too many empty frames"),
+            1 if stream > self.opened_last.get() => {
+                self.opened_last.set(stream);
+                self.opened.borrow_mut().push(stream);
+            }
             2 => self.control(1.0, "too many priorities"),
             3 => self.resets.borrow_mut().push(stream),
             4 => self.control(5.0, "too many settings"),

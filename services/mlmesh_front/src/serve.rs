@@ -36,7 +36,7 @@ const PENDING_BYTES: usize = 4 * 1024 * 1024;
 const UNSENT_BYTES: usize = 1024 * 1024;
 /// A call reset so soon after its begin was not given up by somebody who waited.
 const RAPID_RESET_NS: u64 = 20_000_000;
-const RAPID_RESET_COST: f64 = 0.5;
+const RAPID_RESET_COST: f64 = 1.0;
 const LATE_RESET_COST: f64 = 0.02;
 /// Deadlines so short are no reason to give a call up.
 const SHORT_DEADLINE_NS: u64 = 1_000_000;
@@ -257,6 +257,8 @@ async fn connection(world: Rc<World>, socket: Socket, peer: String) {
         .max_header_list_size((config.header_max * 4) as u32)
         .max_send_buffer_size(1024 * 1024)
         .max_concurrent_reset_streams(64)
+        // Calls reset before they were looked at: after a moment of no CPU they may be many. `resets` has the bound.
+        .max_pending_accept_reset_streams(1000)
         .reset_stream_duration(Duration::from_millis(100));
     let wire = Rc::new(Wire::new(socket));
     let handshake = builder.handshake::<_, Bytes>(Metered::new(wire.clone(), seen));
@@ -428,6 +430,7 @@ impl Serving {
 
     /// Streams that the peer gave up.
     fn resets(&self) {
+        let opened = std::mem::take(&mut *self.conn.seen.opened.borrow_mut());
         if self.conn.seen.resets.borrow().is_empty() {
             return;
         }
@@ -436,8 +439,10 @@ impl Serving {
         for stream in resets {
             let key = self.conn.streams.borrow().get(&stream).copied();
             let Some(key) = key else {
-                // Answered meanwhile: what a peer does whose deadline ended as ours did.
-                self.conn.seen.control(LATE_RESET_COST, "too many resets");
+                // Never looked at, or answered meanwhile: what a peer does whose deadline ended as ours did.
+                let rapid = opened.binary_search(&stream).is_ok();
+                let cost = if rapid { RAPID_RESET_COST } else { LATE_RESET_COST };
+                self.conn.seen.control(cost, "too many resets");
                 continue;
             };
             let rapid = self.world.with(key, |entry| {
