@@ -21,6 +21,7 @@ from mlmesh_inference.config import InferenceSettings, ProtocolSettings
 from mlmesh_inference.config_engines import EngineSettings
 from mlmesh_inference.control import WATCH_METHODS, InferenceControlServicer
 from mlmesh_inference.engines.base import EngineKind
+from mlmesh_inference.engines.child import Prover
 from mlmesh_inference.engines.kinds import engine_kinds as model_file_kinds
 from mlmesh_inference.engines.tensorrt import TensorRTKind
 from mlmesh_inference.engines.verdicts import VerdictStore
@@ -206,6 +207,7 @@ async def serve(settings: Settings, *, source: Source | None = None, kinds: Sequ
             disk=executors["disk"],
             build=executors["build"],
             tracer=SpanTracer(admits=traces.admits),
+            prover=Prover(VerdictStore(settings.data_dir / "verdicts")) if inference.model_trial else None,
             chooser=EngineChooser(
                 kinds,
                 inference,

@@ -49,6 +49,14 @@ VARIABLES: tuple[Variable, ...] = (
         meaning="Largest weights of one model, in MiB; a larger one is refused before it is read.",
     ),
     Variable(
+        name="MLMESH_MODEL_TRIAL",
+        default="1",
+        meaning=(
+            "1: a model file that was never seen is first loaded and run once in a process of its own, within limits. "
+            "0: not, which saves a second a new version where everybody who publishes is trusted."
+        ),
+    ),
+    Variable(
         name="MLMESH_MEMORY_MIB",
         default="",
         meaning=(
@@ -194,6 +202,7 @@ class InferenceSettings:
     concurrency_said: bool = False
     threads: int = 1
     model_bytes_max: int = 8 << 30
+    model_trial: bool = True
     memory_bytes: int = 0
     stream_age_s: float = 0.0
     stream_key: bytes = field(default=b"", repr=False)
@@ -223,6 +232,7 @@ class InferenceSettings:
             limiter=_choice(settings.environ, "MLMESH_CONCURRENCY_LIMIT", ("gradient", "off")) == "gradient",
             concurrency=_count(settings.environ, "MLMESH_ENGINE_CONCURRENCY", default=max(1, min(4, cpus))),
             threads=_count(settings.environ, "MLMESH_ENGINE_THREADS"),
+            model_trial=_choice(settings.environ, "MLMESH_MODEL_TRIAL", ("1", "0")) == "1",
             model_bytes_max=_count(settings.environ, "MLMESH_MODEL_MIB_MAX") << 20,
             memory_bytes=_count(settings.environ, "MLMESH_MEMORY_MIB", default=0) << 20,
             stream_age_s=_seconds(settings.environ, "MLMESH_STREAM_AGE_S"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -72,6 +72,7 @@ class Loading:
     Args:
         source: bytes. cache: the disk. catalog: is told how it goes. kinds: engines in order of preference.
         disk, build: executors for files and for engines.
+        prover: has a file that was never seen run where it harms nobody, and says why it may not run here, or "".
         chooser: has engines tried; without one the first of `kinds` that can serves for good.
         waiting: versions that serve and whose engines are yet to be tried; see tuning.tune.
     """
@@ -86,6 +87,7 @@ class Loading:
     tracer: Tracer | None = None
     sleep: Sleep = asyncio.sleep
     chooser: EngineChooser | None = None
+    prover: Callable[[Path, str], Awaitable[str]] | None = None
     waiting: Queue[tuple[Prepared, ReadyModel]] = field(default_factory=Queue)
     dependencies: Dependencies = field(init=False)
     fetching: Fetching = field(init=False)
@@ -130,6 +132,7 @@ class Loading:
             folder = await run_blocking(self.disk, self.cache.lay_out, record)
             if config is None:
                 config = await run_blocking(self.disk, read_config, folder, record)
+            await self._prove(record, config, folder)
             if config.steps:
                 built = await self._ensemble(record, config, folder, stalled)
                 served = Served.of(config, built.engine, self.settings)
@@ -148,6 +151,18 @@ class Loading:
             _LOG.exception("loading failed unexpectedly", extra={"model": model, "version": version})
             return self._failed(record, built, f"{type(error).__name__} while loading; the log says more")
         return replace(prepared, labels=labels)
+
+    async def _prove(self, record: VersionRecord, config: ServingConfig, folder: Path) -> None:
+        """Have files that were never seen run where they harm nobody. Raises LoadError."""
+        if self.prover is None:
+            return
+        self.catalog.progress(record.model, record.version, State.BUILDING)
+        for file in record.files:
+            if file.path.endswith(".onnx") if config.steps else file.path == _model_path(record, config):
+                check = partial(inspect, folder / file.path, weight_bytes_max=self.settings.model_bytes_max)
+                await run_blocking(self.build, check)
+                if why := await self.prover(folder / file.path, file.sha256):
+                    raise LoadError(why)
 
     async def _plan(self, record: VersionRecord, config: ServingConfig, path: Path) -> Plan | None:
         if self.chooser is None:

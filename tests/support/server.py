@@ -125,8 +125,8 @@ def spawn(
     ...     address = process.listening()
     """
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("MLMESH_", "OTEL_", "POD_"))}
-    # Trying engines takes seconds of CPU a model; the tests of it ask for it.
-    given = {"MLMESH_ENGINE_TUNING": "off", **(env or {})}
+    # Trying engines and new files takes seconds of CPU a model; the tests of it ask for it.
+    given = {"MLMESH_ENGINE_TUNING": "off", "MLMESH_MODEL_TRIAL": "0", **(env or {})}
     if _Transport.name != "grpcio" and "MLMESH_TLS_CERT" not in given:
         given.setdefault("MLMESH_TRANSPORT", _Transport.name)
     popen = subprocess.Popen(

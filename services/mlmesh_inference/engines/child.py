@@ -24,6 +24,8 @@ PROOF_CPU_S: Final = 60
 MEMORY_BYTES: Final = 16 << 30
 """Data of one trial; a model's own weights are four times in it."""
 TIME_S: Final = 1200.0
+DIED: Final = "died"
+"""Engine of a trial that took its process with it."""
 ANSWER_BYTES_MAX: Final = 4 << 20
 
 
@@ -93,6 +95,25 @@ async def _talk(process: asyncio.subprocess.Process, said: bytes) -> tuple[bytes
     return answer.result(), errors.result()
 
 
+class Prover:
+    """Says of files whether they may be loaded in this process; each new one is run in a process of its own first.
+
+    Args:
+        store: where verdicts are kept, by digest. at_once: processes at a time. cpu_s: CPU time of each.
+    """
+
+    def __init__(self, store: VerdictStore, *, at_once: int = 2, cpu_s: int = PROOF_CPU_S) -> None:
+        self._store = store
+        self._cpu_s = cpu_s
+        self._room = asyncio.Semaphore(at_once)
+
+    async def __call__(self, model: Path, digest: str) -> str:
+        """Why the file may not be loaded, "" when it may. A model that merely refuses a made-up request is harmless."""
+        async with self._room:
+            trial = await prove(model, digest, self._store, cpu_s=self._cpu_s)
+        return trial.reason if trial.engine == DIED else ""
+
+
 async def prove(
     model: Path, digest: str, store: VerdictStore, *, cpu_s: int = PROOF_CPU_S, memory_bytes: int = MEMORY_BYTES
 ) -> Trial:
@@ -111,7 +132,7 @@ async def prove(
     try:
         trials = await try_in_child(order, cpu_s=cpu_s, memory_bytes=memory_bytes, time_s=4.0 * cpu_s)
     except EngineError as error:
-        trials = (Trial(engine=REFERENCE, precision="", reason=str(error)),)
+        trials = (Trial(engine=DIED, precision="", reason=str(error)),)
     with contextlib.suppress(OSError):
         store.put(key, trials[:1])
     return trials[0]

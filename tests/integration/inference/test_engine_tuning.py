@@ -19,7 +19,7 @@ from mlmesh_inference.catalog import Catalog, ReadyModel, State, Status
 from mlmesh_inference.choosing import Child, EngineChooser
 from mlmesh_inference.config import InferenceSettings
 from mlmesh_inference.engines.base import EngineError
-from mlmesh_inference.engines.child import prove, try_in_child
+from mlmesh_inference.engines.child import Prover, prove, try_in_child
 from mlmesh_inference.engines.kinds import engine_kinds
 from mlmesh_inference.engines.onnx import OnnxKind
 from mlmesh_inference.engines.openvino import OpenVinoKind
@@ -123,6 +123,20 @@ async def test_a_file_never_seen_before_is_run_where_it_harms_nobody(tmp_path: P
     endless = await prove(tmp_path / "endless.onnx", "endless", store, cpu_s=2)
     assert not endless.accepted
     assert "out of CPU time" in endless.reason
+
+
+async def test_what_may_be_loaded_is_what_ended_by_itself(tmp_path: Path) -> None:
+    prover = Prover(VerdictStore(tmp_path / "verdicts"), cpu_s=2)
+    for name, data in (
+        ("good", network_models.perceptron()),
+        ("bad", b"no model"),
+        ("endless", network_models.endless()),
+    ):
+        (tmp_path / f"{name}.onnx").write_bytes(data)
+    # What is no model is told so by whoever loads it: it harms nobody.
+    assert await prover(tmp_path / "good.onnx", "good") == ""
+    assert await prover(tmp_path / "bad.onnx", "bad") == ""
+    assert "out of CPU time" in await prover(tmp_path / "endless.onnx", "endless")
 
 
 async def test_a_trial_out_of_memory_ends_alone(tmp_path: Path) -> None:

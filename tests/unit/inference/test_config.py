@@ -37,6 +37,9 @@ def test_everything_can_be_said() -> None:
             MLMESH_ENGINE="OpenVINO",
             MLMESH_PRECISION="bf16",
             MLMESH_ENGINE_TUNING="load",
+            MLMESH_MODEL_TRIAL="0",
+            MLMESH_MODEL_MIB_MAX="2",
+            MLMESH_MEMORY_MIB="100",
         )
     )
     assert found == InferenceSettings(
@@ -51,6 +54,9 @@ def test_everything_can_be_said() -> None:
         queue_items_max=10,
         concurrency=3,
         threads=2,
+        model_trial=False,
+        model_bytes_max=2 << 20,
+        memory_bytes=100 << 20,
     )
 
 
@@ -60,8 +66,17 @@ NUMBERS = (
     "MLMESH_QUEUE_ITEMS_MAX",
     "MLMESH_ENGINE_CONCURRENCY",
     "MLMESH_ENGINE_THREADS",
+    "MLMESH_MODEL_MIB_MAX",
+    "MLMESH_MEMORY_MIB",
 )
-WORDS = ("MLMESH_ENGINE", "MLMESH_PRECISION", "MLMESH_ENGINE_TUNING", "MLMESH_OIP_DIALECT", "MLMESH_OIP_COMPAT")
+WORDS = (
+    "MLMESH_MODEL_TRIAL",
+    "MLMESH_ENGINE",
+    "MLMESH_PRECISION",
+    "MLMESH_ENGINE_TUNING",
+    "MLMESH_OIP_DIALECT",
+    "MLMESH_OIP_COMPAT",
+)
 
 
 def test_the_variables_tested_here_are_described() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,9 @@ ADD_100 = onnx_models.add(plus=100.0)
 class Loaded:
     """A loader that runs over a registry in memory."""
 
-    def __init__(self, source: MemoryRegistry, root: Path, executors: Executors, selectors: str, **more: Any) -> None:
+    def __init__(
+        self, source: MemoryRegistry, root: Path, executors: Executors, selectors: str, prover: Any = None, **more: Any
+    ) -> None:
         self.heard: list[Status] = []
         self.synced = False
         self._changed = asyncio.Event()
@@ -49,6 +52,7 @@ class Loaded:
                 disk=executors["disk"],
                 build=executors["build"],
                 sleep=self._sleep,
+                prover=prover,
             ),
             on_synced=self._sync,
             fallback_s=0.05,
@@ -102,6 +106,26 @@ async def published(*versions: bytes) -> MemoryRegistry:
         await source.publish("m", number, data)
     await source.alias("m", "stable", 1)
     return source
+
+
+async def test_a_file_that_takes_its_process_with_it_is_not_loaded(tmp_path: Path) -> None:
+    source = await published(ADD_1, ADD_100)
+    asked: list[str] = []
+
+    async def prover(path: Path, digest: str) -> str:
+        assert path.name == "model.onnx"
+        asked.append(digest)
+        return "the process that tried the model died (signal SIGSEGV)" if len(asked) == 2 else ""
+
+    async with loader(source, tmp_path, prover=prover) as it:
+        await it.until(lambda: it.synced)
+        await source.alias("m", "stable", 2)
+        await it.until(lambda: it.state(2) is State.FAILED)
+        status = it.catalog.status("m", 2)
+        assert status is not None
+        assert "SIGSEGV" in status.error
+        assert await it.plus() == 1.0
+    assert asked == [hashlib.sha256(data).hexdigest() for data in (ADD_1, ADD_100)]
 
 
 async def test_an_empty_registry_is_soon_settled(tmp_path: Path) -> None:
