@@ -31,8 +31,6 @@ REFUSED = {
     "CudaSharedMemoryStatus",
     "CudaSharedMemoryRegister",
     "CudaSharedMemoryUnregister",
-    "TraceSetting",
-    "LogSettings",
 }
 STATUS_BASE, UNIMPLEMENTED = 64, 12
 """grpcurl's exit code is 64 plus the gRPC status."""
