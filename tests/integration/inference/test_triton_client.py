@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import queue
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -350,6 +351,18 @@ def test_trace_settings(client: Any) -> None:
     assert refused(lambda: client.get_trace_settings("nobody")) == ("NOT_FOUND", "Request for unknown model : nobody")
 
 
+@pytest.fixture
+def own_log() -> Iterator[None]:
+    """The log of this process as it was: the server under test is in it, and later tests read it."""
+    root = logging.getLogger()
+    level, filters = root.level, [(handler, list(handler.filters)) for handler in root.handlers]
+    yield
+    root.setLevel(level)
+    for handler, before in filters:
+        handler.filters[:] = before
+
+
+@pytest.mark.usefixtures("own_log")
 def test_log_settings(client: Any) -> None:
     first = client.get_log_settings(as_json=True)["settings"]
     try:
