@@ -192,8 +192,13 @@ class LiveUpload:
         inspection = place.inspections.pop(self._id, None) or Inspection(upload.size_bytes)
         try:
             found = await run_blocking(place.bulk, place.blobs.admit, upload, parts, inspection)
-        except (Corrupt, InvalidInput):
-            await place.discard(self._id)
+        except MeshError as error:
+            # Another process may have finished it meanwhile, and with that taken the staged bytes away.
+            upload, _ = await self._known()
+            if upload.finished:
+                return await place.ledger.blob(upload.sha256)
+            if isinstance(error, Corrupt | InvalidInput):
+                await place.discard(self._id)
             raise
         try:
             blob, stale = await place.ledger.finish(upload, found, actor=actor)
