@@ -188,7 +188,7 @@ async def _http_load(host: str, port: int, body: bytes, callers: int, seconds: f
 
     async def caller() -> None:
         reader, writer = await asyncio.open_connection(host, port)
-        while time.perf_counter() - began < seconds:
+        while not latencies or time.perf_counter() - began < seconds:
             sent = time.perf_counter()
             writer.write(message)
             header = await reader.readuntil(b"\r\n\r\n")
