@@ -86,6 +86,8 @@ class Suite:
         self.console.print(f"starting {name}")
         try:
             self.started.append(stack.enter_context(start()))
+            if self.started[-1].spins:
+                servers.halt(self.started[-1], go_on=False)
         except Unavailable as error:
             self.absent[name] = str(error)
             self.console.print(f"  left out: {error}")
@@ -98,12 +100,17 @@ class Suite:
         for number in range(rounds + 1):
             shuffle(work)
             for started, shape in work:
+                if started.spins:
+                    servers.halt(started, go_on=True)
                 try:
                     result = load.measure(started, shape, client, folder / "body", seconds=seconds if number else 0.4)
                 except RuntimeError as error:
                     # A figure with failures is not a figure; the others still are.
                     self.absent[f"{started.name}, {shape.name}"] = str(error)[:300]
                     continue
+                finally:
+                    if started.spins:
+                        servers.halt(started, go_on=False)
                 if number:
                     self.rounds.setdefault((started.name, shape.name), []).append(result)
             if number:

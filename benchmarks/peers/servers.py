@@ -46,7 +46,7 @@ class Started:
     Attributes:
         name: as the table shows it. address: host:port of its gRPC (or, without gRPC, HTTP) port.
         pids: of its root processes. protocol: "oip", "torchserve" or "http".
-        streams: whether it has ModelStreamInfer.
+        streams: whether it has ModelStreamInfer. spins: whether it is busy while it waits, and so must stop meanwhile.
         note: what a reader of the table must know.
     """
 
@@ -55,6 +55,7 @@ class Started:
     pids: Sequence[int]
     protocol: str = "oip"
     streams: bool = False
+    spins: bool = False
     note: str = ""
 
 
@@ -135,11 +136,19 @@ def end_group(started: subprocess.Popen[bytes], *, grace_s: float = 10.0) -> Non
         family = [root, *root.children(recursive=True)]
     with contextlib.suppress(ProcessLookupError):
         os.killpg(started.pid, signal.SIGTERM)
+        os.killpg(started.pid, signal.SIGCONT)
     _, alive = psutil.wait_procs(family, timeout=grace_s)
     for one in alive:
         with contextlib.suppress(psutil.NoSuchProcess):
             one.kill()
     started.wait()
+
+
+def halt(started: Started, *, go_on: bool) -> None:
+    """Stop a server's processes, or let them go on: some are busy while nobody asks them anything."""
+    for pid in started.pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGCONT if go_on else signal.SIGSTOP)
 
 
 def await_ready(check: Callable[[], bool], started: subprocess.Popen[bytes], log: Path) -> None:
@@ -391,7 +400,7 @@ def litserve(folder: Path, files: Mapping[str, Path]) -> Iterator[Started]:
             pids.append(started.pid)
         addresses = ",".join(f"{name}=127.0.0.1:{port}" for name, port in ports.items())
         note = "0.2.19, HTTP and JSON (it has no gRPC), two workers, batches of 8"
-        yield Started(name="LitServe", address=addresses, pids=pids, protocol="http", note=note)
+        yield Started(name="LitServe", address=addresses, pids=pids, protocol="http", spins=True, note=note)
 
 
 def http_request(model: str) -> bytes:
