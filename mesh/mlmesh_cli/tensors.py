@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,56 +11,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlmesh_cli.errors import CliError, usage_error
+from mlmesh_client.errors import InferenceError
+from mlmesh_client.tensors import DTYPES, raw
+from mlmesh_client.tensors import outputs as tensors_of
 from open_inference import grpc_service_pb2 as oip
 
-_NUMPY: dict[str, np.dtype[Any]] = {
-    "BOOL": np.dtype("?"),
-    "UINT8": np.dtype("u1"),
-    "UINT16": np.dtype("<u2"),
-    "UINT32": np.dtype("<u4"),
-    "UINT64": np.dtype("<u8"),
-    "INT8": np.dtype("i1"),
-    "INT16": np.dtype("<i2"),
-    "INT32": np.dtype("<i4"),
-    "INT64": np.dtype("<i8"),
-    "FP16": np.dtype("<f2"),
-    "FP32": np.dtype("<f4"),
-    "FP64": np.dtype("<f8"),
-}
-_CONTENTS = {
-    "BOOL": "bool_contents",
-    "INT8": "int_contents",
-    "INT16": "int_contents",
-    "INT32": "int_contents",
-    "INT64": "int64_contents",
-    "UINT8": "uint_contents",
-    "UINT16": "uint_contents",
-    "UINT32": "uint_contents",
-    "UINT64": "uint64_contents",
-    "FP32": "fp32_contents",
-    "FP64": "fp64_contents",
-    "BYTES": "bytes_contents",
-}
 Array = NDArray[Any]
 
 
 def as_datatype(array: Array, datatype: str) -> Array:
     """The array in the numpy type of a protocol datatype. Raises CliError for one that the command cannot send."""
     if datatype == "BYTES":
-        return array.astype(object)
-    if datatype not in _NUMPY:
+        encoded = np.empty(array.size, object)
+        encoded[:] = [each if isinstance(each, bytes) else str(each).encode() for each in array.ravel()]
+        return encoded.reshape(array.shape)
+    if datatype not in DTYPES:
         raise usage_error(f"the model wants {datatype}, which this command cannot send", "use a client of your own")
-    return np.ascontiguousarray(array, dtype=_NUMPY[datatype])
-
-
-def _raw(array: Array) -> bytes:
-    if array.dtype != object:
-        return array.tobytes()
-    parts = []
-    for element in array.ravel():
-        data = element if isinstance(element, bytes) else str(element).encode()
-        parts.append(struct.pack("<I", len(data)) + data)
-    return b"".join(parts)
+    return np.ascontiguousarray(array, dtype=DTYPES[datatype])
 
 
 def infer_request(
@@ -78,38 +44,16 @@ def infer_request(
     request = oip.ModelInferRequest(model_name=model, model_version=version, id=request_id)
     for name, datatype, array in inputs:
         request.inputs.add(name=name, datatype=datatype, shape=array.shape)
-        request.raw_input_contents.append(_raw(as_datatype(array, datatype)))
+        request.raw_input_contents.append(raw(as_datatype(array, datatype), datatype))
     return request
 
 
 def outputs(response: oip.ModelInferResponse) -> dict[str, Array]:
-    """The tensors of an answer by name, raw or typed contents alike. BYTES become object arrays of bytes."""
-    result: dict[str, Array] = {}
-    for index, tensor in enumerate(response.outputs):
-        shape = tuple(tensor.shape)
-        if index < len(response.raw_output_contents):
-            result[tensor.name] = _from_raw(response.raw_output_contents[index], tensor.datatype).reshape(shape)
-            continue
-        field = _CONTENTS.get(tensor.datatype)
-        if field is None:
-            raise CliError(f"the answer's tensor {tensor.name!r} is {tensor.datatype}, which is unreadable here")
-        values = list(getattr(tensor.contents, field))
-        kind = object if tensor.datatype == "BYTES" else _NUMPY[tensor.datatype]
-        result[tensor.name] = np.array(values, dtype=kind).reshape(shape)
-    return result
-
-
-def _from_raw(data: bytes, datatype: str) -> Array:
-    if datatype != "BYTES":
-        if datatype not in _NUMPY:
-            raise CliError(f"the answer has a tensor of type {datatype}, which is unreadable here")
-        return np.frombuffer(data, dtype=_NUMPY[datatype])
-    elements, position = [], 0
-    while position < len(data):
-        (length,) = struct.unpack_from("<I", data, position)
-        elements.append(data[position + 4 : position + 4 + length])
-        position += 4 + length
-    return np.array(elements, dtype=object)
+    """The tensors of an answer by name, raw or typed contents alike. Raises CliError for one that is not in order."""
+    try:
+        return tensors_of(response)
+    except InferenceError as error:
+        raise CliError(str(error)) from None
 
 
 def read_file(path: Path, wanted: Sequence[tuple[str, str]]) -> list[tuple[str, str, Array]]:

@@ -65,10 +65,7 @@ class Wrapper:
             rpc = self._open(method, context)
             try:
                 self._admit(rpc)
-                response = behaviour(decode(method, raw), context)
-                if inspect.isawaitable(response):
-                    response = await response
-                return method.encode(response) if context.code() in _OK else b""
+                return await _answered(method, behaviour, raw, context)
             except BaseException as error:
                 await self._fail(rpc, error)
                 raise
@@ -93,10 +90,7 @@ class Wrapper:
                         del answer, call
                 if answer is not None:
                     return answer
-                response = behaviour(decode(method, raw), context)
-                if inspect.isawaitable(response):
-                    response = await response
-                return method.encode(response) if context.code() in _OK else b""
+                return await _answered(method, behaviour, raw, context)
             except BaseException as error:
                 await self._fail(rpc, error)
                 raise
@@ -256,6 +250,14 @@ class Wrapper:
                     "identity": call.identity or "",
                 },
             )
+
+
+async def _answered(method: Method, behaviour: Callable[[Any, Any], Any], raw: bytes, context: Any) -> bytes:
+    """What the servicer's own method answers to a unary request, encoded; nothing beside a status that it set."""
+    response = behaviour(decode(method, raw), context)
+    if inspect.isawaitable(response):
+        response = await response
+    return method.encode(response) if context.code() in _OK else b""
 
 
 _OK = (None, 0, grpc.StatusCode.OK)
