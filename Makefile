@@ -77,7 +77,7 @@ $(TEST_VENV)/.installed: $(VENV)/.installed $(SOURCES)
 test: front $(TEST_VENV)/.installed ## Run the test suite against the built wheel
 	MLMESH_TEST_WHEEL=1 $(TEST_VENV)/bin/python -m pytest $(ARGS)
 
-tools: ## Get the programs that some tests use: grpcurl, kustomize, istioctl, crdserver; PostgreSQL, etcd, Swift, MLflow
+tools: ## Get the programs that some tests use: grpcurl, kustomize, istioctl, pilot-discovery, crdserver; PostgreSQL, etcd, Swift, MLflow
 	@tools/build.sh
 
 bench: install ## Measure, and write JSON under benchmarks/results

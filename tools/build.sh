@@ -72,6 +72,13 @@ build_istioctl() {
     -o "$bin/istioctl" istio.io/istio/istioctl/cmd/istioctl)
 }
 
+# Istio's own control plane, which the laptop mesh is compared with and can be driven by.
+build_pilot-discovery() {
+  (cd tools/go && CGO_ENABLED=0 go build -mod=readonly -trimpath \
+    -ldflags="-s -w -X istio.io/istio/pkg/version.buildVersion=$ISTIOCTL" \
+    -o "$bin/pilot-discovery" istio.io/istio/pilot/cmd/pilot-discovery)
+}
+
 # Kubernetes' own server for custom resources: schemas, defaults, validation and watch as they are in a cluster.
 build_crdserver() { (cd tools/go && CGO_ENABLED=0 go build -mod=readonly -trimpath -ldflags='-s -w' -o "$bin/crdserver" ./crdserver); }
 
@@ -123,6 +130,7 @@ for name in "${@:-all}"; do
       build grpcurl "$GRPCURL" || failed=1
       build kustomize "$KUSTOMIZE" || failed=1
       build istioctl "$ISTIOCTL" || failed=1
+      build pilot-discovery "$ISTIOCTL" || failed=1
       build crdserver "$CRDSERVER" || failed=1
       build trainer_crds "$TRAINER_CRDS" || failed=1
       package postgresql '/usr/lib/postgresql/*/bin/initdb' || failed=1
@@ -131,13 +139,14 @@ for name in "${@:-all}"; do
     grpcurl) build grpcurl "$GRPCURL" || failed=1 ;;
     kustomize) build kustomize "$KUSTOMIZE" || failed=1 ;;
     istioctl) build istioctl "$ISTIOCTL" || failed=1 ;;
+    pilot-discovery) build pilot-discovery "$ISTIOCTL" || failed=1 ;;
     crdserver) build crdserver "$CRDSERVER" || failed=1 ;;
     trainer_crds) build trainer_crds "$TRAINER_CRDS" || failed=1 ;;
     postgresql) package postgresql '/usr/lib/postgresql/*/bin/initdb' || failed=1 ;;
     etcd) package etcd-server '/usr/bin/etcd' || failed=1 ;;
     swift | mlflow | model-signing | kserve | mlserver) ;;
     *)
-      echo "tools: no such tool: $name (grpcurl, kustomize, istioctl, crdserver, trainer_crds, postgresql, etcd, swift, mlflow, model-signing, kserve, mlserver)" >&2
+      echo "tools: no such tool: $name (grpcurl, kustomize, istioctl, pilot-discovery, crdserver, trainer_crds, postgresql, etcd, swift, mlflow, model-signing, kserve, mlserver)" >&2
       exit 2
       ;;
   esac

@@ -10,7 +10,7 @@ from mlmesh_local.resources.problems import At
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Meta:
-    """Which resource it is, and where it was written."""
+    """Which resource it is, and where it was written. ``namespace`` is empty for kinds of the whole cluster."""
 
     kind: str
     namespace: str
@@ -20,4 +20,4 @@ class Meta:
     at: At = field(compare=False)
 
     def __str__(self) -> str:
-        return f"{self.kind} {self.namespace}/{self.name}"
+        return f"{self.kind} {self.namespace}/{self.name}" if self.namespace else f"{self.kind} {self.name}"

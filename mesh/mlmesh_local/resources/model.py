@@ -5,9 +5,8 @@ Durations are seconds, percentages 0 to 100. Hosts are as written; `mlmesh_local
 
 from __future__ import annotations
 
-from mlmesh_local.resources.meta import (
-    Meta,
-)
+from mlmesh_local.resources.mesh_config import MeshConfig
+from mlmesh_local.resources.meta import Meta
 from mlmesh_local.resources.model_policy import (
     AuthorizationPolicy,
     EnvoyFilter,
@@ -71,6 +70,7 @@ Spec = (
     | AuthorizationPolicy
     | Telemetry
     | EnvoyFilter
+    | MeshConfig
     | Deployment
     | Service
     | ServiceAccount
@@ -100,6 +100,7 @@ __all__ = [
     "HttpMatch",
     "HttpRule",
     "LoadBalancer",
+    "MeshConfig",
     "Meta",
     "Mirror",
     "MtlsMode",

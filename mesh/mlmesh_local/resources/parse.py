@@ -10,6 +10,7 @@ from mlmesh_local.resources.destinations import parse_destination_rule
 from mlmesh_local.resources.extensions import parse_envoy_filter
 from mlmesh_local.resources.fields import Fields
 from mlmesh_local.resources.gateways import parse_gateway, parse_service_entry
+from mlmesh_local.resources.mesh_config import is_mesh_config, parse_mesh_config
 from mlmesh_local.resources.model import Meta, Spec
 from mlmesh_local.resources.networking import parse_virtual_service
 from mlmesh_local.resources.problems import At, InvalidResource, Problem, Problems, did_you_mean
@@ -33,34 +34,48 @@ class Document:
     text: str
 
 
+def _always(_namespace: str, _name: str) -> bool:
+    return True
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Kind:
+    """A kind that is read. ``body``: it has no `spec`; ``only``: which names mean something, others are ignored.
+
+    ``title`` is the kind in names and messages where another group has the same kind.
+    """
+
     group: str
+    kind: str
     versions: tuple[str, ...]
     parse: _Parse
+    body: bool = False
+    cluster_scoped: bool = False
+    only: Callable[[str, str], bool] = _always
+    title: str = ""
 
 
 _NETWORKING = ("v1", "v1beta1", "v1alpha3")
 _SECURITY = ("v1", "v1beta1")
-_KINDS: dict[str, _Kind] = {
-    "VirtualService": _Kind(group="networking.istio.io", versions=_NETWORKING, parse=parse_virtual_service),
-    "DestinationRule": _Kind(group="networking.istio.io", versions=_NETWORKING, parse=parse_destination_rule),
-    "Gateway": _Kind(group="networking.istio.io", versions=_NETWORKING, parse=parse_gateway),
-    "ServiceEntry": _Kind(group="networking.istio.io", versions=_NETWORKING, parse=parse_service_entry),
-    "PeerAuthentication": _Kind(group="security.istio.io", versions=_SECURITY, parse=parse_peer_authentication),
-    "AuthorizationPolicy": _Kind(group="security.istio.io", versions=_SECURITY, parse=parse_authorization_policy),
-    "Telemetry": _Kind(group="telemetry.istio.io", versions=("v1", "v1alpha1"), parse=parse_telemetry),
-    "EnvoyFilter": _Kind(group="networking.istio.io", versions=("v1alpha3",), parse=parse_envoy_filter),
-    "Deployment": _Kind(group="apps", versions=("v1",), parse=parse_deployment),
-    "Service": _Kind(group="", versions=("v1",), parse=parse_service),
-    "ServiceAccount": _Kind(group="", versions=("v1",), parse=parse_service_account),
-}
+_KINDS: tuple[_Kind, ...] = (
+    _Kind(group="networking.istio.io", kind="VirtualService", versions=_NETWORKING, parse=parse_virtual_service),
+    _Kind(group="networking.istio.io", kind="DestinationRule", versions=_NETWORKING, parse=parse_destination_rule),
+    _Kind(group="networking.istio.io", kind="Gateway", versions=_NETWORKING, parse=parse_gateway),
+    _Kind(group="networking.istio.io", kind="ServiceEntry", versions=_NETWORKING, parse=parse_service_entry),
+    _Kind(group="networking.istio.io", kind="EnvoyFilter", versions=("v1alpha3",), parse=parse_envoy_filter),
+    _Kind(group="security.istio.io", kind="PeerAuthentication", versions=_SECURITY, parse=parse_peer_authentication),
+    _Kind(group="security.istio.io", kind="AuthorizationPolicy", versions=_SECURITY, parse=parse_authorization_policy),
+    _Kind(group="telemetry.istio.io", kind="Telemetry", versions=("v1", "v1alpha1"), parse=parse_telemetry),
+    _Kind(group="apps", kind="Deployment", versions=("v1",), parse=parse_deployment),
+    _Kind(group="", kind="Service", versions=("v1",), parse=parse_service),
+    _Kind(group="", kind="ServiceAccount", versions=("v1",), parse=parse_service_account, body=True),
+    _Kind(group="", kind="ConfigMap", versions=("v1",), parse=parse_mesh_config, body=True, only=is_mesh_config),
+)
 IGNORED_KINDS = frozenset(
     {
         "ClusterRole",
         "ClusterRoleBinding",
         "Component",
-        "ConfigMap",
         "HorizontalPodAutoscaler",
         "Kustomization",
         "LimitRange",
@@ -165,11 +180,12 @@ def _resource(root: Node, tree: Tree, default_namespace: str, problems: Problems
     known = _known(kind_name, api_version, body)
     if known is None:
         return None
-    meta = _meta(kind_name, body, at, default_namespace)
-    place = meta.at
-    body.at = place
+    meta = _meta(known, body, at, default_namespace)
+    if not known.only(meta.namespace, meta.name):
+        return None
+    body.at = meta.at
     body.ignored("status")
-    if kind_name == "ServiceAccount":
+    if known.body:
         spec = known.parse(meta, body)
     else:
         body.required("spec")
@@ -181,24 +197,30 @@ def _resource(root: Node, tree: Tree, default_namespace: str, problems: Problems
 
 def _known(kind_name: str, api_version: str, body: Fields) -> _Kind | None:
     group, slash, version = api_version.rpartition("/")
-    known = _KINDS.get(kind_name)
-    if known is None:
-        body.refuse("kind", f'"{kind_name}" is not supported by the laptop mesh{did_you_mean(kind_name, _KINDS)}')
+    named = [kind for kind in _KINDS if kind.kind == kind_name]
+    if not named:
+        hint = did_you_mean(kind_name, [kind.kind for kind in _KINDS])
+        body.refuse("kind", f'"{kind_name}" is not supported by the laptop mesh{hint}')
         return None
-    if (group if slash else "") != known.group or version not in known.versions:
-        expected = f"{known.group}/{known.versions[0]}" if known.group else known.versions[0]
-        body.refuse("apiVersion", f'"{api_version}" of {kind_name} is not supported by the laptop mesh; use {expected}')
-        return None
-    return known
+    for kind in named:
+        if kind.group == (group if slash else "") and version in kind.versions:
+            return kind
+    expected = " or ".join(f"{kind.group}/{kind.versions[0]}".lstrip("/") for kind in named)
+    body.refuse("apiVersion", f'"{api_version}" of {kind_name} is not supported by the laptop mesh; use {expected}')
+    return None
 
 
-def _meta(kind_name: str, body: Fields, at: At, default_namespace: str) -> Meta:
+def _meta(known: _Kind, body: Fields, at: At, default_namespace: str) -> Meta:
+    kind_name = known.title or known.kind
+    if known.cluster_scoped:
+        default_namespace = ""
     plain = body.raw("metadata")
     guess = plain.value if plain and isinstance(plain.value, dict) else {}
     name = str(guess["name"].value) if "name" in guess else "?"
     namespace = str(guess["namespace"].value) if "namespace" in guess else default_namespace
     # Every later message names the resource, those about its metadata too.
-    place = At(source=at.source, line=at.line, resource=f"{kind_name} {namespace}/{name}")
+    full = f"{namespace}/{name}" if namespace else name
+    place = At(source=at.source, line=at.line, resource=f"{kind_name} {full}")
     body.at = place
     body.required("metadata")
     with body.message("metadata") as metadata:

@@ -22,6 +22,7 @@ from mlmesh_local.resources.model import (
     FilterPatch,
     Gateway,
     LoadBalancer,
+    MeshConfig,
     MtlsMode,
     PeerAuthentication,
     Telemetry,
@@ -43,6 +44,8 @@ class View:
     def __init__(self, world: World) -> None:
         self.world = world
         self.resources = world.resources
+        self.mesh_config: MeshConfig | None = next(iter(world.resources.specs(MeshConfig)), None)
+        """Settings of the mesh; None leaves Istio's defaults."""
         self.services = catalog(world.resources, world.domain)
         self._rules = world.resources.specs(DestinationRule)
         self._policies: dict[tuple[str, str], HostPolicy] = {}

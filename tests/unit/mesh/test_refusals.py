@@ -8,6 +8,7 @@ import pytest
 
 from mlmesh_local.resources import Document, InvalidResource, ResourceSet, load_resources, read_documents, tree
 from mlmesh_local.resources.fields import parse_duration
+from mlmesh_local.resources.mesh_config import MeshConfig
 from mlmesh_runtime.errors import InvalidInput
 from tests.support.mesh_world import SUBSETS, WORKLOADS, destination_rule, load, load_alone, resource, virtual_service
 
@@ -267,8 +268,25 @@ def test_what_is_odd_but_possible_is_a_warning() -> None:
 
 
 def test_kinds_that_only_a_cluster_needs_are_ignored() -> None:
-    kinds = ("PodDisruptionBudget", "HorizontalPodAutoscaler", "ServiceMonitor", "Namespace", "ConfigMap")
+    kinds = ("PodDisruptionBudget", "HorizontalPodAutoscaler", "ServiceMonitor", "Namespace")
     assert len(load_alone(*(resource(kind, "{whatever: 1}", group="any/v1") for kind in kinds))) == 0
+    assert len(load_alone("{apiVersion: v1, kind: ConfigMap, metadata: {name: settings}, data: {a: b}}")) == 0
+
+
+def test_the_settings_of_the_mesh_are_read_from_istios_configmap() -> None:
+    text = """
+apiVersion: v1
+kind: ConfigMap
+metadata: {name: istio, namespace: istio-system}
+data:
+  mesh: |
+    trustDomain: example.org
+    trustDomainAliases: [old.example.org]
+"""
+    (config,) = load_alone(text).specs(MeshConfig)
+    assert (config.trust_domain, config.trust_domain_aliases) == ("example.org", ("old.example.org",))
+    with pytest.raises(InvalidResource, match=r"0.yaml:8: ConfigMap istio-system/istio: data.mesh.trustDomainAlias: "):
+        load_alone(text.replace("trustDomainAliases", "trustDomainAlias"))
 
 
 def test_the_projects_own_files_are_accepted(repository: Path) -> None:
