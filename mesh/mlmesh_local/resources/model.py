@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from mlmesh_local.resources.mesh_config import MeshConfig
 from mlmesh_local.resources.meta import Meta
+from mlmesh_local.resources.model_gateways import Gateway, GatewayServer, ServerTls
 from mlmesh_local.resources.model_policy import (
     AuthorizationPolicy,
     EnvoyFilter,
@@ -20,35 +21,34 @@ from mlmesh_local.resources.model_policy import (
     Tracing,
     Values,
 )
-from mlmesh_local.resources.model_traffic import (
-    ClientTls,
-    ConnectionPool,
+from mlmesh_local.resources.model_routes import (
     Destination,
-    DestinationRule,
-    EntryEndpoint,
-    EntryPort,
     Fault,
     FaultAbort,
     FaultDelay,
-    Gateway,
-    GatewayServer,
-    HashKey,
     HeaderEdits,
     HttpMatch,
     HttpRule,
-    LoadBalancer,
     Mirror,
-    OutlierDetection,
     Retries,
     Rewrite,
-    ServerTls,
-    ServiceEntry,
     StringMatch,
+    VirtualService,
+    WeightedDestination,
+)
+from mlmesh_local.resources.model_traffic import (
+    ClientTls,
+    ConnectionPool,
+    DestinationRule,
+    EntryEndpoint,
+    EntryPort,
+    HashKey,
+    LoadBalancer,
+    OutlierDetection,
+    ServiceEntry,
     Subset,
     TcpKeepalive,
     TrafficPolicy,
-    VirtualService,
-    WeightedDestination,
 )
 from mlmesh_local.resources.model_workload import (
     Container,
