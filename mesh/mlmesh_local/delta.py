@@ -1,8 +1,9 @@
 """What to send on one delta ADS stream, decided without I/O.
 
-Order is make-before-break: clusters, endpoints, secrets, then listeners, then routes, and only then are clusters taken
-away. Envoy acknowledges changed clusters once they are warm, which needs their endpoints and secrets, so those follow
-at once; listeners and routes wait for the acknowledgement. One response of a type is under way at a time.
+Order is make-before-break: clusters, endpoints, secrets, then configurations of filters, then listeners, then routes,
+and only then are clusters taken away. Envoy acknowledges changed clusters once they are warm, which needs their
+endpoints and secrets, so those follow at once; the rest waits for the acknowledgement. One response of a type is under
+way at a time.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from mlmesh_local.envoy_types import CLUSTER, ENDPOINTS, LISTENER, PUSH_ORDER, ROUTES, SECRET
+from mlmesh_local.envoy_types import CLUSTER, ENDPOINTS, EXTENSIONS, LISTENER, PUSH_ORDER, ROUTES, SECRET
 from mlmesh_local.snapshot import Named, Packed, Snapshot
 
 WILDCARDS = frozenset({CLUSTER, LISTENER})
@@ -126,10 +127,13 @@ class DeltaStream:
             self._push(type_url, responses)
         if self._busy(CLUSTER, ENDPOINTS, SECRET):
             return responses
-        self._push(LISTENER, responses)
-        if not self._busy(LISTENER):
+        # A listener asks for filters that are new with it only once it is there itself.
+        self._push(EXTENSIONS, responses)
+        if not self._busy(EXTENSIONS):
+            self._push(LISTENER, responses)
+        if not self._busy(EXTENSIONS, LISTENER):
             self._push(ROUTES, responses)
-        if self._settled(ENDPOINTS, SECRET, LISTENER, ROUTES):
+        if self._settled(ENDPOINTS, SECRET, EXTENSIONS, LISTENER, ROUTES):
             self._push(CLUSTER, responses, removals=True)
         return responses
 
@@ -163,6 +167,8 @@ class DeltaStream:
             return snapshot.endpoint_names
         if type_url == ROUTES:
             return snapshot.route_names
+        if type_url == EXTENSIONS:
+            return snapshot.extension_names
         if type_url == SECRET:
             return snapshot.secret_names & self._secrets.keys()
         return self._desired(type_url).keys()
@@ -170,7 +176,7 @@ class DeltaStream:
     def _desired(self, type_url: str) -> Named:
         if type_url == SECRET:
             return self._secrets
-        return self._snapshot.resources[type_url] if self._snapshot else {}
+        return self._snapshot.resources.get(type_url, {}) if self._snapshot else {}
 
     def _stale_clusters(self) -> list[str]:
         subscription = self._subscriptions.get(CLUSTER)

@@ -27,8 +27,11 @@ ENDPOINTS = TYPE_PREFIX + "envoy.config.endpoint.v3.ClusterLoadAssignment"
 SECRET = TYPE_PREFIX + "envoy.extensions.transport_sockets.tls.v3.Secret"
 LISTENER = TYPE_PREFIX + "envoy.config.listener.v3.Listener"
 ROUTES = TYPE_PREFIX + "envoy.config.route.v3.RouteConfiguration"
+EXTENSIONS = TYPE_PREFIX + "envoy.config.core.v3.TypedExtensionConfig"
+"""Configurations of filters by name: a filter that takes its own from there (`config_discovery`) changes while its
+listener stays as it is."""
 
-PUSH_ORDER = (CLUSTER, ENDPOINTS, SECRET, LISTENER, ROUTES)
+PUSH_ORDER = (CLUSTER, ENDPOINTS, SECRET, EXTENSIONS, LISTENER, ROUTES)
 """Make before break: what is referenced comes before what references it."""
 
 _ANY = "google.protobuf.Any"

@@ -12,6 +12,7 @@ from typing import Any
 from mlmesh_local.envoy_types import (
     CLUSTER,
     ENDPOINTS,
+    EXTENSIONS,
     LISTENER,
     ROUTES,
     SECRET,
@@ -53,7 +54,9 @@ class Snapshot:
     route_names: frozenset[str]
     """Route configurations that the listeners subscribe to."""
     secret_names: frozenset[str]
-    """Secrets that clusters and listeners need."""
+    """Secrets that clusters, listeners and filters need."""
+    extension_names: frozenset[str] = frozenset()
+    """Configurations of filters that the listeners subscribe to."""
 
 
 def build_snapshots(world: World) -> dict[str, Snapshot]:
@@ -75,10 +78,14 @@ def pack_secrets(secrets: Mapping[str, Secret]) -> dict[str, Packed]:
 
 
 def _snapshot(view: View, proxy: ProxyNode, version: str) -> Snapshot:
-    configuration = translate(view, proxy)
+    return pack(proxy.id, translate(view, proxy), version)
+
+
+def pack(node_id: str, configuration: Configuration, version: str) -> Snapshot:
+    """A snapshot of a proxy's configuration. Raises InvalidResource when it is not consistent, or not Envoy's."""
     problems = consistency(configuration)
     if problems:
-        at = At(source=proxy.id, line=0)
+        at = At(source=node_id, line=0)
         raise InvalidResource([Problem(at=at, message=problem) for problem in problems])
     try:
         packed = {
@@ -86,7 +93,7 @@ def _snapshot(view: View, proxy: ProxyNode, version: str) -> Snapshot:
             for type_url, named in configuration.items()
         }
     except InvalidMessageError as error:
-        at = At(source=proxy.id, line=0)
+        at = At(source=node_id, line=0)
         raise InvalidResource([Problem(at=at, message=f"cannot be translated: {error}")]) from error
     # Envoy keeps a changed cluster warming until endpoints arrive: they change with their cluster.
     assignments = {
@@ -98,17 +105,18 @@ def _snapshot(view: View, proxy: ProxyNode, version: str) -> Snapshot:
         for name, item in packed[ENDPOINTS].items()
     }
     return Snapshot(
-        node_id=proxy.id,
+        node_id=node_id,
         version=version,
         resources={**packed, ENDPOINTS: assignments},
         endpoint_names=frozenset(_endpoint_names(configuration)),
         route_names=frozenset(_route_names(configuration)),
         secret_names=frozenset(_secret_names(configuration)),
+        extension_names=frozenset(_extension_names(configuration)),
     )
 
 
 def consistency(configuration: Configuration) -> list[str]:
-    """What is referenced but missing: endpoints of clusters, routes of listeners, clusters of routes."""
+    """What is referenced but missing: endpoints of clusters, routes and filters of listeners, clusters of routes."""
     clusters = configuration[CLUSTER]
     problems = [
         f"the cluster {name} has no endpoints resource"
@@ -119,6 +127,11 @@ def consistency(configuration: Configuration) -> list[str]:
         f"a listener needs the route configuration {name}, which there is not"
         for name in _route_names(configuration)
         if name not in configuration[ROUTES]
+    ]
+    problems += [
+        f"a listener needs the configuration of the filter {name}, which there is not"
+        for name in sorted(set(_extension_names(configuration)))
+        if name not in configuration[EXTENSIONS]
     ]
     for name, routes in configuration[ROUTES].items():
         problems += [
@@ -137,8 +150,14 @@ def _route_names(configuration: Configuration) -> list[str]:
     return [rds["route_config_name"] for rds in _find(configuration[LISTENER], "rds")]
 
 
+def _extension_names(configuration: Configuration) -> Iterator[str]:
+    for listener in configuration[LISTENER].values():
+        for filters in (*_find(listener, "http_filters"), *_find(listener, "filters")):
+            yield from (item["name"] for item in filters if "config_discovery" in item)
+
+
 def _secret_names(configuration: Configuration) -> Iterator[str]:
-    for section in (configuration[CLUSTER], configuration[LISTENER]):
+    for section in (configuration[CLUSTER], configuration[LISTENER], configuration[EXTENSIONS]):
         for context in _find(section, "tls_certificate_sds_secret_configs"):
             yield from (item["name"] for item in context)
         for context in _find(section, "validation_context_sds_secret_config"):

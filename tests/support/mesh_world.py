@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from mlmesh_local.envoy_types import CLUSTER, ENDPOINTS, LISTENER, ROUTES
+from mlmesh_local.envoy_types import CLUSTER, ENDPOINTS, EXTENSIONS, LISTENER, ROUTES
 from mlmesh_local.model import ProxyNode, World
 from mlmesh_local.resources import Deployment, Document, ResourceSet, load_resources
 from mlmesh_local.snapshot import build_snapshots
@@ -129,6 +129,7 @@ class Told:
         configuration = translate(View(self.world), proxy)
         self.clusters = configuration[CLUSTER]
         self.endpoints = configuration[ENDPOINTS]
+        self.extensions = configuration[EXTENSIONS]
         self.listeners = configuration[LISTENER]
         self.routes = configuration[ROUTES]
 

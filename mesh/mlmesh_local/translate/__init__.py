@@ -6,7 +6,7 @@ supported was refused when the resources were read.
 
 from __future__ import annotations
 
-from mlmesh_local.envoy_types import CLUSTER, ENDPOINTS, LISTENER, ROUTES, Json
+from mlmesh_local.envoy_types import CLUSTER, ENDPOINTS, EXTENSIONS, LISTENER, ROUTES, Json
 from mlmesh_local.model import ProxyNode
 from mlmesh_local.translate import gateways, sidecars
 from mlmesh_local.translate.tls import credential_secret
@@ -22,6 +22,7 @@ def translate(view: View, proxy: ProxyNode) -> Configuration:
     return {
         CLUSTER: room.clusters(view, proxy),
         ENDPOINTS: room.endpoints(view, proxy),
+        EXTENSIONS: room.extensions(view, proxy),
         LISTENER: room.listeners(view, proxy),
         ROUTES: room.routes(view, proxy),
     }

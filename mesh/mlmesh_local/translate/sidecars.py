@@ -30,6 +30,11 @@ def endpoints(view: View, proxy: ProxyNode) -> dict[str, Json]:
     return outbound_endpoints(view, proxy)
 
 
+def extensions(view: View, proxy: ProxyNode) -> dict[str, Json]:  # noqa: ARG001  for filters to come
+    """ECDS: configurations of filters by name, for listeners that take them from there."""
+    return {}
+
+
 def listeners(view: View, proxy: ProxyNode) -> dict[str, Json]:
     """LDS."""
     found = [outbound_listener(view, proxy, port) for port in _outbound_ports(view, proxy)]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlmesh_local.delta import DeltaStream, Request, Response
-from mlmesh_local.envoy_types import CLUSTER, ENDPOINTS, LISTENER, PUSH_ORDER, ROUTES, SECRET
+from mlmesh_local.envoy_types import CLUSTER, ENDPOINTS, EXTENSIONS, LISTENER, PUSH_ORDER, ROUTES, SECRET
 from mlmesh_local.snapshot import Packed, Snapshot
 
 
@@ -17,7 +17,9 @@ def packed(**versions: str) -> dict[str, Packed]:
     return {name: Packed(name=name, version=version, content=version.encode()) for name, version in versions.items()}
 
 
-def snapshot(version: str, *, clusters: str = "a", route: str = "1", listener: str = "1") -> Snapshot:
+def snapshot(
+    version: str, *, clusters: str = "a", route: str = "1", listener: str = "1", filters: str = "1"
+) -> Snapshot:
     """Clusters are letters; an upper-case one is another version of it."""
     names = {letter.lower(): letter for letter in clusters}
     return Snapshot(
@@ -26,12 +28,14 @@ def snapshot(version: str, *, clusters: str = "a", route: str = "1", listener: s
         resources={
             CLUSTER: packed(**names),
             ENDPOINTS: packed(**names),
+            EXTENSIONS: packed(filter=filters),
             LISTENER: packed(listener=listener),
             ROUTES: packed(routes=route),
         },
         endpoint_names=frozenset(names),
         route_names=frozenset({"routes"}),
         secret_names=frozenset({"default"}),
+        extension_names=frozenset({"filter"}),
     )
 
 
@@ -82,6 +86,7 @@ class Envoy:
             return
         self.stream.receive(Request(type_url=response.type_url, nonce=response.nonce))
         if response.type_url == LISTENER:
+            self.subscribe(EXTENSIONS, {"filter"})
             self.subscribe(ROUTES, {"routes"})
 
     def subscribe(self, type_url: str, names: set[str]) -> None:
@@ -132,6 +137,26 @@ def test_a_change_of_routes_sends_routes_only(envoy: Envoy) -> None:
     assert envoy.stream.acked_version == "two"
 
 
+def test_a_change_of_a_filter_sends_its_configuration_only(envoy: Envoy) -> None:
+    envoy.stream.set_snapshot(snapshot("two", filters="2"))
+    assert envoy.stream.acked_version == ""
+    envoy.run()
+    assert envoy.log == ["TypedExtensionConfig +filter -"]
+    assert envoy.stream.acked_version == "two"
+
+
+def test_filters_change_before_listeners_and_these_before_routes(envoy: Envoy) -> None:
+    envoy.stream.set_snapshot(snapshot("two", clusters="ab", filters="2", listener="2", route="2"))
+    envoy.run()
+    assert [line.split()[0] for line in envoy.log] == [
+        "Cluster",
+        "ClusterLoadAssignment",
+        "TypedExtensionConfig",
+        "Listener",
+        "RouteConfiguration",
+    ]
+
+
 def test_the_same_content_under_another_version_is_acknowledged_at_once(envoy: Envoy) -> None:
     envoy.stream.set_snapshot(snapshot("two"))
     assert envoy.stream.acked_version == "two"
@@ -163,9 +188,9 @@ def test_secrets_are_rotated_on_their_own(envoy: Envoy) -> None:
     assert envoy.log == ["Secret +default -"]
 
 
-@pytest.mark.parametrize("refused", [CLUSTER, LISTENER, ROUTES])
+@pytest.mark.parametrize("refused", [CLUSTER, EXTENSIONS, LISTENER, ROUTES])
 def test_a_refusal_stops_what_would_follow_and_the_last_good_is_sent_again(envoy: Envoy, refused: str) -> None:
-    bad = snapshot("bad", clusters="ab", route="2", listener="2")
+    bad = snapshot("bad", clusters="ab", route="2", listener="2", filters="2")
     envoy.stream.set_snapshot(bad)
     envoy.run(refuse=refused)
     assert envoy.stream.rejection == "no"
@@ -183,6 +208,7 @@ def test_a_refusal_stops_what_would_follow_and_the_last_good_is_sent_again(envoy
     assert envoy.stream.acked_version == "good"
     assert envoy.has[ROUTES] == {"routes": "1"}
     assert envoy.has[LISTENER] == {"listener": "1"}
+    assert envoy.has[EXTENSIONS] == {"filter": "1"}
 
 
 def test_a_late_refusal_of_what_was_replaced_does_not_count(envoy: Envoy) -> None:
@@ -212,9 +238,11 @@ def test_after_a_reconnection_only_the_difference_is_sent(envoy: Envoy) -> None:
     again.stream.set_secrets(packed(default="s1"))
     again.stream.set_snapshot(snapshot("two", clusters="ab"))
     again.stream.receive(Request(type_url=CLUSTER, known=dict(again.has[CLUSTER])))
-    again.subscribed = {"a", "routes"}
+    again.subscribed = {"a", "filter", "routes"}
     again.stream.receive(Request(type_url=ENDPOINTS, subscribe=("a",), known=dict(again.has[ENDPOINTS])))
     again.stream.receive(Request(type_url=SECRET, subscribe=("default",), known=dict(again.has[SECRET])))
+    known = dict(again.has[EXTENSIONS])
+    again.stream.receive(Request(type_url=EXTENSIONS, subscribe=("filter",), known=known))
     again.stream.receive(Request(type_url=LISTENER, known=dict(again.has[LISTENER])))
     again.stream.receive(Request(type_url=ROUTES, subscribe=("routes",), known=dict(again.has[ROUTES])))
     again.run()

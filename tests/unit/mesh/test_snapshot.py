@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import pytest
 
-from mlmesh_local.envoy_types import CLUSTER, ENDPOINTS, LISTENER, ROUTES, InvalidMessageError, build_bytes, typed
+from mlmesh_local.envoy_types import (
+    CLUSTER,
+    ENDPOINTS,
+    EXTENSIONS,
+    LISTENER,
+    ROUTES,
+    InvalidMessageError,
+    build_bytes,
+    typed,
+)
 from mlmesh_local.model import CertificateSecret, TrustSecret
 from mlmesh_local.resources import ResourceSet
-from mlmesh_local.snapshot import build_snapshot, build_snapshots, consistency, pack_secrets
-from mlmesh_local.translate import View, translate
+from mlmesh_local.snapshot import build_snapshot, build_snapshots, consistency, pack, pack_secrets
+from mlmesh_local.translate import Configuration, View, translate
+from mlmesh_local.translate.discovered import discovered, extension
 from tests.support.mesh_world import SUBSETS, WORKLOADS, load, load_alone, resource, virtual_service, world
 
 RULES = virtual_service("[{route: [{destination: {host: server, subset: v1}}]}]")
@@ -63,6 +73,17 @@ def test_inconsistencies_are_found() -> None:
         "a listener needs the route configuration 9090, which there is not",
         f"the route configuration 9000 sends to the cluster {name}, which there is not",
     ]
+
+
+def test_filters_have_the_configuration_that_they_take_from_elsewhere() -> None:
+    message = "envoy.extensions.filters.http.fault.v3.HTTPFault"
+    manager = {"stat_prefix": "x", "http_filters": [discovered("fault", message)]}
+    hcm = "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager"
+    listener = {"name": "l", "filter_chains": [{"filters": [{"name": "hcm", "typed_config": typed(hcm, manager)}]}]}
+    configuration: Configuration = {CLUSTER: {}, ENDPOINTS: {}, EXTENSIONS: {}, LISTENER: {"l": listener}, ROUTES: {}}
+    assert consistency(configuration) == ["a listener needs the configuration of the filter fault, which there is not"]
+    configuration[EXTENSIONS]["fault"] = extension("fault", message)
+    assert pack("node", configuration, "one").extension_names == {"fault"}
 
 
 def test_endpoints_change_with_their_cluster() -> None:
