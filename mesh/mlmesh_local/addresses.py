@@ -1,4 +1,4 @@
-"""Loopback addresses: one 127.S.0.0/16 a mesh, four addresses an instance, no iptables and no root.
+"""Loopback addresses: one 127.S.0.0/16 a mesh, five addresses an instance, no iptables and no root.
 
 Linux answers on all of 127.0.0.0/8 without configuration, so several meshes run on one machine beside each other.
 """
@@ -56,18 +56,23 @@ class Block:
             application=f"127.{second}.2.{number}",
             outbound=f"127.{second}.3.{number}",
             admin=f"127.{second}.4.{number}",
+            faults=f"127.{second}.5.{number}",
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstanceAddresses:
-    """Where an instance's parts listen: its sidecar inbound (pod), its application, its sidecar outbound, its admin."""
+    """Where an instance's parts listen: its sidecar inbound (pod), its application, its sidecar outbound, its admin.
+
+    ``faults`` is where a proxy listens that stands in front of the pod while connections are disturbed on purpose.
+    """
 
     number: int
     pod: str
     application: str
     outbound: str
     admin: str
+    faults: str
 
 
 class Claim:

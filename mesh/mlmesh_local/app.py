@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from random import Random
 
 import grpc
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc
@@ -22,6 +23,7 @@ from mlmesh.local.v1 import local_pb2, local_pb2_grpc
 from mlmesh_local import addresses
 from mlmesh_local.certificates import Certificates
 from mlmesh_local.changes import Changes
+from mlmesh_local.chaos.faults import Faults
 from mlmesh_local.collector import TraceServicer
 from mlmesh_local.configuration import Configuration
 from mlmesh_local.control import LocalMeshServicer
@@ -117,7 +119,13 @@ async def _run(start: Start, block: addresses.Block, report: Report) -> None:
             async with _control(mesh, state) as control, asyncio.TaskGroup() as group:
                 beside = [
                     group.create_task(job)
-                    for job in (mesh.follow(), mesh.rotate_logs(), mesh.certificates.run(), mesh.stats.run())
+                    for job in (
+                        mesh.follow(),
+                        mesh.rotate_logs(),
+                        mesh.certificates.run(),
+                        mesh.stats.run(),
+                        mesh.faults.run(),
+                    )
                 ]
                 beside.append(group.create_task(_tell_start(mesh, report)))
                 _on_signals(mesh)
@@ -164,6 +172,7 @@ def _build(
         token=token,
     )
     supervisor = Supervisor(group, setup, block=block, folders=folders, changes=changes, environ=start.environ)
+    faults = Faults(lambda: supervisor.instances, changed=changes.notify, random=Random())  # noqa: S311  (no secret)
     configuration = Configuration(
         ads,
         certificates,
@@ -172,6 +181,7 @@ def _build(
         logs=state.logs,
         gateway_address=start.gateway_address,
         instances=lambda: supervisor.instances,
+        detour=faults.detour,
     )
     stats = StatsPoller(lambda: list(supervisor.instances.values()), changed=changes.notify)
     supervisor.traffic = SupervisorTraffic(configuration, stats)
@@ -183,6 +193,7 @@ def _build(
         traces=traces,
         trace_executor=executor,
         changes=changes,
+        faults=faults,
         work=Work(group),
         clock=_now,
         config_folder=state.config,

@@ -13,10 +13,10 @@ from mlmesh_local.addresses import Block, split_address
 from mlmesh_local.certificates import Certificates, ServerCredential
 from mlmesh_local.instance import Instance
 from mlmesh_local.instances import InstancePlan
-from mlmesh_local.model import NodeStatus, ProxyNode, World
+from mlmesh_local.model import Endpoint, NodeStatus, ProxyNode, World
 from mlmesh_local.resources.model import Deployment, Gateway
 from mlmesh_local.resources.parse import Document, load_resources
-from mlmesh_local.resources.resource_set import Change, ResourceSet
+from mlmesh_local.resources.resource_set import Applied, Change, ResourceSet
 from mlmesh_local.snapshot import Snapshot, build_snapshots
 from mlmesh_local.translate import service_endpoints
 from mlmesh_local.workloads import Workload, workload_of
@@ -42,6 +42,7 @@ class Configuration:
     """Builds and pushes configuration. Either a whole change is active everywhere, or nothing changed.
 
     ``gateway_address`` is where the first gateway listens in addition to its pod's address; empty for nowhere.
+    ``detour`` gives where an endpoint is dialled while connections to it are disturbed on purpose.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Configuration:
         logs: Path,
         gateway_address: str,
         instances: Callable[[], Mapping[str, Instance]],
+        detour: Callable[[Endpoint], Endpoint] = lambda endpoint: endpoint,
     ) -> None:
         self.resources = resources
         self.world = World(resources=resources, otlp_address=block.otlp)
@@ -63,6 +65,7 @@ class Configuration:
         self._logs = logs
         self._gateway_address = gateway_address
         self._instances = instances
+        self._detour = detour
         self._known: set[str] = set()
         self._turn = asyncio.Lock()
 
@@ -99,29 +102,42 @@ class Configuration:
     ) -> ApplyOutcome:
         """Validate, merge and activate. Raises InvalidResource; then the last good configuration stays active."""
         async with self._turn:
-            applied = self.resources.apply(load_resources(documents), prune=prune)
-            for deployment in applied.resources.specs(Deployment):
-                workload_of(deployment)
-            world = self._world(applied.resources)
-            snapshots = build_snapshots(world)
-            if dry_run:
-                return ApplyOutcome(changes=applied.changes, warnings=applied.warnings, version=self.version)
-            before = self.resources
-            started = time.monotonic()
-            self.resources = applied.resources
-            self._push(world, snapshots)
-            warnings = applied.warnings
-            try:
-                await self._acknowledged(timeout_s)
-            except TimedOut as error:
-                # Sidecars that are slow or restart get it later; nothing needs to be taken back.
-                warnings = (*warnings, error.message)
-            except ConfigurationRejectedError:
-                self.resources = before
-                last_good = self._world(before)
-                self._push(last_good, build_snapshots(last_good))
-                raise
-            return self._outcome(applied.changes, warnings, time.monotonic() - started)
+            return await self._activate(
+                self.resources.apply(load_resources(documents), prune=prune), dry_run=dry_run, timeout_s=timeout_s
+            )
+
+    async def _activate(self, applied: Applied, *, dry_run: bool, timeout_s: float) -> ApplyOutcome:
+        for deployment in applied.resources.specs(Deployment):
+            workload_of(deployment)
+        world = self._world(applied.resources)
+        snapshots = build_snapshots(world)
+        if dry_run:
+            return ApplyOutcome(changes=applied.changes, warnings=applied.warnings, version=self.version)
+        before = self.resources
+        started = time.monotonic()
+        self.resources = applied.resources
+        self._push(world, snapshots)
+        warnings = applied.warnings
+        try:
+            await self._acknowledged(timeout_s)
+        except TimedOut as error:
+            # Sidecars that are slow or restart get it later; nothing needs to be taken back.
+            warnings = (*warnings, error.message)
+        except ConfigurationRejectedError:
+            self.resources = before
+            last_good = self._world(before)
+            self._push(last_good, build_snapshots(last_good))
+            raise
+        return self._outcome(applied.changes, warnings, time.monotonic() - started)
+
+    async def delete(
+        self, names: Sequence[tuple[str, str]], *, allow_missing: bool, dry_run: bool, timeout_s: float
+    ) -> ApplyOutcome:
+        """Remove resources by kind and "namespace/name", and activate what is left. Raises as `apply`, and NotFound."""
+        async with self._turn:
+            return await self._activate(
+                self.resources.without(names, allow_missing=allow_missing), dry_run=dry_run, timeout_s=timeout_s
+            )
 
     async def _acknowledged(self, timeout_s: float) -> None:
         # Endpoints may change meanwhile; what was asked for is part of every later version.
@@ -146,10 +162,11 @@ class Configuration:
         instances = self._instances()
         proxies = tuple(self._proxy(instances[name].plan, resources) for name in sorted(instances))
         ready = {name for name, instance in instances.items() if instance.ready}
+        endpoints = service_endpoints(resources, proxies, ready=ready)
         return World(
             resources=resources,
             proxies=proxies,
-            endpoints=service_endpoints(resources, proxies, ready=ready),
+            endpoints=tuple(map(self._detour, endpoints)),
             otlp_address=self._block.otlp,
         )
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import grpc
@@ -14,9 +14,10 @@ from google.protobuf.duration_pb2 import Duration
 
 from mlmesh.local.v1 import local_pb2, local_pb2_grpc
 from mlmesh_local import messages
+from mlmesh_local.chaos.faults import DURATION_MAX_S, Part
 from mlmesh_local.mesh import Mesh
 from mlmesh_local.pki import LEAF_TTL
-from mlmesh_local.resources.parse import Document
+from mlmesh_local.resources.parse import DEFAULT_NAMESPACE, Document
 from mlmesh_local.routes import list_routes
 from mlmesh_runtime.errors import InvalidInput
 from mlmesh_runtime.executors import run_blocking
@@ -29,6 +30,7 @@ WATCH_INTERVAL_S = 1.0
 # A burst of changes is one message: nobody reads faster.
 WATCH_PAUSE_S = 0.1
 TRACES_PAGE = 20
+FAULT_S = 30.0
 
 
 class LocalMeshServicer(local_pb2_grpc.LocalMeshServiceServicer):
@@ -67,6 +69,19 @@ class LocalMeshServicer(local_pb2_grpc.LocalMeshServiceServicer):
             documents, prune=request.prune, dry_run=request.dry_run, timeout_s=_ack_timeout_s(context)
         )
         return messages.apply_response(outcome)
+
+    async def DeleteResources(
+        self, request: local_pb2.DeleteResourcesRequest, context: Context
+    ) -> local_pb2.DeleteResourcesResponse:
+        """Remove resources, everywhere or nowhere."""
+        names = [
+            (item.kind, item.name if "/" in item.name else f"{DEFAULT_NAMESPACE}/{item.name}")
+            for item in request.resources
+        ]
+        outcome = await self._mesh.delete(
+            names, allow_missing=request.allow_missing, dry_run=request.dry_run, timeout_s=_ack_timeout_s(context)
+        )
+        return messages.delete_response(outcome)
 
     async def ListResources(
         self, request: local_pb2.ListResourcesRequest, context: Context
@@ -126,6 +141,35 @@ class LocalMeshServicer(local_pb2_grpc.LocalMeshServiceServicer):
     ) -> local_pb2.RestartWorkloadResponse:
         """Restart replicas, one at a time."""
         return local_pb2.RestartWorkloadResponse(instances=await self._mesh.restart(request.name))
+
+    async def InjectFault(
+        self, request: local_pb2.InjectFaultRequest, context: Context
+    ) -> local_pb2.InjectFaultResponse:
+        """Disturb instances on purpose."""
+        faults, duration_s = self._mesh.faults, _seconds(request, "duration", FAULT_S, most=DURATION_MAX_S)
+        if request.HasField("network"):
+            names = await faults.disturb(request.target, messages.disturbance(request.network), duration_s)
+        else:
+            sidecar = request.process.part == local_pb2.PROCESS_PART_SIDECAR
+            part: Part = "sidecar" if sidecar else "application"
+            stop = request.process.stop
+            names = faults.stop(request.target, part, duration_s) if stop else faults.kill(request.target, part)
+        active = [fault for fault in self._faults() if fault.instance in names]
+        return local_pb2.InjectFaultResponse(faults=active, instances=names)
+
+    async def ListFaults(self, request: local_pb2.ListFaultsRequest, context: Context) -> local_pb2.ListFaultsResponse:
+        """Faults that are active."""
+        return local_pb2.ListFaultsResponse(faults=self._faults())
+
+    async def RemoveFaults(
+        self, request: local_pb2.RemoveFaultsRequest, context: Context
+    ) -> local_pb2.RemoveFaultsResponse:
+        """End faults before their time."""
+        return local_pb2.RemoveFaultsResponse(removed=await self._mesh.faults.remove(request.target))
+
+    def _faults(self) -> list[local_pb2.Fault]:
+        now, now_loop = datetime.now(UTC), asyncio.get_running_loop().time()
+        return [messages.fault(item, now=now, now_loop=now_loop) for item in self._mesh.faults.active()]
 
     async def Shutdown(
         self, request: local_pb2.ShutdownRequest, context: Context

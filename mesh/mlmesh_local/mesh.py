@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from mlmesh_local.certificates import Certificates
 from mlmesh_local.changes import Changes
+from mlmesh_local.chaos.faults import Faults
 from mlmesh_local.configuration import ApplyOutcome, Configuration, gateways_of
 from mlmesh_local.instance import Instance
 from mlmesh_local.pki import Certificate, Clock
@@ -53,6 +55,7 @@ class Mesh:
         traces: TraceStore,
         trace_executor: BoundedExecutor,
         changes: Changes,
+        faults: Faults,
         work: Work,
         clock: Clock,
         config_folder: Path,
@@ -65,6 +68,7 @@ class Mesh:
         self.traces = traces
         self.trace_executor = trace_executor
         self.changes = changes
+        self.faults = faults
         self._work = work
         self.start_time = clock()
         self.pid = os.getpid()
@@ -134,8 +138,20 @@ class Mesh:
     async def _apply(
         self, documents: Sequence[Document], *, prune: bool, dry_run: bool, timeout_s: float
     ) -> ApplyOutcome:
+        return await self._follow_workloads(
+            self.configuration.apply(documents, prune=prune, dry_run=dry_run, timeout_s=timeout_s), dry_run=dry_run
+        )
+
+    async def delete(
+        self, names: Sequence[tuple[str, str]], *, allow_missing: bool, dry_run: bool, timeout_s: float
+    ) -> ApplyOutcome:
+        """Remove resources by kind and "namespace/name", then make the processes follow the Deployments."""
+        removal = self.configuration.delete(names, allow_missing=allow_missing, dry_run=dry_run, timeout_s=timeout_s)
+        return await self._work.finish(self._follow_workloads(removal, dry_run=dry_run))
+
+    async def _follow_workloads(self, change: Coroutine[Any, Any, ApplyOutcome], *, dry_run: bool) -> ApplyOutcome:
         plans_before = self.supervisor.plan_all(self.configuration.workloads)
-        outcome = await self.configuration.apply(documents, prune=prune, dry_run=dry_run, timeout_s=timeout_s)
+        outcome = await change
         if dry_run:
             return outcome
         plans = self.supervisor.plan_all(self.configuration.workloads)
@@ -176,6 +192,8 @@ class Mesh:
     async def shut_down(self) -> None:
         """Drain and end every process."""
         try:
+            # What was stopped could not drain.
+            await self.faults.remove()
             await self.supervisor.stop_all(self._say)
         finally:
             self._work.cancel()

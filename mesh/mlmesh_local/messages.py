@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from mlmesh.local.v1 import local_pb2
 from mlmesh_local.addresses import ADMIN_PORT
+from mlmesh_local.chaos.disturbance import Blackhole, Disturbance
+from mlmesh_local.chaos.faults import ActiveFault
 from mlmesh_local.configuration import ApplyOutcome
 from mlmesh_local.instance import Instance, State
 from mlmesh_local.mesh import Mesh
@@ -24,6 +26,13 @@ _STATES = {
     State.BACKING_OFF: local_pb2.INSTANCE_STATE_BACKING_OFF,
     State.STOPPING: local_pb2.INSTANCE_STATE_STOPPING,
     State.STOPPED: local_pb2.INSTANCE_STATE_STOPPED,
+}
+
+
+_BLACKHOLES = {
+    local_pb2.BLACKHOLE_DIRECTION_REQUESTS: Blackhole.REQUESTS,
+    local_pb2.BLACKHOLE_DIRECTION_RESPONSES: Blackhole.RESPONSES,
+    local_pb2.BLACKHOLE_DIRECTION_BOTH: Blackhole.BOTH,
 }
 
 
@@ -105,6 +114,41 @@ def apply_response(outcome: ApplyOutcome) -> local_pb2.ApplyResponse:
         connected_sidecars=outcome.connected,
         ack_latency=duration(round(outcome.ack_latency_s * 1e9)),
         warnings=outcome.warnings,
+    )
+
+
+def delete_response(outcome: ApplyOutcome) -> local_pb2.DeleteResourcesResponse:
+    """A removal that was accepted."""
+    response = apply_response(outcome)
+    return local_pb2.DeleteResourcesResponse(
+        changes=response.changes,
+        config_version=response.config_version,
+        acked_sidecars=response.acked_sidecars,
+        connected_sidecars=response.connected_sidecars,
+        ack_latency=response.ack_latency,
+        warnings=response.warnings,
+    )
+
+
+def fault(item: ActiveFault, *, now: datetime, now_loop: float) -> local_pb2.Fault:
+    """A fault that is active; ``now_loop`` is now by the event loop's clock, which its end is told by."""
+    return local_pb2.Fault(
+        instance=item.instance,
+        description=item.description,
+        end_time=timestamp(now + timedelta(seconds=item.end - now_loop)),
+        connections=item.connections,
+    )
+
+
+def disturbance(fault: local_pb2.NetworkFault) -> Disturbance:
+    """What a request asks to be done to connections. Raises InvalidInput."""
+    return Disturbance(
+        delay_s=fault.delay.ToTimedelta().total_seconds(),
+        jitter_s=fault.jitter.ToTimedelta().total_seconds(),
+        bytes_per_s=fault.bytes_per_second,
+        cut=fault.cut,
+        blackhole=_BLACKHOLES.get(fault.blackhole, Blackhole.NONE),
+        corrupt=fault.corrupt_percent / 100,
     )
 
 

@@ -10,6 +10,8 @@ from typing import Any, Literal, Self, TypeVar
 
 from mlmesh_local.resources.crosscheck import crosscheck
 from mlmesh_local.resources.model import Spec
+from mlmesh_local.resources.problems import did_you_mean
+from mlmesh_runtime.errors import NotFound
 
 S = TypeVar("S")
 Key = tuple[str, str, str]
@@ -54,7 +56,7 @@ class Change:
 
     kind: str
     name: str
-    action: Literal["created", "configured", "unchanged", "deleted"]
+    action: Literal["created", "configured", "unchanged", "deleted", "missing"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +118,26 @@ class ResourceSet:
             result.append(new)
         merged = ResourceSet.of(result)
         return Applied(resources=merged, changes=tuple(changes), warnings=crosscheck(merged))
+
+    def without(self, names: Iterable[tuple[str, str]], *, allow_missing: bool = False) -> Applied:
+        """This set without the resources of these kinds and names ("{namespace}/{name}").
+
+        Raises NotFound (RESOURCE_NOT_FOUND) for one that is not there, InvalidResource when what is left does not fit
+        together; then nothing changed.
+        """
+        wanted = list(dict.fromkeys(names))
+        known = {(resource.kind, resource.name) for resource in self._resources}
+        missing = [name for name in wanted if name not in known]
+        if missing and not allow_missing:
+            kind, name = missing[0]
+            hint = did_you_mean(name, (other for known_kind, other in known if known_kind == kind))
+            raise NotFound(f"there is no {kind} {name}{hint}", reason="RESOURCE_NOT_FOUND")
+        left = ResourceSet.of(resource for resource in self._resources if (resource.kind, resource.name) not in wanted)
+        changes = [
+            Change(kind=kind, name=name, action="missing" if (kind, name) in missing else "deleted")
+            for kind, name in wanted
+        ]
+        return Applied(resources=left, changes=tuple(changes), warnings=crosscheck(left))
 
 
 def _digest(resources: tuple[Resource, ...]) -> str:

@@ -32,13 +32,14 @@ def test_a_block_whose_ports_are_taken_is_passed_over() -> None:
     assert other.block != claim.block
 
 
-def test_an_instance_has_four_addresses() -> None:
+def test_an_instance_has_five_addresses() -> None:
     instance = addresses.Block(second=77).instance(12)
-    assert (instance.pod, instance.application, instance.outbound, instance.admin) == (
+    assert (instance.pod, instance.application, instance.outbound, instance.admin, instance.faults) == (
         "127.77.1.12",
         "127.77.2.12",
         "127.77.3.12",
         "127.77.4.12",
+        "127.77.5.12",
     )
 
 

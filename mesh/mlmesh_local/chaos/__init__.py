@@ -1,0 +1,1 @@
+"""Faults on purpose: processes are killed and stopped, connections slowed, cut, silenced and corrupted."""
