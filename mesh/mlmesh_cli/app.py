@@ -26,6 +26,7 @@ from mlmesh_cli.commands.streams import streams_app
 from mlmesh_cli.commands.studies import studies_app
 from mlmesh_cli.commands.traces import traces_app
 from mlmesh_cli.commands.train import train_app
+from mlmesh_cli.commands.translating import translate
 
 _EPILOG = (
     "Exit codes: 0 ok, 1 failed, 2 wrong usage, 3 no mesh is running, 130 Ctrl-C. "
@@ -76,6 +77,7 @@ app.command(rich_help_panel=_WORK)(infer)
 app.add_typer(quota_app, name="quota", rich_help_panel=_WORK)
 app.add_typer(audit_app, name="audit", rich_help_panel=_LOOK)
 app.command(rich_help_panel=_LOOK)(routes)
+app.command(rich_help_panel=_LOOK)(translate)
 app.add_typer(streams_app, name="streams", rich_help_panel=_LOOK)
 app.add_typer(traces_app, name="traces", rich_help_panel=_LOOK)
 app.add_typer(certs_app, name="certs", rich_help_panel=_LOOK)
