@@ -22,6 +22,7 @@ from mlmesh_local.envoy_types import (
     canonical,
 )
 from mlmesh_local.model import CertificateSecret, ProxyNode, Secret, World
+from mlmesh_local.references import references
 from mlmesh_local.resources.problems import At, InvalidResource, Problem
 from mlmesh_local.translate import Configuration, View, translate
 
@@ -57,6 +58,32 @@ class Snapshot:
     """Secrets that clusters, listeners and filters need."""
     extension_names: frozenset[str] = frozenset()
     """Configurations of filters that the listeners subscribe to."""
+
+    @classmethod
+    def of_packed(cls, node_id: str, version: str, resources: Mapping[str, Mapping[str, bytes]]) -> Snapshot:
+        """A snapshot of serialized resources by type URL and name, such as another control plane sends them.
+
+        They go to Envoy byte by byte as they are. What they refer to is read out of them, so that the order is the same
+        as for our own; what is referred to and not there is not waited for.
+        """
+        packed = {
+            type_url: {
+                name: Packed(name=name, version=_version(content), content=content) for name, content in named.items()
+            }
+            for type_url, named in resources.items()
+        }
+        packed[ENDPOINTS] = _with_clusters(packed.get(ENDPOINTS, {}), packed.get(CLUSTER, {}))
+        found = references(resources)
+        there = {type_url: found[type_url] & packed.get(type_url, {}).keys() for type_url in found}
+        return cls(
+            node_id=node_id,
+            version=version,
+            resources=packed,
+            endpoint_names=there[ENDPOINTS],
+            route_names=there[ROUTES],
+            secret_names=found[SECRET],
+            extension_names=there[EXTENSIONS],
+        )
 
 
 def build_snapshots(world: World) -> dict[str, Snapshot]:
@@ -95,19 +122,10 @@ def pack(node_id: str, configuration: Configuration, version: str) -> Snapshot:
     except InvalidMessageError as error:
         at = At(source=node_id, line=0)
         raise InvalidResource([Problem(at=at, message=f"cannot be translated: {error}")]) from error
-    # Envoy keeps a changed cluster warming until endpoints arrive: they change with their cluster.
-    assignments = {
-        name: Packed(
-            name=name,
-            version=f"{item.version}-{packed[CLUSTER][name].version}" if name in packed[CLUSTER] else item.version,
-            content=item.content,
-        )
-        for name, item in packed[ENDPOINTS].items()
-    }
     return Snapshot(
         node_id=node_id,
         version=version,
-        resources={**packed, ENDPOINTS: assignments},
+        resources={**packed, ENDPOINTS: _with_clusters(packed[ENDPOINTS], packed[CLUSTER])},
         endpoint_names=frozenset(_endpoint_names(configuration)),
         route_names=frozenset(_route_names(configuration)),
         secret_names=frozenset(_secret_names(configuration)),
@@ -185,10 +203,23 @@ def _find(value: Any, key: str) -> Iterator[Any]:
             yield from _find(inner, key)
 
 
+def _with_clusters(assignments: Named, clusters: Named) -> dict[str, Packed]:
+    """Endpoints that change with their cluster: Envoy keeps a changed one warming until endpoints arrive."""
+    return {
+        name: Packed(name=name, version=f"{item.version}-{clusters[name].version}", content=item.content)
+        if name in clusters
+        else item
+        for name, item in assignments.items()
+    }
+
+
 def _pack(type_url: str, name: str, value: Json) -> Packed:
-    text = canonical(value)
-    version = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return Packed(name=name, version=version, content=build_bytes(type_url, value))
+    content = build_bytes(type_url, value)
+    return Packed(name=name, version=_version(content), content=content)
+
+
+def _version(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 @functools.lru_cache(maxsize=PACKED_MAX)
