@@ -1,0 +1,183 @@
+"""pilot-discovery as a child process, beside the Kubernetes API that it reads."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import socket
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlmesh_local.istiod.api import KubernetesApi
+from mlmesh_local.istiod.objects import DEFINITIONS, KINDS, definitions
+from mlmesh_local.istiod.store import Store
+from mlmesh_runtime.errors import NotReady
+
+PROGRAM = "pilot-discovery"
+VARIABLE = "MLMESH_ISTIOD"
+START_S = 60.0
+
+ENVIRONMENT: Mapping[str, str] = {
+    # No certificates: identities are the laptop mesh's own.
+    "PILOT_CERT_PROVIDER": "none",
+    "ENABLE_CA_SERVER": "false",
+    "INJECTION_WEBHOOK_CONFIG_NAME": "",
+    "VALIDATION_WEBHOOK_CONFIG_NAME": "",
+    "ENABLE_LEADER_ELECTION": "false",
+    "ISTIO_KUBE_CLIENT_CONTENT_TYPE": "json",
+    # Envoy without Istio's extensions.
+    "PILOT_ENABLE_METADATA_EXCHANGE": "false",
+    "PILOT_ENABLE_ALPN_FILTER": "false",
+    "PILOT_DISABLE_MX_ALPN": "true",
+    "PILOT_ENABLE_TELEMETRY_LABEL": "false",
+    "PILOT_ENABLE_AMBIENT": "false",
+    "PILOT_ENABLE_GATEWAY_API_DEPLOYMENT_CONTROLLER": "false",
+    "PILOT_ENABLE_GATEWAY_API_GATEWAYCLASS_CONTROLLER": "false",
+    # A laptop waits for its own changes only.
+    "PILOT_DEBOUNCE_AFTER": "30ms",
+    "PILOT_DEBOUNCE_MAX": "500ms",
+    "PILOT_ENABLE_EDS_DEBOUNCE": "true",
+}
+
+
+def find_program(path: str, environment: Mapping[str, str]) -> Path:
+    """The program: as told, else of the environment, else on PATH. Raises NotReady that says how to get it."""
+    told = path or environment.get(VARIABLE, "")
+    found = shutil.which(told or PROGRAM, path=environment.get("PATH"))
+    if found is None:
+        what = f"{told} is not a program that can be run" if told else f"{PROGRAM} is not on PATH"
+        raise NotReady(
+            f"{what}; build it with `make tools` (.tools/bin/{PROGRAM}) and name it by --istiod or {VARIABLE}",
+            reason="ISTIOD_MISSING",
+        )
+    return Path(found)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ports:
+    """Where pilot-discovery listens: xDS, and its HTTP endpoints (debugging, monitoring)."""
+
+    xds: int
+    http: int
+    monitoring: int
+
+
+def free_ports(host: str) -> Ports:
+    """Ports that are free now."""
+    with contextlib.ExitStack() as stack:
+        numbers = [stack.enter_context(socket.create_server((host, 0))).getsockname()[1] for _ in range(3)]
+    return Ports(xds=numbers[0], http=numbers[1], monitoring=numbers[2])
+
+
+class Istiod:
+    """A running control plane of Istio, and the store that it reads.
+
+    istiod = Istiod(program, folder, host="127.0.0.1")
+    await istiod.start()
+    istiod.store.replace(cluster(documents, pods), OWNED)
+    """
+
+    def __init__(self, program: Path, folder: Path, *, host: str = "127.0.0.1", ports: Ports | None = None) -> None:
+        self.store = Store()
+        self.host = host
+        self.ports = ports or free_ports(host)
+        self.log = folder / "istiod.log"
+        self._program = program
+        self._folder = folder
+        self._token = secrets.token_urlsafe(24)
+        self._api = KubernetesApi(self.store, token=self._token, kinds=KINDS)
+        self._process: asyncio.subprocess.Process | None = None
+
+    @property
+    def address(self) -> str:
+        """``host:port`` of xDS."""
+        return f"{self.host}:{self.ports.xds}"
+
+    async def start(self, *, timeout_s: float = START_S) -> None:
+        """Start, and wait until it is ready. Raises NotReady with the end of its log."""
+        for definition in definitions():
+            self.store.put(DEFINITIONS, definition)
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        api = await self._api.start(self.host, 0)
+        kubeconfig = self._folder / "kubeconfig.json"
+        kubeconfig.touch(mode=0o600)
+        kubeconfig.write_text(json.dumps(_kubeconfig(f"http://{self.host}:{api}/{self._token}")))
+        host = self.host
+        arguments = [
+            "discovery",
+            "--registries=Kubernetes",
+            f"--kubeconfig={kubeconfig}",
+            f"--meshConfig={self._folder / 'none.yaml'}",
+            f"--grpcAddr={host}:{self.ports.xds}",
+            f"--httpAddr={host}:{self.ports.http}",
+            f"--monitoringAddr={host}:{self.ports.monitoring}",
+            "--httpsAddr=",
+            "--secureGRPCAddr=",
+            "--ctrlz_port=0",
+            "--log_output_level=default:warn",
+            "--shutdownDuration=0s",
+        ]
+        with self.log.open("wb") as output:
+            self._process = await asyncio.create_subprocess_exec(
+                str(self._program),
+                *arguments,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                cwd=self._folder,
+                env={"PATH": os.environ.get("PATH", ""), "HOME": str(self._folder), **ENVIRONMENT},
+            )
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not await asyncio.to_thread(self._is_ready):
+                    if self._process.returncode is not None:
+                        break
+                    await asyncio.sleep(0.05)
+                else:
+                    return
+        except TimeoutError:
+            pass
+        await self.stop()
+        raise NotReady(f"pilot-discovery did not start: {self._end_of_log()}", reason="ISTIOD_FAILED")
+
+    async def stop(self) -> None:
+        """End the process and the API."""
+        process = self._process
+        if process is not None and process.returncode is None:
+            process.terminate()
+            try:
+                async with asyncio.timeout(5.0):
+                    await process.wait()
+            except TimeoutError:
+                process.kill()
+                await process.wait()
+        await self._api.stop()
+
+    def _is_ready(self) -> bool:
+        url = f"http://{self.host}:{self.ports.http}/ready"
+        try:
+            with urllib.request.urlopen(url, timeout=2.0) as reply:  # noqa: S310  always http
+                return bool(reply.status == 200)
+        except OSError:
+            return False
+
+    def _end_of_log(self) -> str:
+        lines = self.log.read_text(errors="replace").splitlines()[-8:]
+        return " | ".join(lines) or "it said nothing"
+
+
+def _kubeconfig(url: str) -> dict[str, object]:
+    return {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "current-context": "laptop",
+        "clusters": [{"name": "laptop", "cluster": {"server": url}}],
+        "contexts": [{"name": "laptop", "context": {"cluster": "laptop", "user": "laptop"}}],
+        "users": [{"name": "laptop", "user": {}}],
+    }
