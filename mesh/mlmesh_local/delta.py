@@ -8,6 +8,7 @@ way at a time.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -50,13 +51,20 @@ class _Subscription:
     sent: dict[str, str] = field(default_factory=dict)
     under_way: Response | None = None
     answered: bool = False
+    sent_all_of: Named | None = None
+    """Resources of which nothing is left to send; they are compared by identity, so an equal push costs nothing."""
+    complete_for: tuple[Named, Iterable[str]] | None = None
+    """Resources and needed names that were found to be there."""
+
+    def forget_checks(self) -> None:
+        """What is wanted, or what Envoy has, is no longer what it was."""
+        self.sent_all_of = self.complete_for = None
 
 
-class DeltaStream:
-    """State of one stream to one Envoy."""
+class Stream(ABC):
+    """What delta and state-of-the-world streams have in common: what is wanted, in which order it goes, refusals."""
 
     def __init__(self) -> None:
-        self._subscriptions: dict[str, _Subscription] = {}
         self._snapshot: Snapshot | None = None
         self._secrets: Named = {}
         self._count = 0
@@ -78,6 +86,89 @@ class DeltaStream:
         if self._rejected_type == SECRET:
             self.rejection = self._rejected_type = ""
 
+    def poll(self) -> list[Response]:
+        """Responses to send now."""
+        responses: list[Response] = []
+        if self._snapshot is None:
+            return responses
+        if self.rejection:
+            # The last good configuration stays, and its certificates are still rotated.
+            if self._rejected_type != SECRET:
+                self.push(SECRET, responses)
+            return responses
+        for type_url in (CLUSTER, ENDPOINTS, SECRET):
+            self.push(type_url, responses)
+        if self.busy(CLUSTER, ENDPOINTS, SECRET):
+            return responses
+        # A listener asks for filters that are new with it only once it is there itself.
+        self.push(EXTENSIONS, responses)
+        if not self.busy(EXTENSIONS):
+            self.push(LISTENER, responses)
+        if not self.busy(EXTENSIONS, LISTENER):
+            self.push(ROUTES, responses)
+        if self._settled(ENDPOINTS, SECRET, EXTENSIONS, LISTENER, ROUTES):
+            self.push(CLUSTER, responses, removals=True)
+        return responses
+
+    @property
+    def acked_version(self) -> str:
+        """Version of the snapshot if Envoy has acknowledged all of it, else empty."""
+        if self._snapshot is None or self.rejection:
+            return ""
+        return self._snapshot.version if self._settled(*PUSH_ORDER) and not self.stale_clusters() else ""
+
+    def _settled(self, *types: str) -> bool:
+        return not self.busy(*types) and all(self.complete(type_url) for type_url in types)
+
+    def desired(self, type_url: str) -> Named:
+        """What there is of a type."""
+        if type_url == SECRET:
+            return self._secrets
+        return self._snapshot.resources.get(type_url, {}) if self._snapshot else {}
+
+    def response(self, type_url: str, resources: tuple[Packed, ...], removed: tuple[str, ...] = ()) -> Response:
+        """A response with a nonce of its own."""
+        self._count += 1
+        return Response(
+            type_url=type_url,
+            nonce=str(self._count),
+            resources=resources,
+            removed=removed,
+            generation=self._generation(type_url),
+        )
+
+    def note_rejection(self, response: Response, error: str) -> None:
+        """Envoy refused a response. Of what has been replaced since, that says nothing about what is there now."""
+        if response.generation == self._generation(response.type_url):
+            self.rejection, self._rejected_type = error, response.type_url
+
+    def _generation(self, type_url: str) -> int:
+        return self._generations[SECRET if type_url == SECRET else CLUSTER]
+
+    @abstractmethod
+    def busy(self, *types: str) -> bool:
+        """Whether a response of one of these types waits for its acknowledgement."""
+
+    @abstractmethod
+    def complete(self, type_url: str) -> bool:
+        """Whether Envoy has everything of a type that it needs."""
+
+    @abstractmethod
+    def stale_clusters(self) -> bool:
+        """Whether Envoy still has clusters that should go away."""
+
+    @abstractmethod
+    def push(self, type_url: str, responses: list[Response], *, removals: bool = False) -> None:
+        """Send what changed of a type, if nothing of it is under way."""
+
+
+class DeltaStream(Stream):
+    """State of one stream to one Envoy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._subscriptions: dict[str, _Subscription] = {}
+
     def receive(self, request: Request) -> None:
         """Take a request: an acknowledgement, a refusal, a change of subscriptions, or several of these."""
         if request.type_url not in PUSH_ORDER:
@@ -89,6 +180,8 @@ class DeltaStream:
             subscription.under_way = None
             if request.error:
                 self._rejected(subscription, under_way, request.error)
+        if request.subscribe or request.unsubscribe or first:
+            subscription.forget_checks()
         if first:
             # After a reconnection Envoy tells what it has; it is not sent again.
             subscription.sent = dict(request.known)
@@ -106,58 +199,26 @@ class DeltaStream:
         # Envoy may have taken some of the resources: what it has is unknown, so they will be sent again.
         for packed in response.resources:
             subscription.sent.pop(packed.name, None)
-        # A refusal of what has been replaced since says nothing about what is there now.
-        if response.generation == self._generation(response.type_url):
-            self.rejection, self._rejected_type = error, response.type_url
+        subscription.forget_checks()
+        self.note_rejection(response, error)
 
-    def _generation(self, type_url: str) -> int:
-        return self._generations[SECRET if type_url == SECRET else CLUSTER]
-
-    def poll(self) -> list[Response]:
-        """Responses to send now."""
-        responses: list[Response] = []
-        if self._snapshot is None:
-            return responses
-        if self.rejection:
-            # The last good configuration stays, and its certificates are still rotated.
-            if self._rejected_type != SECRET:
-                self._push(SECRET, responses)
-            return responses
-        for type_url in (CLUSTER, ENDPOINTS, SECRET):
-            self._push(type_url, responses)
-        if self._busy(CLUSTER, ENDPOINTS, SECRET):
-            return responses
-        # A listener asks for filters that are new with it only once it is there itself.
-        self._push(EXTENSIONS, responses)
-        if not self._busy(EXTENSIONS):
-            self._push(LISTENER, responses)
-        if not self._busy(EXTENSIONS, LISTENER):
-            self._push(ROUTES, responses)
-        if self._settled(ENDPOINTS, SECRET, EXTENSIONS, LISTENER, ROUTES):
-            self._push(CLUSTER, responses, removals=True)
-        return responses
-
-    @property
-    def acked_version(self) -> str:
-        """Version of the snapshot if Envoy has acknowledged all of it, else empty."""
-        if self._snapshot is None or self.rejection:
-            return ""
-        return self._snapshot.version if self._settled(*PUSH_ORDER) and not self._stale_clusters() else ""
-
-    def _busy(self, *types: str) -> bool:
+    def busy(self, *types: str) -> bool:
+        """Whether a response of one of these types waits for its acknowledgement."""
         return any(s is not None and s.under_way for s in map(self._subscriptions.get, types))
 
-    def _settled(self, *types: str) -> bool:
-        return not self._busy(*types) and all(self._complete(type_url) for type_url in types)
-
-    def _complete(self, type_url: str) -> bool:
+    def complete(self, type_url: str) -> bool:
         """Whether Envoy has everything of a type that the snapshot needs."""
         subscription = self._subscriptions.get(type_url)
-        desired = self._desired(type_url)
+        desired = self.desired(type_url)
         needed = self._needed(type_url)
         if subscription is None:
             return not needed
-        return all(subscription.sent.get(name) == desired[name].version for name in needed)
+        checked = subscription.complete_for
+        if checked is not None and checked[0] is desired and checked[1] is needed:
+            return True
+        complete = all(subscription.sent.get(name) == desired[name].version for name in needed)
+        subscription.complete_for = (desired, needed) if complete else None
+        return complete
 
     def _needed(self, type_url: str) -> Iterable[str]:
         snapshot = self._snapshot
@@ -171,22 +232,21 @@ class DeltaStream:
             return snapshot.extension_names
         if type_url == SECRET:
             return snapshot.secret_names & self._secrets.keys()
-        return self._desired(type_url).keys()
+        return self.desired(type_url)
 
-    def _desired(self, type_url: str) -> Named:
-        if type_url == SECRET:
-            return self._secrets
-        return self._snapshot.resources.get(type_url, {}) if self._snapshot else {}
-
-    def _stale_clusters(self) -> list[str]:
+    def stale_clusters(self) -> bool:
+        """Whether Envoy still has clusters that should go away."""
         subscription = self._subscriptions.get(CLUSTER)
-        return sorted(subscription.sent.keys() - self._desired(CLUSTER).keys()) if subscription else []
+        return subscription is not None and not subscription.sent.keys() <= self.desired(CLUSTER).keys()
 
-    def _push(self, type_url: str, responses: list[Response], *, removals: bool = False) -> None:
+    def push(self, type_url: str, responses: list[Response], *, removals: bool = False) -> None:
+        """Send what changed of a type, if nothing of it is under way."""
         subscription = self._subscriptions.get(type_url)
         if subscription is None or subscription.under_way is not None:
             return
-        desired = self._desired(type_url)
+        desired = self.desired(type_url)
+        if subscription.sent_all_of is desired:
+            return
         wanted = desired.keys() if type_url in WILDCARDS else desired.keys() & subscription.names
         changed = tuple(
             desired[name] for name in sorted(wanted) if subscription.sent.get(name) != desired[name].version
@@ -196,16 +256,11 @@ class DeltaStream:
             removed = tuple(sorted(subscription.sent.keys() - desired.keys()))
         # Envoy does not become ready before it has heard of every wildcard type once, be it that there is nothing.
         if not changed and not removed and (subscription.answered or type_url not in WILDCARDS):
+            if type_url not in WILDCARDS or subscription.sent.keys() <= desired.keys():
+                subscription.sent_all_of = desired
             return
         subscription.answered = True
-        self._count += 1
-        response = Response(
-            type_url=type_url,
-            nonce=str(self._count),
-            resources=changed,
-            removed=removed,
-            generation=self._generation(type_url),
-        )
+        response = self.response(type_url, changed, removed)
         subscription.under_way = response
         for packed in changed:
             subscription.sent[packed.name] = packed.version

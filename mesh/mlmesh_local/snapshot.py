@@ -135,6 +135,7 @@ def pack(node_id: str, configuration: Configuration, version: str) -> Snapshot:
 
 def consistency(configuration: Configuration) -> list[str]:
     """What is referenced but missing: endpoints of clusters, routes and filters of listeners, clusters of routes."""
+    # Destinations that do not exist keep their name, as in Istio: Envoy answers for them that there is no such cluster.
     clusters = configuration[CLUSTER]
     problems = [
         f"the cluster {name} has no endpoints resource"
@@ -154,7 +155,8 @@ def consistency(configuration: Configuration) -> list[str]:
     for name, routes in configuration[ROUTES].items():
         problems += [
             f"the route configuration {name} sends to the cluster {cluster}, which there is not"
-            for cluster in sorted({cluster for cluster in _clusters_named(routes) if cluster not in clusters})
+            for cluster in sorted(set(_clusters_named(routes)) - clusters.keys())
+            if not cluster.startswith("outbound|")
         ]
     return problems
 
