@@ -12,7 +12,9 @@ from mlmesh_cli.commands import importing, promotion, samples, versions  # noqa:
 from mlmesh_cli.commands.apply import apply
 from mlmesh_cli.commands.audit import audit_app
 from mlmesh_cli.commands.certs import certs_app
+from mlmesh_cli.commands.chaos import chaos_app
 from mlmesh_cli.commands.datasets import datasets_app
+from mlmesh_cli.commands.delete import delete
 from mlmesh_cli.commands.demo import demo
 from mlmesh_cli.commands.engines import engines_app
 from mlmesh_cli.commands.infer import infer
@@ -65,7 +67,9 @@ app.command(rich_help_panel=_MESH)(up)
 app.command(rich_help_panel=_MESH)(down)
 app.command(rich_help_panel=_MESH)(status)
 app.command(rich_help_panel=_MESH)(apply)
+app.command(rich_help_panel=_MESH)(delete)
 app.command(rich_help_panel=_MESH)(demo)
+app.add_typer(chaos_app, name="chaos", rich_help_panel=_MESH)
 app.add_typer(train_app, name="train", rich_help_panel=_WORK)
 app.command(rich_help_panel=_WORK)(optimize)
 app.add_typer(studies_app, name="studies", rich_help_panel=_WORK)

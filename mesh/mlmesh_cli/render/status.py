@@ -158,8 +158,8 @@ def routes_view(routes: Iterable[pb.Route]) -> RenderableType:
     return result if result.row_count else Text("no routes", style="dim")
 
 
-def changes_view(response: pb.ApplyResponse, *, dry_run: bool) -> RenderableType:
-    """What `mlmesh apply` changed, who acknowledged it and how fast."""
+def changes_view(response: pb.ApplyResponse | pb.DeleteResourcesResponse, *, dry_run: bool) -> RenderableType:
+    """What `mlmesh apply` or `mlmesh delete` changed, who acknowledged it and how fast."""
     styles = {"created": "green", "configured": "yellow", "deleted": "red"}
     result = table("resource", "change")
     for change in response.changes:

@@ -22,9 +22,9 @@ SHORT_LISTS = {
     "mlmesh.training.v1.TrainingService/ListRecipes",
 }
 VERBS = (
-    "Add", "Apply", "Build", "Cancel", "Collect", "Create", "Delete", "Download", "Finish", "Get", "Issue", "List",
-    "Move", "Pause", "Report", "Restart", "Resume", "Retry", "Rotate", "Set", "Shutdown", "Start", "Stop", "Undelete",
-    "Update", "Upload", "Verify", "Watch",
+    "Add", "Apply", "Build", "Cancel", "Collect", "Create", "Delete", "Download", "Finish", "Get", "Inject", "Issue",
+    "List", "Move", "Pause", "Remove", "Report", "Restart", "Resume", "Retry", "Rotate", "Set", "Shutdown", "Start",
+    "Stop", "Undelete", "Update", "Upload", "Verify", "Watch",
 )  # fmt: skip
 
 
