@@ -96,6 +96,8 @@ class World:
         endpoints: see `mlmesh_local.translate.service_endpoints`.
         trust_domain: of the identities; "cluster.local" in policies stands for it, as in Istio.
         otlp_address: "host:port" of an OTLP gRPC collector for Envoy's spans; empty turns tracing off.
+        als_address: "host:port" of the access log service that makes Istio's metrics; empty for none.
+        key_sets: JSON Web Key Sets that were fetched, by their address; see `mlmesh_local.translate.jwt.key_source`.
         root_namespace: where mesh-wide policies live.
         domain: DNS suffix of services.
     """
@@ -105,6 +107,8 @@ class World:
     endpoints: tuple[Endpoint, ...] = ()
     trust_domain: str = "cluster.local"
     otlp_address: str = ""
+    als_address: str = ""
+    key_sets: Mapping[str, str] = field(default_factory=dict)
     root_namespace: str = "istio-system"
     domain: str = "cluster.local"
 
@@ -115,7 +119,8 @@ class World:
             self.resources.digest,
             [_plain(p) for p in self.proxies],
             [_plain(e) for e in self.endpoints],
-            [self.trust_domain, self.otlp_address, self.root_namespace, self.domain],
+            [self.trust_domain, self.otlp_address, self.als_address, self.root_namespace, self.domain],
+            dict(self.key_sets),
         ]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 

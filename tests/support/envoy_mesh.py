@@ -22,13 +22,16 @@ from urllib.request import urlopen
 
 import grpc
 
+from mlmesh_local.access_logs import AccessLogs
 from mlmesh_local.addresses import ADMIN_PORT, claim
 from mlmesh_local.envoy_types import CLUSTER, build
+from mlmesh_local.metrics.directory import Directory
+from mlmesh_local.metrics.registry import MeshMetrics
 from mlmesh_local.model import CertificateSecret, ProxyNode, Secret, TrustSecret, World
 from mlmesh_local.resources import Deployment, Document, ResourceSet, load_resources
 from mlmesh_local.sidecar import TOKEN_HEADER, SidecarPlan, bootstrap, command, find_envoy
 from mlmesh_local.snapshot import build_snapshots
-from mlmesh_local.translate import service_endpoints
+from mlmesh_local.translate import View, service_endpoints
 from mlmesh_local.xds import AdsServer
 from tests.support.pki import Authority, Leaf, spiffe
 
@@ -111,6 +114,7 @@ class EnvoyMesh:
         self.backends: dict[str, Backend] = {}
         self.not_ready: set[str] = set()
         self.otlp_address = ""
+        self.metrics: MeshMetrics | None = None
         self._folder = folder
         self._claim = claim(str(folder))
         self._channels: dict[tuple[str, int], grpc.aio.Channel] = {}
@@ -119,11 +123,14 @@ class EnvoyMesh:
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def start(cls, folder: Path, *texts: str, otlp_address: str = "") -> AsyncIterator[EnvoyMesh]:
+    async def start(
+        cls, folder: Path, *texts: str, otlp_address: str = "", metrics: bool = False
+    ) -> AsyncIterator[EnvoyMesh]:
         """A mesh of the Deployments in these documents, every Envoy configured."""
         resources = ResourceSet().apply(load(*texts)).resources
         mesh = cls(resources, folder)
         mesh.otlp_address = otlp_address
+        mesh.metrics = MeshMetrics(clock=time.monotonic) if metrics else None
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(mesh._claim.close)
             await mesh._serve(stack)
@@ -142,12 +149,15 @@ class EnvoyMesh:
             proxies=self.proxies,
             endpoints=service_endpoints(self.resources, self.proxies, ready=ready),
             otlp_address=self.otlp_address,
+            als_address=self._claim.block.ads if self.metrics else "",
         )
 
     def push(self) -> str:
         """Give every sidecar the configuration of the world as it is."""
         for node_id, snapshot in build_snapshots(self.world).items():
             self.ads.update(node_id, snapshot)
+        if self.metrics:
+            self.metrics.describe(Directory.of(View(self.world)))
         return self.world.version
 
     async def apply(self, *texts: str, timeout_s: float = 5.0) -> float:
@@ -283,6 +293,8 @@ class EnvoyMesh:
         self.push()
         self._server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
         self.ads.attach(self._server)
+        if self.metrics:
+            AccessLogs(self.metrics).attach(self._server)
         self._server.add_insecure_port(self._claim.block.ads)
         await self._server.start()
 

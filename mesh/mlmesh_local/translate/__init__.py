@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from mlmesh_local.envoy_types import CLUSTER, ENDPOINTS, EXTENSIONS, LISTENER, ROUTES, Json
 from mlmesh_local.model import ProxyNode
-from mlmesh_local.translate import gateways, sidecars
+from mlmesh_local.translate import gateways, reporting, sidecars
 from mlmesh_local.translate.tls import credential_secret
 from mlmesh_local.translate.view import View, service_endpoints
 
@@ -20,7 +20,7 @@ def translate(view: View, proxy: ProxyNode) -> Configuration:
     """All that one proxy is told, but for secrets."""
     room = gateways if proxy.kind == "gateway" else sidecars
     return {
-        CLUSTER: room.clusters(view, proxy),
+        CLUSTER: reporting.clusters(view, proxy, room.clusters(view, proxy)),
         ENDPOINTS: room.endpoints(view, proxy),
         EXTENSIONS: room.extensions(view, proxy),
         LISTENER: room.listeners(view, proxy),

@@ -10,7 +10,7 @@ from mlmesh_local.resources.model import FilterPatch, MtlsMode
 from mlmesh_local.translate import tls
 from mlmesh_local.translate.authorization import authorization_filters
 from mlmesh_local.translate.names import ADS, address, filter_of, inbound_cluster
-from mlmesh_local.translate.observation import access_log, manager_tracing, observation
+from mlmesh_local.translate.observation import access_logging, manager_tracing
 from mlmesh_local.translate.routes import FAULT_FILTER
 from mlmesh_local.translate.view import View
 
@@ -53,9 +53,7 @@ def manager(view: View, proxy: ProxyNode, role: Role, route_name: str, stat_pref
     tracing = manager_tracing(view, proxy)
     if tracing:
         config["tracing"] = tracing
-    loggers = access_log(observation(view, proxy), proxy)
-    if loggers:
-        config["access_log"] = loggers
+    config.update(access_logging(view, proxy, role))
     return filter_of("envoy.filters.network.http_connection_manager", _MANAGER, config)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from mlmesh_local.envoy_types import Json, typed
 from mlmesh_local.model import ProxyNode
-from mlmesh_local.translate import names
+from mlmesh_local.translate import names, reporting
 from mlmesh_local.translate.view import View
 
 # Istio's defaults, pilot/pkg: features/telemetry.go, networking/core/tracing.go, model/telemetry_logging.go.
@@ -99,6 +99,20 @@ def access_log(seen: Observation, proxy: ProxyNode) -> list[Json]:
         return [{"name": "envoy.access_loggers.file", "typed_config": config}]
     config = typed("envoy.extensions.access_loggers.stream.v3.StdoutAccessLog", log_format)
     return [{"name": "envoy.access_loggers.stdout", "typed_config": config}]
+
+
+def access_logging(view: View, proxy: ProxyNode, role: reporting.Role) -> Json:
+    """Fields `access_log` and `access_log_options` of a connection manager."""
+    loggers = access_log(observation(view, proxy), proxy)
+    report = reporting.http_logger(view, role, (frozenset(), frozenset()))
+    if report is None:
+        return {"access_log": loggers} if loggers else {}
+    # What goes on is reported to the control plane; Istio logs what ended.
+    ended = {"log_type_filter": {"types": ["DownstreamPeriodic"], "exclude": True}}
+    return {
+        "access_log": [*({**logger, "filter": ended} for logger in loggers), report],
+        "access_log_options": {"access_log_flush_interval": f"{reporting.REPORT_S}s"},
+    }
 
 
 def _service_name(proxy: ProxyNode) -> str:
