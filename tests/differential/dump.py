@@ -1,25 +1,29 @@
 """Prints the Envoy configuration that Istio, and we, make of YAML files, and how they differ.
 
-    python -m tests.differential.dump FILE... [--proxy NAME] [--type cds|eds|lds|rds|ecds] [--ours|--theirs|--diff]
+    python -m tests.differential.dump FILE... [--proxy NAME] [--diff | --ours | --theirs]
+    python -m tests.differential.dump FILE... --raw [--type cds|eds|lds|rds|ecds] [--name PART] [--ours | --theirs]
 
-A proxy is a Deployment of the files by name; without any the example world of tests/support/mesh_world.py is added.
+A proxy is a Deployment of the files by name; files without one get the world of tests/support/mesh_world.py in front.
+Without --raw what is shown is the configuration's meaning (tests/differential/meaning.py). --diff hides the differences
+that mesh/mlmesh_local/differences.yaml accepts, unless --all is given.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import difflib
 import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mlmesh_local.envoy_types import CLUSTER, ENDPOINTS, LISTENER, ROUTES
 from mlmesh_local.istiod.client import EXTENSION, Resources
 from mlmesh_runtime.errors import MeshError
 from tests.differential import sides, worlds
+from tests.differential.compare import accepted, mismatches, sort_out
+from tests.differential.meaning import Side, meaning
 from tests.support import tools
 from tests.support.mesh_world import WORKLOADS
 
@@ -36,9 +40,10 @@ def _arguments() -> argparse.Namespace:
         "files", nargs="+", type=Path, metavar="FILE", help='YAML file or folder; "-" is standard input'
     )
     parser.add_argument("--proxy", action="append", default=[], help="Deployment's name; all when not given")
-    parser.add_argument("--type", action="append", default=[], choices=sorted(TYPES), help="all when not given")
-    parser.add_argument("--name", default="", help="only resources whose name contains this")
-    parser.add_argument("--raw", action="store_true", help="as sent, not normalised")
+    parser.add_argument("--raw", action="store_true", help="resources as sent")
+    parser.add_argument("--type", action="append", default=[], choices=sorted(TYPES), help="with --raw; default all")
+    parser.add_argument("--name", default="", help="with --raw: only resources whose name contains this")
+    parser.add_argument("--all", action="store_true", help="with --diff: accepted differences too")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--ours", action="store_true")
     which.add_argument("--theirs", action="store_true")
@@ -58,18 +63,25 @@ async def _theirs(text: str, found: list[worlds.Member], names: list[str]) -> di
             await theirs.stop()
 
 
-def _shown(configuration: dict[str, Resources], chosen: argparse.Namespace) -> dict[str, Any]:
-    types = chosen.type or list(TYPES)
+def _raw(resources: Resources, chosen: argparse.Namespace) -> dict[str, Any]:
     return {
-        proxy: {
-            short: {name: item for name, item in sorted(resources.get(TYPES[short], {}).items()) if chosen.name in name}
-            for short in types
-        }
-        for proxy, resources in configuration.items()
+        short: {name: item for name, item in sorted(resources.get(TYPES[short], {}).items()) if chosen.name in name}
+        for short in chosen.type or list(TYPES)
     }
 
 
+def _differ(trees: dict[str, dict[str, Any]], *, everything: bool) -> int:
+    found = list(mismatches(trees.get("ours", {}), trees.get("theirs", {})))
+    left, used = (found, {}) if everything else sort_out(found, accepted())
+    for mismatch in left:
+        sys.stdout.write(f"{mismatch}\n")
+    counts = ", ".join(f"{name} {count}" for name, count in sorted(used.items())) or "none"
+    sys.stdout.write(f"{len(left)} differences; accepted ones: {counts}\n")
+    return 1 if left else 0
+
+
 def main() -> int:
+    """Run; 1 when a --diff shows something."""
     chosen = _arguments()
     text = "\n---\n".join(sys.stdin.read() if str(f) == "-" else worlds.read([f]) for f in chosen.files)
     found = worlds.members(worlds.documents(text))
@@ -80,19 +92,22 @@ def main() -> int:
     unknown = set(names) - {member.name for member in found}
     if unknown:
         raise SystemExit(f"no Deployment is named {', '.join(unknown)}; there are {', '.join(m.name for m in found)}")
-    result: dict[str, Any] = {}
+    raw: dict[str, dict[str, Resources]] = {}
     if not chosen.theirs:
         try:
-            result["ours"] = _shown(sides.ours(text, found, names), chosen)
+            raw["ours"] = sides.ours(text, found, names)
         except MeshError as error:
-            print(f"ours refuses it: {error.message}", file=sys.stderr)
+            sys.stderr.write(f"ours refuses it: {error.message}\n")
     if not chosen.ours:
-        result["theirs"] = _shown(asyncio.run(_theirs(text, found, names)), chosen)
+        raw["theirs"] = asyncio.run(_theirs(text, found, names))
+    shown: dict[str, dict[str, Any]] = {
+        side: {p: _raw(r, chosen) if chosen.raw else meaning(r, cast("Side", side)) for p, r in proxies.items()}
+        for side, proxies in raw.items()
+    }
     if chosen.diff:
-        texts = [json.dumps(result.get(side, {}), indent=1, sort_keys=True).splitlines() for side in ("ours", "theirs")]
-        print("\n".join(difflib.unified_diff(*texts, "ours", "theirs", lineterm="", n=6)))
-    else:
-        print(json.dumps(next(iter(result.values())) if len(result) == 1 else result, indent=1, sort_keys=True))
+        return _differ(shown, everything=chosen.all)
+    only = next(iter(shown.values()), {}) if len(shown) < 2 else shown
+    sys.stdout.write(json.dumps(only, indent=1, sort_keys=True) + "\n")
     return 0
 
 

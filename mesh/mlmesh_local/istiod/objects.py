@@ -59,7 +59,7 @@ _CLUSTER_SCOPED = frozenset({"GatewayClass", "Namespace", "Node"})
 
 def _plural(kind: str) -> str:
     lower = kind.lower()
-    if lower.endswith("y") and not lower.endswith("ey"):
+    if lower.endswith("y") and lower[-2] not in "aeiou":
         return lower[:-1] + "ies"
     return lower + ("es" if lower.endswith(("s", "x")) else "s")
 
