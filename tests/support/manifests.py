@@ -89,7 +89,8 @@ def _patch(doc: Document, patch: Document, folder: Path) -> None:
         doc.clear()
         return
     for operation in written:
-        *parents, last = operation["path"].strip("/").split("/")
+        # RFC 6901: "~1" is a slash inside of a key.
+        *parents, last = (step.replace("~1", "/") for step in operation["path"].strip("/").split("/"))
         at: Any = doc
         for key in parents:
             at = at[int(key)] if isinstance(at, list) else at[key]
@@ -99,6 +100,8 @@ def _patch(doc: Document, patch: Document, folder: Path) -> None:
             if last not in at:
                 raise ValueError(f"nothing to replace at {operation['path']}")
             at[last] = operation["value"]
+        elif operation["op"] == "add" and isinstance(at, dict):
+            at[last] = copy.deepcopy(operation["value"])
         else:
             raise ValueError(f"render does not know the operation {operation['op']}")
 
