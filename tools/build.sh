@@ -92,6 +92,17 @@ build_trainer_crds() {
   ln -sfn ../crds "$bin/trainer_crds"
 }
 
+# The schemas of Istio's API and of the Gateway API, from their modules.
+build_istio_crds() {
+  local api gateway
+  api=$(cd tools/go && go list -m -f '{{.Dir}}' istio.io/api)
+  gateway=$(cd tools/go && go list -m -f '{{.Dir}}' sigs.k8s.io/gateway-api)
+  mkdir -p "$bin/../crds/istio" "$bin/../crds/gateway-api"
+  install -m 644 "$api"/kubernetes/customresourcedefinitions.gen.yaml "$bin/../crds/istio/"
+  install -m 644 "$gateway"/config/crd/experimental/*.yaml "$bin/../crds/gateway-api/"
+  ln -sfn ../crds/istio "$bin/istio_crds"
+}
+
 # Servers that the tests start, from the distribution: Debian and its kin, as root.
 package() { # package, file that shows it is there
   if compgen -G "$2" >/dev/null; then
@@ -133,6 +144,7 @@ for name in "${@:-all}"; do
       build pilot-discovery "$ISTIOCTL" || failed=1
       build crdserver "$CRDSERVER" || failed=1
       build trainer_crds "$TRAINER_CRDS" || failed=1
+      build istio_crds "$ISTIOCTL" || failed=1
       package postgresql '/usr/lib/postgresql/*/bin/initdb' || failed=1
       package etcd-server '/usr/bin/etcd' || failed=1
       ;;
@@ -142,11 +154,12 @@ for name in "${@:-all}"; do
     pilot-discovery) build pilot-discovery "$ISTIOCTL" || failed=1 ;;
     crdserver) build crdserver "$CRDSERVER" || failed=1 ;;
     trainer_crds) build trainer_crds "$TRAINER_CRDS" || failed=1 ;;
+    istio_crds) build istio_crds "$ISTIOCTL" || failed=1 ;;
     postgresql) package postgresql '/usr/lib/postgresql/*/bin/initdb' || failed=1 ;;
     etcd) package etcd-server '/usr/bin/etcd' || failed=1 ;;
     swift | mlflow | model-signing | kserve | mlserver) ;;
     *)
-      echo "tools: no such tool: $name (grpcurl, kustomize, istioctl, pilot-discovery, crdserver, trainer_crds, postgresql, etcd, swift, mlflow, model-signing, kserve, mlserver)" >&2
+      echo "tools: no such tool: $name (grpcurl, kustomize, istioctl, pilot-discovery, crdserver, trainer_crds, istio_crds, postgresql, etcd, swift, mlflow, model-signing, kserve, mlserver)" >&2
       exit 2
       ;;
   esac

@@ -1,0 +1,233 @@
+"""Writes docs/mesh/fields.md: every field of Istio's API, and what the laptop mesh makes of it.
+
+    python tools/istio_fields.py [--check]
+
+What fields there are is read from the schemas of Istio's API (`make tools` puts them into .tools/crds/istio). Whether a
+field is taken is asked of the reader itself, with a document that has it. That its effect is Istio's comes from the
+differential suite (tests/differential), which leaves build/differential.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mlmesh_local.resources.parse import Document, load_resources
+from mlmesh_local.resources.problems import InvalidResource, Problem
+
+ROOT = Path(__file__).resolve().parent.parent
+SCHEMAS = ROOT / ".tools" / "crds" / "istio"
+RESULTS = ROOT / "build" / "differential.json"
+PAGE = ROOT / "docs" / "mesh" / "fields.md"
+
+Schema = Mapping[str, Any]
+_BOGUS = "aFieldThatNobodyKnows"
+_REFUSALS = ("unknown field", "not supported")
+_LINK = "https://istio.io/latest/docs/reference/config/"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """A kind with the paths of its fields; "[]" is an item of a list, "*" a key that is free."""
+
+    group: str
+    kind: str
+    version: str
+    leaves: tuple[tuple[str, Schema], ...]
+
+    @property
+    def api_version(self) -> str:
+        """Group and version."""
+        return f"{self.group}/{self.version}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What becomes of a field: "same", "differs", "accepted" or "refused", and why."""
+
+    field: str
+    verdict: str
+    why: str = ""
+
+
+def kinds(folder: Path) -> list[Kind]:
+    """Kinds of the schemas in a folder, by group and name."""
+    documents = [each for file in sorted(folder.glob("*.yaml")) for each in yaml.safe_load_all(file.read_text())]
+    found = [_kind(each["spec"]) for each in documents if each and each["kind"] == "CustomResourceDefinition"]
+    return sorted(found, key=lambda kind: (kind.group, kind.kind))
+
+
+def _kind(spec: Mapping[str, Any]) -> Kind:
+    served = [version for version in spec["versions"] if version["served"]]
+    newest = next((version for version in served if version["name"] == "v1"), served[0])
+    leaves = _leaves(newest["schema"]["openAPIV3Schema"]["properties"]["spec"], "spec")
+    return Kind(group=spec["group"], kind=spec["names"]["kind"], version=newest["name"], leaves=tuple(leaves))
+
+
+def _leaves(schema: Schema, path: str) -> Iterator[tuple[str, Schema]]:
+    if schema.get("properties"):
+        for name, inner in schema["properties"].items():
+            yield from _leaves(inner, f"{path}.{name}")
+    elif schema.get("type") == "array":
+        yield from _leaves(schema["items"], f"{path}[]")
+    elif isinstance(schema.get("additionalProperties"), dict):
+        yield from _leaves(schema["additionalProperties"], f"{path}.*")
+    else:
+        yield path, schema
+
+
+def probe(kind: Kind, path: str, schema: Schema) -> str:
+    """Why the reader refuses a field, or empty where it takes it: other problems of the small document do not count."""
+    problems = _problems(kind, path, _value(schema))
+    for problem in problems:
+        if problem.message.startswith(_REFUSALS) and _covers(problem.at.path, path):
+            return problem.message.partition(" (did you mean")[0]
+        if problem.at.path in {"kind", "apiVersion"}:
+            return problem.message
+    # A place that is never looked at refuses nothing; that it is looked at shows by a field that nobody knows.
+    parent, dot, _ = path.rpartition(".")
+    beside = _problems(kind, f"{parent}{dot}{_BOGUS}" if not parent.endswith("*") else path, "x")
+    if parent.endswith("*") or any(_BOGUS in problem.at.path or _BOGUS in problem.message for problem in beside):
+        return ""
+    return "" if _free(kind, path) else "never read"
+
+
+def _free(kind: Kind, path: str) -> bool:
+    """Whether a field is inside of a value whose keys are free."""
+    return path.endswith(("*", "[]")) or kind.kind == "EnvoyFilter"
+
+
+def _problems(kind: Kind, path: str, leaf: Any) -> tuple[Problem, ...]:
+    document = {
+        "apiVersion": kind.api_version,
+        "kind": kind.kind,
+        "metadata": {"name": "probe", "namespace": "mlmesh"},
+        **_nested(path.split("."), leaf),
+    }
+    try:
+        load_resources([Document(source="probe.yaml", text=yaml.safe_dump(document))])
+    except InvalidResource as error:
+        return error.problems
+    return ()
+
+
+def _nested(steps: list[str], leaf: Any) -> dict[str, Any]:
+    step, rest = steps[0], steps[1:]
+    depth = step.count("[]")
+    name = step.removesuffix("[]" * depth) if depth else step
+    value: Any = _nested(rest, leaf) if rest else leaf
+    for _ in range(depth):
+        value = [value]
+    return {"probe" if name == "*" else name: value}
+
+
+def _value(schema: Schema) -> Any:
+    if "enum" in schema:
+        return next((value for value in schema["enum"] if "UNSPECIFIED" not in str(value)), schema["enum"][0])
+    kind = schema.get("type")
+    if kind == "boolean":
+        return True
+    if kind in {"integer", "number"}:
+        return max(1, int(schema.get("minimum", 1)))
+    if kind == "object":
+        return {}
+    return "1s" if schema.get("x-kubernetes-int-or-string") is None else 1
+
+
+def _covers(place: str, path: str) -> bool:
+    """Whether a problem's place is the field or something around it."""
+    plain = place.replace('["probe"]', ".*").replace(".probe", ".*").replace("[0]", "[]").removeprefix(".")
+    return path == plain or path.startswith((f"{plain}.", f"{plain}["))
+
+
+def verdicts(kind: Kind, results: Mapping[str, Any]) -> list[Verdict]:
+    """What becomes of every field of a kind."""
+    found = []
+    for path, schema in kind.leaves:
+        field = f"{kind.kind}.{path}"
+        refusal = probe(kind, path, schema)
+        compared = results.get(field, {})
+        if refusal:
+            found.append(Verdict(field=field, verdict="refused", why=refusal.removeprefix("not supported: ")))
+        elif compared.get("differs"):
+            links = ", ".join(f"[{name}](differential.md#{name})" for name in sorted(compared["differs"]))
+            found.append(Verdict(field=field, verdict="differs", why=links))
+        elif compared.get("cases"):
+            found.append(Verdict(field=field, verdict="same", why=f"{len(compared['cases'])} cases"))
+        else:
+            found.append(Verdict(field=field, verdict="accepted"))
+    return found
+
+
+def page(all_kinds: Iterable[Kind], results: Mapping[str, Any]) -> str:
+    """The page."""
+    lines = [
+        "# Every field of Istio's API on the laptop mesh",
+        "",
+        "Made by `python tools/istio_fields.py` from the schemas of Istio's API, from what the reader takes, and from",
+        "the comparison with Istio's own control plane; a test keeps it as it is.",
+        "",
+        "- **same**: taken; Istio's control plane and ours made the same of it, in so many cases of the differential",
+        "  suite.",
+        "- **differs**: taken; the effect differs, for the reason that is linked.",
+        "- **accepted**: taken; the two were not compared on it: it leaves nothing in Envoy's configuration, or no case",
+        "  has it.",
+        "- **refused**: applying it is an error that names the field; it is never silently ignored.",
+        "",
+    ]
+    tables: list[str] = []
+    total: Counter[str] = Counter()
+    summary = ["| kind | same | differs | accepted | refused |", "| --- | ---: | ---: | ---: | ---: |"]
+    for kind in all_kinds:
+        rows = verdicts(kind, results)
+        count = Counter(row.verdict for row in rows)
+        total += count
+        anchor = kind.kind.lower()
+        counts = " | ".join(str(count[name]) for name in ("same", "differs", "accepted", "refused"))
+        summary.append(f"| [{kind.kind}](#{anchor}) | {counts} |")
+        tables += _table(kind, rows, count)
+    counts = " | ".join(str(total[name]) for name in ("same", "differs", "accepted", "refused"))
+    summary.append(f"| **{sum(total.values())} fields** | {counts} |")
+    return "\n".join([*lines, *summary, "", *tables])
+
+
+def _table(kind: Kind, rows: list[Verdict], count: Counter[str]) -> list[str]:
+    head = [f"## {kind.kind}", "", f"`{kind.api_version}`", ""]
+    reasons = {row.why for row in rows}
+    if count["refused"] == len(rows) and len(reasons) == 1:
+        return [*head, f"The kind is refused: {reasons.pop()}.", ""]
+    table = ["| field | | why, or how it was compared |", "| --- | --- | --- |"]
+    for row in rows:
+        path = row.field.removeprefix(f"{kind.kind}.").replace("|", "\\|")
+        table.append(f"| `{path}` | {row.verdict} | {row.why.replace('|', chr(92) + '|')} |")
+    return [*head, *table, ""]
+
+
+def main() -> int:
+    """Write the page, or compare it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="only tell whether the page is as it should be")
+    check = parser.parse_args().check
+    if not SCHEMAS.is_dir():
+        sys.exit(f"{SCHEMAS.relative_to(ROOT)} is missing: `make tools` puts Istio's schemas there")
+    if not RESULTS.exists():
+        sys.exit(
+            f"{RESULTS.relative_to(ROOT)} is missing: the differential suite writes it (pytest tests/differential)"
+        )
+    text = page(kinds(SCHEMAS), json.loads(RESULTS.read_text())["fields"])
+    if not check:
+        PAGE.write_text(text)
+        return 0
+    return 0 if PAGE.exists() and PAGE.read_text() == text else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
