@@ -178,8 +178,8 @@ def page(all_kinds: Iterable[Kind], results: Mapping[str, Any]) -> str:
         "- **same**: taken; Istio's control plane and ours made the same of it, in so many cases of the differential",
         "  suite.",
         "- **differs**: taken; the effect differs, for the reason that is linked.",
-        "- **accepted**: taken; the two were not compared on it: it leaves nothing in Envoy's configuration, or no case",
-        "  has it.",
+        "- **accepted**: taken; the two were not compared on it: it leaves nothing in Envoy's configuration, or no",
+        "  case has it.",
         "- **refused**: applying it is an error that names the field; it is never silently ignored.",
         "",
     ]
