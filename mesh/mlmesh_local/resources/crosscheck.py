@@ -24,12 +24,14 @@ from mlmesh_local.resources.model import (
     Gateway,
     HttpRule,
     PeerAuthentication,
+    RequestAuthentication,
     Service,
     ServiceAccount,
     Telemetry,
     VirtualService,
 )
 from mlmesh_local.resources.problems import At, Problems, did_you_mean
+from mlmesh_local.resources.security import security_warnings
 
 if TYPE_CHECKING:
     from mlmesh_local.resources.resource_set import ResourceSet
@@ -208,9 +210,17 @@ class _Check:
     # Policies
 
     def policies(self) -> None:
-        selecting: tuple[PeerAuthentication | AuthorizationPolicy | Telemetry | Gateway | EnvoyFilter, ...] = (
-            *self._resources.specs(PeerAuthentication),
+        checked: tuple[AuthorizationPolicy | RequestAuthentication, ...] = (
             *self._resources.specs(AuthorizationPolicy),
+            *self._resources.specs(RequestAuthentication),
+        )
+        for problem in security_warnings(checked):
+            self.warnings.add(problem.at, problem.message)
+        selecting: tuple[
+            PeerAuthentication | AuthorizationPolicy | RequestAuthentication | Telemetry | Gateway | EnvoyFilter, ...
+        ] = (
+            *self._resources.specs(PeerAuthentication),
+            *checked,
             *self._resources.specs(Telemetry),
             *self._resources.specs(Gateway),
             *self._resources.specs(EnvoyFilter),

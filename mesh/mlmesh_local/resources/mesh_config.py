@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 from mlmesh_local.resources.fields import Fields
 from mlmesh_local.resources.meta import Meta
+from mlmesh_local.resources.model_security import ExternalAuthorizer
 from mlmesh_local.resources.problems import At
+from mlmesh_local.resources.providers import parse_authorizers
 from mlmesh_local.resources.tree import Node, parse_yaml
 
 ROOT_NAMESPACE = "istio-system"
@@ -27,6 +29,7 @@ class MeshConfig:
     trust_domain: str = ""
     trust_domain_aliases: tuple[str, ...] = ()
     enable_auto_mtls: bool = True
+    authorizers: tuple[ExternalAuthorizer, ...] = ()
 
 
 def is_mesh_config(namespace: str, name: str) -> bool:
@@ -60,4 +63,5 @@ def _settings(meta: Meta, fields: Fields) -> MeshConfig:
             trust_domain=fields.text("trustDomain"),
             trust_domain_aliases=fields.texts("trustDomainAliases"),
             enable_auto_mtls=fields.boolean("enableAutoMtls", default=True),
+            authorizers=parse_authorizers(fields),
         )

@@ -9,17 +9,12 @@ from mlmesh_local.resources.mesh_config import MeshConfig
 from mlmesh_local.resources.meta import Meta
 from mlmesh_local.resources.model_gateways import Gateway, GatewayServer, ServerTls
 from mlmesh_local.resources.model_policy import (
-    AuthorizationPolicy,
     EnvoyFilter,
     FilterPatch,
-    MtlsMode,
     PatchContext,
     PatchOperation,
-    PeerAuthentication,
-    PolicyRule,
     Telemetry,
     Tracing,
-    Values,
 )
 from mlmesh_local.resources.model_routes import (
     Destination,
@@ -35,6 +30,18 @@ from mlmesh_local.resources.model_routes import (
     StringMatch,
     VirtualService,
     WeightedDestination,
+)
+from mlmesh_local.resources.model_security import (
+    AuthorizationPolicy,
+    ExternalAuthorizer,
+    JwtRule,
+    MtlsMode,
+    PeerAuthentication,
+    PolicyAction,
+    PolicyRule,
+    RequestAuthentication,
+    RequestBody,
+    Values,
 )
 from mlmesh_local.resources.model_traffic import (
     ClientTls,
@@ -68,6 +75,7 @@ Spec = (
     | ServiceEntry
     | PeerAuthentication
     | AuthorizationPolicy
+    | RequestAuthentication
     | Telemetry
     | EnvoyFilter
     | MeshConfig
@@ -89,6 +97,7 @@ __all__ = [
     "EntryPort",
     "EnvironmentVariable",
     "EnvoyFilter",
+    "ExternalAuthorizer",
     "Fault",
     "FaultAbort",
     "FaultDelay",
@@ -99,6 +108,7 @@ __all__ = [
     "HeaderEdits",
     "HttpMatch",
     "HttpRule",
+    "JwtRule",
     "LoadBalancer",
     "MeshConfig",
     "Meta",
@@ -108,8 +118,11 @@ __all__ = [
     "PatchContext",
     "PatchOperation",
     "PeerAuthentication",
+    "PolicyAction",
     "PolicyRule",
     "Probe",
+    "RequestAuthentication",
+    "RequestBody",
     "Retries",
     "Rewrite",
     "ServerTls",

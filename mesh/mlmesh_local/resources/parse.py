@@ -15,7 +15,11 @@ from mlmesh_local.resources.model import Meta, Spec
 from mlmesh_local.resources.networking import parse_virtual_service
 from mlmesh_local.resources.problems import At, InvalidResource, Problem, Problems, did_you_mean
 from mlmesh_local.resources.resource_set import Resource, ResourceSet
-from mlmesh_local.resources.security import parse_authorization_policy, parse_peer_authentication
+from mlmesh_local.resources.security import (
+    parse_authorization_policy,
+    parse_peer_authentication,
+    parse_request_authentication,
+)
 from mlmesh_local.resources.telemetry import parse_telemetry
 from mlmesh_local.resources.tree import Node, Tree, parse_yaml
 from mlmesh_local.resources.workload import parse_deployment, parse_service, parse_service_account
@@ -65,6 +69,12 @@ _KINDS: tuple[_Kind, ...] = (
     _Kind(group="networking.istio.io", kind="EnvoyFilter", versions=("v1alpha3",), parse=parse_envoy_filter),
     _Kind(group="security.istio.io", kind="PeerAuthentication", versions=_SECURITY, parse=parse_peer_authentication),
     _Kind(group="security.istio.io", kind="AuthorizationPolicy", versions=_SECURITY, parse=parse_authorization_policy),
+    _Kind(
+        group="security.istio.io",
+        kind="RequestAuthentication",
+        versions=_SECURITY,
+        parse=parse_request_authentication,
+    ),
     _Kind(group="telemetry.istio.io", kind="Telemetry", versions=("v1", "v1alpha1"), parse=parse_telemetry),
     _Kind(group="apps", kind="Deployment", versions=("v1",), parse=parse_deployment),
     _Kind(group="", kind="Service", versions=("v1",), parse=parse_service),

@@ -7,8 +7,9 @@ from mlmesh_local.model import ProxyNode
 from mlmesh_local.resources.catalog import host_matches
 from mlmesh_local.resources.model import Gateway, GatewayServer
 from mlmesh_local.translate import tls
-from mlmesh_local.translate.authorization import authorization
+from mlmesh_local.translate.authorization import authorization, authorization_extensions
 from mlmesh_local.translate.clusters import outbound_clusters, outbound_endpoints
+from mlmesh_local.translate.jwt import jwt_extensions
 from mlmesh_local.translate.listeners import manager
 from mlmesh_local.translate.matches import ANYTHING
 from mlmesh_local.translate.names import address, split_address
@@ -29,9 +30,9 @@ def endpoints(view: View, proxy: ProxyNode) -> dict[str, Json]:
     return outbound_endpoints(view, proxy)
 
 
-def extensions(view: View, proxy: ProxyNode) -> dict[str, Json]:  # noqa: ARG001  for filters to come
+def extensions(view: View, proxy: ProxyNode) -> dict[str, Json]:
     """ECDS: configurations of filters by name, for listeners that take them from there."""
-    return {}
+    return {**authorization_extensions(view, proxy), **jwt_extensions(view, proxy)}
 
 
 def listeners(view: View, proxy: ProxyNode) -> dict[str, Json]:

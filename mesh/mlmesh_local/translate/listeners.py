@@ -9,6 +9,7 @@ from mlmesh_local.model import ProxyNode
 from mlmesh_local.resources.model import FilterPatch, MtlsMode
 from mlmesh_local.translate import tls
 from mlmesh_local.translate.authorization import authorization_filters
+from mlmesh_local.translate.jwt import jwt_filter
 from mlmesh_local.translate.names import ADS, address, filter_of, inbound_cluster
 from mlmesh_local.translate.observation import access_logging, manager_tracing
 from mlmesh_local.translate.routes import FAULT_FILTER
@@ -64,7 +65,7 @@ def _filters(role: Role) -> list[Json]:
         "enable_upstream_stats": role != "inbound",
         "emit_filter_state": True,
     }
-    checks = [] if role == "outbound" else authorization_filters()
+    checks = [] if role == "outbound" else authorization_filters([jwt_filter()])
     return [
         *checks,
         filter_of("envoy.filters.http.grpc_stats", _GRPC_STATS, stats),

@@ -54,6 +54,17 @@ class View:
         for endpoint in world.endpoints:
             self._endpoints.setdefault((endpoint.host, endpoint.port), []).append(endpoint)
 
+    @property
+    def trust_domain(self) -> str:
+        """Of the identities in this mesh."""
+        return (self.mesh_config.trust_domain if self.mesh_config else "") or self.world.trust_domain
+
+    @property
+    def trust_domains(self) -> tuple[str, ...]:
+        """The trust domain and its aliases: identities that mean the same workloads."""
+        aliases = self.mesh_config.trust_domain_aliases if self.mesh_config else ()
+        return tuple(dict.fromkeys((self.trust_domain, *aliases)))
+
     # Services and their policies
 
     def services_seen_by(self, namespace: str) -> tuple[CatalogService, ...]:
