@@ -1,91 +1,78 @@
-"""VirtualService: https://istio.io/latest/docs/reference/config/networking/virtual-service/."""
+"""VirtualService: https://istio.io/latest/docs/reference/config/networking/virtual-service/.
+
+What is refused is what Istio's validation refuses (pkg/config/validation in its source), and nothing else but what
+Envoy would reject.
+"""
 
 from __future__ import annotations
 
-import re
-
-from mlmesh_local.resources.fields import INT32_MAX, Fields, is_host
-from mlmesh_local.resources.model import (
-    Destination,
-    Fault,
-    FaultAbort,
-    FaultDelay,
-    HeaderEdits,
-    HttpMatch,
+from mlmesh_local.resources.domains import (
+    claim_path,
+    domain_problem,
+    host_covers,
+    hosts_overlap,
+    is_ip,
+    is_label,
+    sni_problem,
+    subnet_problem,
+)
+from mlmesh_local.resources.fields import Fields
+from mlmesh_local.resources.http_actions import (
+    GRPC_STATUS,
+    authorities,
+    duration_s,
+    parse_cors,
+    parse_direct_response,
+    parse_fault,
+    parse_headers,
+    parse_redirect,
+    parse_retries,
+    parse_rewrite,
+)
+from mlmesh_local.resources.http_matches import gateway_names, match_port, parse_http_match, source_labels
+from mlmesh_local.resources.meta import Meta
+from mlmesh_local.resources.model_routes import (
+    Delegate,
     HttpRule,
-    Meta,
-    Mirror,
-    Retries,
-    Rewrite,
-    StringMatch,
+    Layer4Match,
+    Layer4Rule,
+    Origin,
     VirtualService,
-    WeightedDestination,
+    effective_mirrors,
 )
-from mlmesh_local.resources.problems import did_you_mean
+from mlmesh_local.resources.route_destinations import parse_destinations, parse_mirror
 
-GRPC_STATUS = (
-    "OK",
-    "CANCELLED",
-    "UNKNOWN",
-    "INVALID_ARGUMENT",
-    "DEADLINE_EXCEEDED",
-    "NOT_FOUND",
-    "ALREADY_EXISTS",
-    "PERMISSION_DENIED",
-    "RESOURCE_EXHAUSTED",
-    "FAILED_PRECONDITION",
-    "ABORTED",
-    "OUT_OF_RANGE",
-    "UNIMPLEMENTED",
-    "INTERNAL",
-    "UNAVAILABLE",
-    "DATA_LOSS",
-    "UNAUTHENTICATED",
-)
-"""Names of gRPC statuses; the index is the code."""
-
-# What Istio's validation accepts beside HTTP status codes:
-# https://www.envoyproxy.io/docs/envoy/latest/configuration/http/http_filters/router_filter
-RETRY_ON = (
-    "5xx",
-    "gateway-error",
-    "reset",
-    "reset-before-request",
-    "connect-failure",
-    "envoy-ratelimited",
-    "retriable-4xx",
-    "refused-stream",
-    "retriable-status-codes",
-    "retriable-headers",
-    "http3-post-connect-failure",
-    "cancelled",
-    "deadline-exceeded",
-    "internal",
-    "resource-exhausted",
-    "unavailable",
-)
-_HEADER = re.compile(r"^[A-Za-z0-9!#$%&'*+.^_`|~-]+$")
-# RE2, which Envoy uses, has no look-around and no back-references.
-_NOT_RE2 = re.compile(r"\(\?(?:=|!|<=|<!|>|\()|(?<!\\)\\[1-9]")
+MESH = "mesh"
 
 
 def parse_virtual_service(meta: Meta, spec: Fields) -> VirtualService:
-    """Read a VirtualService's spec."""
-    hosts = spec.texts("hosts", is_host, "a host name")
-    if not hosts:
-        spec.problems.add(spec.at, '"hosts" needs at least one host')
-    gateways = spec.texts("gateways")
-    spec.unsupported("tcp", "tls", why="the laptop mesh routes HTTP/2 and HTTP (spec.http) only")
-    rules = tuple(_rule(fields) for fields in spec.messages("http"))
-    if not rules:
-        spec.problems.add(spec.at, '"http" needs at least one rule')
-    return VirtualService(
+    """Read a VirtualService's spec. One without hosts is a delegate."""
+    hosts = spec.texts("hosts")
+    gateways = gateway_names(spec, "gateways")
+    rules = tuple(_rule(item, index, delegate=not hosts) for index, item in enumerate(spec.messages("http")))
+    tls = tuple(_layer4(item, tls=True) for item in spec.messages("tls"))
+    tcp = tuple(_layer4(item, tls=False) for item in spec.messages("tcp"))
+    service = VirtualService(
         meta=meta,
         hosts=tuple(host.lower() for host in hosts),
-        gateways=gateways or ("mesh",),
-        export_to=export_to(spec),
+        gateways=gateways or (MESH,),
+        export_to=_export_to(spec, meta.namespace),
         http=rules,
+        tls=tls,
+        tcp=tcp,
     )
+    if not (spec.items("http") or spec.items("tcp") or spec.items("tls")):
+        spec.problems.add(spec.at, 'needs "http", "tls" or "tcp"')
+    if not hosts:
+        for name in ("gateways", "tls", "tcp"):
+            if spec.items(name):
+                spec.refuse(name, "is not for a VirtualService without hosts, which is a delegate")
+    at_gateways_only = bool(gateways) and MESH not in gateways
+    _check_hosts(spec, hosts, at_gateways_only=at_gateways_only, tls=tls)
+    _check_server_names(spec, service, mesh=MESH in gateways)
+    if not at_gateways_only:
+        _check_claims(spec, rules)
+    return service
 
 
 def export_to(spec: Fields) -> tuple[str, ...]:
@@ -93,249 +80,172 @@ def export_to(spec: Fields) -> tuple[str, ...]:
     return spec.texts("exportTo") or ("*",)
 
 
-def _rule(fields: Fields) -> HttpRule:
-    with fields:
-        fields.unsupported("redirect", "directResponse", "delegate", "corsPolicy", "mirrorPercent", "mirror_percent")
-        destinations = _destinations(fields)
-        return HttpRule(
-            name=fields.text("name"),
-            matches=tuple(_match(item) for item in fields.messages("match")),
-            destinations=destinations,
-            timeout_s=fields.duration_s("timeout", low_s=0.0),
-            retries=_retries(fields),
-            fault=_fault(fields),
-            mirrors=_mirrors(fields),
-            headers=_headers(fields),
-            rewrite=_rewrite(fields),
-            at=fields.at,
-        )
+def _export_to(spec: Fields, namespace: str) -> tuple[str, ...]:
+    """`exportTo` as Istio checks it; empty when absent."""
+    names = spec.texts("exportTo")
+    seen: set[str] = set()
+    for name in names:
+        if name == "~":
+            spec.refuse("exportTo", '"~" is for ServiceEntries only')
+        elif name not in (".", "*") and not is_label(name):
+            spec.refuse("exportTo", f'"{name}" is neither ".", "*" nor the name of a namespace')
+        key = namespace if name == "." else name
+        if key in seen:
+            spec.refuse("exportTo", f'"{name}" occurs twice')
+        seen.add(key)
+    if "*" in seen and len(names) > 1:
+        spec.refuse("exportTo", '"*" cannot be set together with others')
+    return names
 
 
-def _destinations(fields: Fields) -> tuple[WeightedDestination, ...]:
-    result: list[WeightedDestination] = []
-    for item in fields.messages("route"):
-        with item:
-            destination = _destination(item.message("destination")) if item.required("destination") else None
-            item.ignored("destination")
-            weight = item.integer("weight", low=0, high=INT32_MAX)
-            headers = _headers(item)
-            if destination:
-                result.append(WeightedDestination(destination=destination, weight=weight or 0, headers=headers))
-    if not result and not fields.has("route"):
-        fields.problems.add(fields.at, '"route" needs at least one destination')
-    if len(result) > 1:
-        total = sum(destination.weight for destination in result)
-        if total == 0:
-            fields.refuse("route", "the weights sum to zero")
-        elif total >= 2**32:
-            fields.refuse("route", f"the weights sum to {total}, more than {2**32 - 1}")
-    return tuple(result)
+# What is checked across fields
 
 
-def _destination(fields: Fields) -> Destination:
-    with fields:
-        host = fields.host("host", required=True)
-        if host.startswith("*"):
-            fields.refuse("host", "a destination cannot be a wildcard")
-        port = 0
-        if fields.has("port"):
-            with fields.message("port") as inner:
-                port = inner.port("number", required=True)
-        fields.ignored("port")
-        return Destination(host=host, subset=fields.text("subset"), port=port, at=fields.at)
-
-
-def _match(fields: Fields) -> HttpMatch:
-    with fields:
-        fields.unsupported("statPrefix")
-        return HttpMatch(
-            name=fields.text("name"),
-            uri=_string_match(fields, "uri"),
-            ignore_uri_case=fields.boolean("ignoreUriCase"),
-            scheme=_string_match(fields, "scheme"),
-            method=_string_match(fields, "method"),
-            authority=_string_match(fields, "authority"),
-            headers=_string_matches(fields, "headers"),
-            without_headers=_string_matches(fields, "withoutHeaders"),
-            query_params=_string_matches(fields, "queryParams"),
-            port=fields.port("port"),
-            source_labels=fields.text_map("sourceLabels"),
-            source_namespace=fields.text("sourceNamespace"),
-            gateways=fields.texts("gateways"),
-            at=fields.at,
-        )
-
-
-def _string_matches(fields: Fields, name: str) -> tuple[tuple[str, StringMatch], ...]:
-    result: list[tuple[str, StringMatch]] = []
-    for key, node, at in fields.entries(name):
-        match = _string_match_of(Fields(node, at, fields.problems), present=True)
-        if key.startswith("@"):
-            fields.problems.add(at, "not supported: matching JWT claims needs RequestAuthentication")
-        elif name != "queryParams" and not _HEADER.match(key):
-            fields.problems.add(
-                at, f'"{key}" is not a header name; match :method, :path and :authority by their own fields'
-            )
-        elif match:
-            result.append((key.lower() if name != "queryParams" else key, match))
-    return tuple(sorted(result, key=lambda entry: entry[0]))
-
-
-def _string_match(fields: Fields, name: str) -> StringMatch | None:
-    if not fields.has(name):
-        fields.ignored(name)
-        return None
-    return _string_match_of(fields.message(name), present=False)
-
-
-def _string_match_of(fields: Fields, *, present: bool) -> StringMatch | None:
-    with fields:
-        how = fields.one_of("exact", "prefix", "regex")
-        values = {name: fields.text(name) for name in ("exact", "prefix", "regex")}
-        if not how:
-            if present:
-                return StringMatch(how="present")
-            if not fields.names():
-                fields.problems.add(fields.at, 'one of "exact", "prefix", "regex" is required')
-            return None
-        value = values[how]
-        if how == "regex":
-            # In Istio "*" is no regular expression but "whatever value".
-            if value == "*" and present:
-                return StringMatch(how="present")
-            check_regex(fields, how, value)
-            return StringMatch(how="regex", value=value)
-        if not value:
-            fields.refuse(how, "must not be empty")
-        return StringMatch(how="exact" if how == "exact" else "prefix", value=value)
-
-
-def check_regex(fields: Fields, name: str, value: str) -> None:
-    """Note a problem when it is not a regular expression that Envoy's RE2 takes."""
-    try:
-        re.compile(value)
-    except re.error as error:
-        fields.refuse(name, f'"{value}" is not a regular expression: {error}')
+def _check_hosts(spec: Fields, hosts: tuple[str, ...], *, at_gateways_only: bool, tls: tuple[Layer4Rule, ...]) -> None:
+    sni = any(match.sni_hosts for rule in tls for match in rule.matches)
+    valid = True
+    for host in hosts:
+        problem = sni_problem(host) if at_gateways_only and sni else domain_problem(host, wildcard=True)
+        if not problem and not at_gateways_only and host == "*":
+            problem = '"*" is for gateways only'
+        if problem and not is_ip(host):
+            spec.refuse("hosts", problem)
+            valid = False
+    if not valid:
         return
-    if not value:
-        fields.refuse(name, "must not be empty")
-    elif _NOT_RE2.search(value):
-        fields.refuse(name, f'"{value}" uses look-around or back-references, which Envoy (RE2) does not have')
+    for index, host in enumerate(hosts):
+        for other in hosts[index + 1 :]:
+            if hosts_overlap(host, other):
+                spec.refuse("hosts", f'"{host}" and "{other}" overlap')
 
 
-def _retries(fields: Fields) -> Retries | None:
-    if not fields.has("retries"):
-        fields.ignored("retries")
+def _check_server_names(spec: Fields, service: VirtualService, *, mesh: bool) -> None:
+    """Server names of `tls` are hosts of the VirtualService."""
+    for rule in service.tls:
+        for match in rule.matches:
+            for name in match.sni_hosts:
+                problem = domain_problem(name, wildcard=True) if mesh else sni_problem(name)
+                if problem:
+                    if not is_ip(name):
+                        spec.problems.add(match.at.field("sniHosts"), problem)
+                elif not any(host_covers(host, name.lower()) for host in service.hosts):
+                    known = ", ".join(service.hosts)
+                    spec.problems.add(
+                        match.at.field("sniHosts"), f'"{name}" is none of the hosts of the VirtualService: {known}'
+                    )
+
+
+def _check_claims(spec: Fields, rules: tuple[HttpRule, ...]) -> None:
+    for rule in rules:
+        for match in rule.matches:
+            for name, _ in (*match.headers, *match.without_headers):
+                if claim_path(name):
+                    spec.problems.add(
+                        match.at, f'"{name}": claims are known at gateways only; name "gateways" other than "mesh"'
+                    )
+
+
+# Rules of HTTP
+
+
+def _rule(fields: Fields, index: int, *, delegate: bool) -> HttpRule:
+    with fields:
+        matches = tuple(parse_http_match(item, place) for place, item in enumerate(fields.messages("match")))
+        destinations = parse_destinations(fields, headers=True)
+        mirror, percent, listed = parse_mirror(fields)
+        rule = HttpRule(
+            name=fields.text("name"),
+            matches=matches,
+            destinations=destinations,
+            timeout_s=duration_s(fields, "timeout"),
+            retries=parse_retries(fields.message("retries")) if fields.has("retries") else None,
+            fault=parse_fault(fields.message("fault")) if fields.has("fault") else None,
+            mirrors=effective_mirrors(mirror, percent, listed),
+            mirror=mirror,
+            mirror_percent=percent,
+            listed_mirrors=listed,
+            headers=parse_headers(fields.message("headers")) if fields.has("headers") else None,
+            rewrite=parse_rewrite(fields.message("rewrite")) if fields.has("rewrite") else None,
+            redirect=parse_redirect(fields.message("redirect"), matches) if fields.has("redirect") else None,
+            direct_response=parse_direct_response(fields.message("directResponse"))
+            if fields.has("directResponse")
+            else None,
+            delegate=_delegate(fields),
+            cors=parse_cors(fields.message("corsPolicy")) if fields.has("corsPolicy") else None,
+            origin=Origin(rule=index),
+            at=fields.at,
+        )
+        fields.ignored("retries", "fault", "headers", "rewrite", "redirect", "directResponse", "corsPolicy")
+        _check_rule(fields, rule, delegate=delegate)
+        return rule
+
+
+def _delegate(fields: Fields) -> Delegate | None:
+    if not fields.has("delegate"):
+        fields.ignored("delegate")
         return None
-    with fields.message("retries") as inner:
-        inner.unsupported("retryRemoteLocalities", why="the laptop mesh has no localities")
-        attempts = inner.integer("attempts", low=0, high=INT32_MAX)
-        if attempts == 0 and (inner.has("retryOn") or inner.has("perTryTimeout")):
-            inner.refuse("attempts", "0 turns retries off, so perTryTimeout and retryOn mean nothing")
-        per_try_timeout_s = inner.duration_s("perTryTimeout", low_s=0.0)
-        return Retries(
-            attempts=attempts or 0,
-            per_try_timeout_s=per_try_timeout_s,
-            retry_on=_retry_on(inner),
-            ignore_previous_hosts=inner.boolean_or_none("retryIgnorePreviousHosts"),
-            backoff_s=inner.duration_s("backoff"),
+    with fields.message("delegate") as inner:
+        return Delegate(name=inner.text("name"), namespace=inner.text("namespace"))
+
+
+def _check_rule(fields: Fields, rule: HttpRule, *, delegate: bool) -> None:
+    set_authorities = [*([rule.rewrite.authority] if rule.rewrite else []), *authorities(rule.headers)]
+    if len([value for value in set_authorities if value]) > 1:
+        fields.problems.add(fields.at, "the authority is set more than once, by headers or by the rewrite")
+    if rule.delegate is not None:
+        if not delegate:
+            for name in ("redirect", "route"):
+                if fields.has(name) and (name != "route" or rule.destinations):
+                    fields.refuse(name, 'cannot be set together with "delegate"')
+            return
+        fields.refuse("delegate", "is not for a delegate itself: a VirtualService without hosts")
+    answer = "redirect" if rule.redirect else "directResponse" if rule.direct_response else ""
+    if answer:
+        for name in ("route", "fault", "rewrite", "directResponse"):
+            if name != answer and fields.has(name) and (name != "route" or rule.destinations):
+                fields.refuse(name, f'cannot be set together with "{answer}"')
+    elif not rule.destinations and not fields.items("route"):
+        fields.problems.add(fields.at, 'needs "route", "redirect", "directResponse" or "delegate"')
+
+
+# Rules of connections
+
+
+def _layer4(fields: Fields, *, tls: bool) -> Layer4Rule:
+    with fields:
+        matches = tuple(_layer4_match(item, tls=tls) for item in fields.messages("match"))
+        if tls and not matches:
+            fields.problems.add(fields.at, '"match" needs at least one condition, with "sniHosts"')
+        destinations = parse_destinations(fields, headers=False)
+        if not destinations and not fields.items("route"):
+            fields.problems.add(fields.at, '"route" needs at least one destination')
+        return Layer4Rule(matches=matches, destinations=destinations, at=fields.at)
+
+
+def _layer4_match(fields: Fields, *, tls: bool) -> Layer4Match:
+    with fields:
+        names: tuple[str, ...] = ()
+        if tls:
+            names = fields.texts("sniHosts")
+            if not names:
+                fields.problems.add(fields.at, '"sniHosts" needs at least one server name')
+        else:
+            # Istio has never looked at it.
+            fields.ignored("sourceSubnet")
+        subnets = fields.texts("destinationSubnets")
+        for subnet in subnets:
+            problem = subnet_problem(subnet)
+            if problem:
+                fields.refuse("destinationSubnets", problem)
+        return Layer4Match(
+            sni_hosts=names,
+            destination_subnets=subnets,
+            port=match_port(fields),
+            source_labels=source_labels(fields),
+            source_namespace=fields.text("sourceNamespace"),
+            gateways=gateway_names(fields, "gateways"),
+            at=fields.at,
         )
 
 
-def _retry_on(fields: Fields) -> str:
-    value = fields.text("retryOn")
-    for part in filter(None, (word.strip() for word in value.split(","))):
-        known = part in RETRY_ON or (part.isdigit() and 100 <= int(part) <= 599)
-        if not known:
-            fields.refuse("retryOn", f'"{part}" is no retry condition{did_you_mean(part, RETRY_ON)}')
-    return value
-
-
-def _fault(fields: Fields) -> Fault | None:
-    fields.ignored("fault")
-    if not fields.has("fault"):
-        return None
-    with fields.message("fault") as fault:
-        fault.ignored("delay", "abort")
-        delay = abort = None
-        if fault.has("delay"):
-            with fault.message("delay") as inner:
-                delay = _delay(inner)
-        if fault.has("abort"):
-            with fault.message("abort") as inner:
-                abort = _abort(inner)
-        return Fault(delay=delay, abort=abort)
-
-
-def _delay(fields: Fields) -> FaultDelay:
-    fields.unsupported("exponentialDelay", why="Istio itself does not support it")
-    percent = fields.percent("percentage")
-    whole = fields.integer("percent", low=0, high=100)
-    fields.required("fixedDelay")
-    # Istio: without a percentage no request is delayed.
-    chosen = percent if percent is not None else float(whole or 0)
-    return FaultDelay(fixed_delay_s=fields.duration_s("fixedDelay") or 0.001, percent=chosen)
-
-
-def _abort(fields: Fields) -> FaultAbort:
-    fields.unsupported("http2Error", why="Istio itself does not support it")
-    fields.one_of("httpStatus", "grpcStatus", required=True)
-    grpc_status: str | None = None
-    if fields.has("grpcStatus"):
-        grpc_status = fields.choice("grpcStatus", GRPC_STATUS) or None
-    fields.ignored("grpcStatus")
-    percent = fields.percent("percentage")
-    http_status = fields.integer("httpStatus", low=200, high=599)
-    return FaultAbort(http_status=http_status, grpc_status=grpc_status, percent=percent or 0.0)
-
-
-def _mirrors(fields: Fields) -> tuple[Mirror, ...]:
-    result: list[Mirror] = []
-    percent = fields.percent("mirrorPercentage")
-    if fields.has("mirror"):
-        destination = _destination(fields.message("mirror"))
-        result.append(Mirror(destination=destination, percent=100.0 if percent is None else percent))
-    elif percent is not None:
-        fields.refuse("mirrorPercentage", 'needs "mirror"')
-    fields.ignored("mirror")
-    for item in fields.messages("mirrors"):
-        with item:
-            share = item.percent("percentage")
-            if item.required("destination"):
-                destination = _destination(item.message("destination"))
-                result.append(Mirror(destination=destination, percent=100.0 if share is None else share))
-            item.ignored("destination")
-    # 0 % means no mirror, as in Istio.
-    return tuple(mirror for mirror in result if mirror.percent > 0)
-
-
-def _rewrite(fields: Fields) -> Rewrite | None:
-    if not fields.has("rewrite"):
-        fields.ignored("rewrite")
-        return None
-    with fields.message("rewrite") as inner:
-        inner.unsupported("uriRegexRewrite")
-        return Rewrite(authority=inner.text("authority"), uri=inner.text("uri"))
-
-
-def _headers(fields: Fields) -> HeaderEdits | None:
-    if not fields.has("headers"):
-        fields.ignored("headers")
-        return None
-    with fields.message("headers") as inner, inner.message("request") as request, inner.message("response") as response:
-        return HeaderEdits(
-            request_set=_edits(request, "set"),
-            request_add=_edits(request, "add"),
-            request_remove=request.texts("remove", lambda name: bool(_HEADER.match(name)), "a header name"),
-            response_set=_edits(response, "set"),
-            response_add=_edits(response, "add"),
-            response_remove=response.texts("remove", lambda name: bool(_HEADER.match(name)), "a header name"),
-        )
-
-
-def _edits(fields: Fields, name: str) -> dict[str, str]:
-    edits = dict(fields.text_map(name))
-    for key in edits:
-        if not _HEADER.match(key) and key != ":authority":
-            fields.refuse(name, f'"{key}" is not a header name')
-    return edits
+__all__ = ["GRPC_STATUS", "export_to", "parse_virtual_service"]

@@ -12,7 +12,7 @@ from mlmesh_local.translate.authorization import authorization_filters
 from mlmesh_local.translate.jwt import jwt_filter
 from mlmesh_local.translate.names import ADS, address, filter_of, inbound_cluster
 from mlmesh_local.translate.observation import access_logging, manager_tracing
-from mlmesh_local.translate.routes import FAULT_FILTER
+from mlmesh_local.translate.route_actions import CORS_FILTER, FAULT_FILTER
 from mlmesh_local.translate.view import View
 
 Role = Literal["inbound", "outbound", "gateway"]
@@ -21,6 +21,7 @@ _CONTEXTS: Final = {"inbound": "SIDECAR_INBOUND", "outbound": "SIDECAR_OUTBOUND"
 _MANAGER = "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager"
 _GRPC_STATS = "envoy.extensions.filters.http.grpc_stats.v3.FilterConfig"
 _FAULT = "envoy.extensions.filters.http.fault.v3.HTTPFault"
+_CORS = "envoy.extensions.filters.http.cors.v3.Cors"
 _ROUTER = "envoy.extensions.filters.http.router.v3.Router"
 _TCP_PROXY = "envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy"
 _INSPECTOR = "envoy.extensions.filters.listener.tls_inspector.v3.TlsInspector"
@@ -70,6 +71,7 @@ def _filters(role: Role) -> list[Json]:
         *checks,
         filter_of("envoy.filters.http.grpc_stats", _GRPC_STATS, stats),
         filter_of(FAULT_FILTER, _FAULT),
+        filter_of(CORS_FILTER, _CORS),
         # Last: faults are injected before it, so it does not retry them.
         filter_of("envoy.filters.http.router", _ROUTER),
     ]

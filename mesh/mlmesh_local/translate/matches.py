@@ -7,9 +7,13 @@ from collections.abc import Iterable
 from mlmesh_local.envoy_types import Json
 from mlmesh_local.model import ProxyNode
 from mlmesh_local.resources.catalog import full_gateway, selects
-from mlmesh_local.resources.model import HttpMatch, StringMatch
+from mlmesh_local.resources.domains import claim_path
+from mlmesh_local.resources.model_routes import HttpMatch, Layer4Match, StringMatch
 
 ANYTHING: Json = {"prefix": "/"}
+JWT_FILTER = "envoy.filters.http.jwt_authn"
+JWT_PAYLOAD = "payload"
+"""Key of the claims in the metadata of the filter that checks tokens, as Istio names it."""
 
 
 def string_matcher(match: StringMatch) -> Json:
@@ -33,32 +37,60 @@ def header_matcher(name: str, match: StringMatch, *, invert: bool = False) -> Js
     return result
 
 
-def route_match(match: HttpMatch | None) -> Json:
-    """route.v3.RouteMatch of conditions; what depends on the proxy is decided by `applies`."""
+def claim_matcher(claims: tuple[str, ...], match: StringMatch, *, invert: bool = False) -> Json:
+    """type.matcher.v3.MetadataMatcher of a claim, which may be a text or a list of texts."""
+    value: Json = {"present_match": True} if match.how == "present" else {"string_match": string_matcher(match)}
+    result: Json = {
+        "filter": JWT_FILTER,
+        "path": [{"key": key} for key in (JWT_PAYLOAD, *claims)],
+        "value": {"or_match": {"value_matchers": [{"list_match": {"one_of": value}}, value]}},
+    }
+    if invert:
+        result["invert"] = True
+    return result
+
+
+def route_match(match: HttpMatch | None, *, by_segment: bool = False) -> Json:
+    """route.v3.RouteMatch of conditions; what depends on the proxy is decided by `applies`.
+
+    ``by_segment``: prefixes match whole segments of the path, as in the Gateway API.
+    """
     if match is None:
         return dict(ANYTHING)
-    result: Json = _path(match.uri)
-    if match.ignore_uri_case and "safe_regex" not in result:
-        result["case_sensitive"] = False
-    headers = [header_matcher(name, value) for name, value in match.headers]
-    headers += [header_matcher(name, value, invert=True) for name, value in match.without_headers]
+    result: Json = _path(match.uri, by_segment=by_segment)
+    result["case_sensitive"] = not match.ignore_uri_case
+    headers: list[Json] = []
+    claims: list[Json] = []
+    for conditions, invert in ((match.headers, False), (match.without_headers, True)):
+        for name, value in conditions:
+            path = claim_path(name)
+            if path:
+                claims.append(claim_matcher(path, value, invert=invert))
+            else:
+                headers.append(header_matcher(name, value, invert=invert))
     headers.sort(key=lambda header: str(header["name"]))
-    for name, value in ((":method", match.method), (":authority", match.authority), (":scheme", match.scheme)):
-        if value:
-            headers.append(header_matcher(name, value))
+    for name, value_of in ((":method", match.method), (":authority", match.authority), (":scheme", match.scheme)):
+        if value_of:
+            headers.append(header_matcher(name, value_of))
     if headers:
         result["headers"] = headers
+    if claims:
+        result["dynamic_metadata"] = claims
     if match.query_params:
         result["query_parameters"] = [_query(name, value) for name, value in match.query_params]
     return result
 
 
-def _path(uri: StringMatch | None) -> Json:
+def _path(uri: StringMatch | None, *, by_segment: bool) -> Json:
     if uri is None or uri.how == "present":
         return dict(ANYTHING)
     if uri.how == "exact":
         return {"path": uri.value}
-    return {"prefix": uri.value} if uri.how == "prefix" else {"safe_regex": {"regex": uri.value}}
+    if uri.how == "regex":
+        return {"safe_regex": {"regex": uri.value}}
+    if by_segment and uri.value != "/":
+        return {"path_separated_prefix": uri.value.removesuffix("/")}
+    return {"prefix": uri.value}
 
 
 def _query(name: str, value: StringMatch) -> Json:
@@ -83,10 +115,25 @@ def applies(match: HttpMatch | None, proxy: ProxyNode, gateway: str, namespace: 
     return match.source_namespace in ("", proxy.namespace)
 
 
+def connection_applies(match: Layer4Match, proxy: ProxyNode, gateway: str, namespace: str, port: int) -> bool:
+    """The same for conditions on connections of a sidecar, which must all hold."""
+    if match.gateways and gateway not in {full_gateway(name, namespace) for name in match.gateways}:
+        return False
+    return (
+        match.port in (0, port)
+        and match.source_namespace in ("", proxy.namespace)
+        and selects(match.source_labels, proxy.labels)
+    )
+
+
 def is_catch_all(match: Json) -> bool:
     """Whether a route match takes everything, so that no route after it is reached."""
-    everything = match.get("prefix") == "/" or match.get("safe_regex", {}).get("regex") == ".*"
-    return everything and not match.get("headers") and not match.get("query_parameters")
+    everything = (
+        match.get("prefix") == "/"
+        or match.get("path_separated_prefix") == "/"
+        or match.get("safe_regex", {}).get("regex") == ".*"
+    )
+    return everything and not any(match.get(name) for name in ("headers", "query_parameters", "dynamic_metadata"))
 
 
 def unique(items: Iterable[str]) -> list[str]:

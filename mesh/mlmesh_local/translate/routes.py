@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from mlmesh_local.envoy_types import Json, typed
+from mlmesh_local.envoy_types import Json
 from mlmesh_local.model import ProxyNode
-from mlmesh_local.resources.model import (
-    Fault,
-    HashKey,
-    HeaderEdits,
+from mlmesh_local.resources.catalog import CatalogService, HostPolicy
+from mlmesh_local.resources.meta import Meta
+from mlmesh_local.resources.model import HashKey, TrafficPolicy
+from mlmesh_local.resources.model_routes import (
+    Destination,
     HttpMatch,
     HttpRule,
     Mirror,
@@ -18,30 +19,87 @@ from mlmesh_local.resources.model import (
     VirtualService,
     WeightedDestination,
 )
-from mlmesh_local.resources.networking import GRPC_STATUS
 from mlmesh_local.translate import names
 from mlmesh_local.translate.matches import ANYTHING, applies, is_catch_all, route_match
-from mlmesh_local.translate.names import fraction, seconds
-from mlmesh_local.translate.view import View, effective_policy, load_balancer_of
+from mlmesh_local.translate.names import fraction
+from mlmesh_local.translate.route_actions import (
+    CORS_FILTER,
+    FAULT_FILTER,
+    apply_headers,
+    apply_rewrite,
+    cors_config,
+    direct_response_action,
+    fault_config,
+    hash_policy,
+    redirect_action,
+    retry_policy,
+    timeouts,
+)
+from mlmesh_local.translate.view import View
 
-FAULT_FILTER = "envoy.filters.http.fault"
-# pilot/pkg/networking/core/route/retry/retry.go
-DEFAULT_RETRY_ON = "connect-failure,refused-stream,unavailable,cancelled,retriable-status-codes"
-_PREVIOUS_HOSTS: Json = {
-    "name": "envoy.retry_host_predicates.previous_hosts",
-    "typed_config": typed("envoy.extensions.retry.host.previous_hosts.v3.PreviousHostsPredicate"),
-}
+GATEWAY_SEMANTICS = "gateway"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Frame:
-    """Where routes are made for: a proxy, one of its gateways ("mesh" for a sidecar), a port, tracing of the port."""
+    """Where routes are made for.
+
+    Attributes:
+        view, proxy: the world, and who is told.
+        gateway: one of the proxy's gateways, "mesh" for a sidecar.
+        listener_port: where the calls come in.
+        tracing: tracing of the port.
+        tls: whether the listener ends TLS.
+        services: in which a destination without a port looks for its only one. Istio's sidecars know only the
+            listener's own port there, so theirs is empty.
+    """
 
     view: View
     proxy: ProxyNode
     gateway: str
     listener_port: int
     tracing: Json | None
+    tls: bool = False
+    services: Mapping[str, CatalogService] = field(default_factory=dict)
+
+    def cluster(self, destination: Destination) -> str:
+        """Cluster of a destination: the port named, else the service's only one, else that of the listener.
+
+        It need not exist: Envoy answers 503 then, as behind Istio.
+        """
+        service = self.services.get(destination.host)
+        port = destination.port or self.listener_port
+        if not destination.port and service is not None and len(service.ports) == 1:
+            port = service.ports[0].number
+        return names.outbound_cluster(port, destination.subset, destination.host)
+
+    def hash_key(self, destination: Destination) -> HashKey | None:
+        """What consistent hashing of a destination looks at, by Istio's order; None where it does not hash."""
+        service = self.view.services.get(destination.host)
+        if service is None:
+            return None
+        policy = self.view.policy(service, self.proxy.namespace)
+        subset = policy.subset(destination.subset) if destination.subset else None
+        return (
+            _key_of_port(subset.policy if subset else None, destination.port)
+            or _key(subset.policy if subset else None)
+            or _key_of_port(policy.policy, destination.port)
+            or _key(policy.policy)
+        )
+
+    @property
+    def default_retries(self) -> Retries | None:
+        """The mesh's policy of retries, where it has one."""
+        return getattr(self.view.mesh_config, "default_http_retry_policy", None)
+
+
+def provenance(meta: Meta, ours: Json | None = None) -> Json:
+    """core.v3.Metadata that says which resource a piece of configuration was made of: Istio's form, and our own."""
+    group = f"networking.istio.io/v1/namespaces/{meta.namespace}/virtual-service/{meta.name}"
+    metadata: Json = {"istio": {"config": f"/apis/{group}"}}
+    if ours:
+        metadata["mlmesh"] = ours
+    return {"filter_metadata": metadata}
 
 
 def rule_routes(frame: Frame, service: VirtualService) -> list[Json]:
@@ -53,52 +111,79 @@ def rule_routes(frame: Frame, service: VirtualService) -> list[Json]:
                 continue
             route = _route(frame, service, rule, match)
             routes.append(route)
-            if is_catch_all(route["match"]):
+            if match is not None and is_catch_all(route["match"]):
                 return routes
+        if not rule.matches:
+            return routes
     return routes
 
 
 def default_route(frame: Frame, host: str, port: int) -> Json:
     """The route of a service that no VirtualService speaks of."""
     service = frame.view.services[host]
-    balancer = load_balancer_of(effective_policy(frame.view.policy(service, frame.proxy.namespace), "", port))
-    action: Json = {
-        "cluster": names.outbound_cluster(port, "", host),
-        **_timeouts(None),
-        # Only routes of VirtualServices keep retries of hashed calls on their host, in Istio too.
-        "retry_policy": retry_policy(None, hashed=False),
-    }
-    if balancer.hash_key:
-        action["hash_policy"] = [_hash_policy(balancer.hash_key)]
+    action: Json = {"cluster": names.outbound_cluster(port, "", host), **timeouts(None)}
+    # Only routes of VirtualServices keep retries of hashed calls on their host, in Istio too.
+    retries = retry_policy(frame.default_retries, hashed=False)
+    if retries:
+        action["retry_policy"] = retries
+    policy: HostPolicy = frame.view.policy(service, frame.proxy.namespace)
+    key = _key_of_port(policy.policy, port) or _key(policy.policy)
+    if key:
+        action["hash_policy"] = [hash_policy(key)]
     route: Json = {"name": "default", "match": dict(ANYTHING), "route": action}
     return _observed(frame, route, f"{host}:{port}/*")
 
 
 def _route(frame: Frame, service: VirtualService, rule: HttpRule, match: HttpMatch | None) -> Json:
-    namespace = service.meta.namespace
-    route: Json = {"match": route_match(match)}
-    name = ".".join(part for part in (rule.name, match.name if match else "") if part)
+    by_segment = service.semantics == GATEWAY_SEMANTICS
+    route: Json = {"match": route_match(match, by_segment=by_segment), "metadata": _provenance(service, rule, match)}
+    name = f"{rule.name}.{match.name}" if match and match.name else rule.name
     if name:
         route["name"] = name
-    authority = _apply_headers(route, rule.headers)
-    action: Json = dict(_timeouts(rule.timeout_s))
+    if match and match.stat_prefix:
+        route["stat_prefix"] = match.stat_prefix
+    authority = apply_headers(route, rule.headers)
+    if rule.redirect:
+        route["redirect"] = redirect_action(rule.redirect, frame.listener_port, tls=frame.tls)
+    elif rule.direct_response:
+        route["direct_response"] = direct_response_action(rule.direct_response)
+    else:
+        _send(frame, route, rule, authority, by_segment=by_segment)
+    filters: Json = {}
+    if rule.fault and (rule.fault.delay or rule.fault.abort):
+        filters[FAULT_FILTER] = fault_config(rule.fault)
+    if rule.cors:
+        filters[CORS_FILTER] = cors_config(rule.cors)
+    if filters:
+        route["typed_per_filter_config"] = filters
+    return _observed(frame, route, _operation(frame, route, service))
+
+
+def _provenance(service: VirtualService, rule: HttpRule, match: HttpMatch | None) -> Json:
+    ours: Json = {"rule": rule.origin.rule, "match": match.index if match else 0}
+    if rule.origin.delegate:
+        ours |= {"delegate": rule.origin.delegate, "delegate_rule": rule.origin.delegate_rule}
+    return provenance(service.meta, ours)
+
+
+def _send(frame: Frame, route: Json, rule: HttpRule, authority: str, *, by_segment: bool) -> None:
+    """Set the action that sends requests on."""
+    action: Json = dict(timeouts(rule.timeout_s))
+    if by_segment:
+        action["cluster_not_found_response_code"] = "INTERNAL_SERVER_ERROR"
     if rule.rewrite:
-        if rule.rewrite.uri:
-            action["prefix_rewrite"] = rule.rewrite.uri
+        apply_rewrite(action, route["match"], rule.rewrite, by_segment=by_segment)
         authority = rule.rewrite.authority or authority
     if authority:
         action["host_rewrite_literal"] = authority
-    mirrors = [_mirror(frame, mirror, namespace) for mirror in rule.mirrors]
+    mirrors = [_mirror(frame, mirror) for mirror in rule.mirrors]
     if mirrors:
         action["request_mirror_policies"] = mirrors
-    hashed = _apply_destinations(frame, route, action, rule, namespace)
-    retries = retry_policy(rule.retries, hashed=hashed)
+    hashed = _apply_destinations(frame, route, action, rule)
+    retries = retry_policy(rule.retries or frame.default_retries, hashed=hashed)
     if retries:
         action["retry_policy"] = retries
     route["route"] = action
-    if rule.fault and (rule.fault.delay or rule.fault.abort):
-        route["typed_per_filter_config"] = {FAULT_FILTER: _fault(rule.fault)}
-    return _observed(frame, route, _operation(frame, route, service))
 
 
 def _observed(frame: Frame, route: Json, operation: str) -> Json:
@@ -111,68 +196,35 @@ def _observed(frame: Frame, route: Json, operation: str) -> Json:
 def _operation(frame: Frame, route: Json, service: VirtualService) -> str:
     """Istio's name for the span: where a single destination is known its host, else the VirtualService."""
     match = route["match"]
-    path = f"{match['prefix']}*" if "prefix" in match else match.get("path") or match["safe_regex"]["regex"]
-    cluster = route["route"].get("cluster", "")
+    path = "/*"
+    if "prefix" in match:
+        path = f"{match['prefix']}*"
+    elif "path" in match:
+        path = match["path"]
+    elif "safe_regex" in match:
+        path = match["safe_regex"]["regex"]
+    cluster = route.get("route", {}).get("cluster", "")
     if cluster.startswith("outbound|"):
         _, port, _, host = cluster.split("|")
         return f"{host}:{port}{path}"
     return f"{service.meta.name}:{frame.listener_port}{path}"
 
 
-def _timeouts(timeout_s: float | None) -> Json:
-    """Istio's pair: the route's timeout also bounds what a gRPC client asks for; 0 leaves the client's deadline."""
-    text = seconds(timeout_s or 0.0)
-    return {"timeout": text, "max_grpc_timeout": text}
-
-
-def retry_policy(retries: Retries | None, *, hashed: bool) -> Json | None:
-    """Istio's default policy with what the rule overrides; None where attempts are 0."""
-    policy: Json = {
-        "retry_on": DEFAULT_RETRY_ON,
-        "num_retries": 2,
-        "host_selection_retry_max_attempts": 5,
-        "retry_host_predicate": [] if hashed else [_PREVIOUS_HOSTS],
-    }
-    if retries is None:
-        return policy
-    if retries.attempts <= 0:
-        return None
-    policy["num_retries"] = retries.attempts
-    if retries.retry_on:
-        words = [word.strip() for word in retries.retry_on.split(",") if word.strip()]
-        codes = [int(word) for word in words if word.isdigit()]
-        conditions = [word for word in words if not word.isdigit()]
-        if codes and "retriable-status-codes" not in conditions:
-            conditions.append("retriable-status-codes")
-        policy["retry_on"] = ",".join(conditions)
-        policy["retriable_status_codes"] = codes
-    if retries.per_try_timeout_s is not None:
-        policy["per_try_timeout"] = seconds(retries.per_try_timeout_s)
-    if retries.ignore_previous_hosts is not None:
-        policy["retry_host_predicate"] = [_PREVIOUS_HOSTS] if retries.ignore_previous_hosts else []
-    if retries.backoff_s is not None:
-        policy["retry_back_off"] = {"base_interval": seconds(retries.backoff_s)}
-    return policy
-
-
-def _apply_destinations(frame: Frame, route: Json, action: Json, rule: HttpRule, namespace: str) -> bool:
+def _apply_destinations(frame: Frame, route: Json, action: Json, rule: HttpRule) -> bool:
     """Set where the action sends. True when the only destination is chosen by hash."""
     hashes: list[Json] = []
     if len(rule.destinations) == 1:
         only = rule.destinations[0]
-        action["cluster"] = _cluster(frame, only, namespace, hashes)
-        authority = _apply_headers(route, only.headers)
+        action["cluster"] = _cluster(frame, only, hashes)
+        authority = apply_headers(route, only.headers)
         if authority and "host_rewrite_literal" not in action:
             action["host_rewrite_literal"] = authority
     else:
         weighted: list[Json] = []
         # Istio drops destinations of weight 0.
         for destination in (item for item in rule.destinations if item.weight):
-            entry: Json = {
-                "name": _cluster(frame, destination, namespace, hashes),
-                "weight": destination.weight,
-            }
-            authority = _apply_headers(entry, destination.headers)
+            entry: Json = {"name": _cluster(frame, destination, hashes), "weight": destination.weight}
+            authority = apply_headers(entry, destination.headers)
             if authority:
                 entry["host_rewrite_literal"] = authority
             weighted.append(entry)
@@ -182,95 +234,25 @@ def _apply_destinations(frame: Frame, route: Json, action: Json, rule: HttpRule,
     return bool(hashes) and len(rule.destinations) == 1
 
 
-def _cluster(frame: Frame, weighted: WeightedDestination, namespace: str, hashes: list[Json]) -> str:
-    destination = weighted.destination
-    found = frame.view.destination(destination, namespace, frame.listener_port)
-    if found is None:
-        return names.BLACK_HOLE
-    service, port = found
-    policy = frame.view.policy(service, frame.proxy.namespace)
-    if destination.subset and policy.subset(destination.subset) is None:
-        return names.BLACK_HOLE
-    balancer = load_balancer_of(effective_policy(policy, destination.subset, port))
-    if balancer.hash_key:
-        hashes.append(_hash_policy(balancer.hash_key))
-    return names.outbound_cluster(port, destination.subset, service.host)
+def _cluster(frame: Frame, weighted: WeightedDestination, hashes: list[Json]) -> str:
+    key = frame.hash_key(weighted.destination)
+    if key:
+        hashes.append(hash_policy(key))
+    return frame.cluster(weighted.destination)
 
 
-def _hash_policy(key: HashKey) -> Json:
-    if key.how == "header":
-        return {"header": {"header_name": key.name}}
-    if key.how == "query":
-        return {"query_parameter": {"name": key.name}}
-    if key.how == "source_ip":
-        return {"connection_properties": {"source_ip": True}}
-    cookie: Json = {"name": key.name}
-    if key.cookie_ttl_s is not None:
-        cookie["ttl"] = seconds(key.cookie_ttl_s)
-    if key.cookie_path:
-        cookie["path"] = key.cookie_path
-    return {"cookie": cookie}
+def _key(policy: TrafficPolicy | None) -> HashKey | None:
+    return policy.load_balancer.hash_key if policy and policy.load_balancer else None
 
 
-def _mirror(frame: Frame, mirror: Mirror, namespace: str) -> Json:
-    as_weighted = WeightedDestination(destination=mirror.destination, weight=1, headers=None)
+def _key_of_port(policy: TrafficPolicy | None, port: int) -> HashKey | None:
+    ports = policy.ports if policy and port else ()
+    return next((key for number, override in ports if number == port and (key := _key(override))), None)
+
+
+def _mirror(frame: Frame, mirror: Mirror) -> Json:
     return {
-        "cluster": _cluster(frame, as_weighted, namespace, []),
+        "cluster": frame.cluster(mirror.destination),
         "runtime_fraction": {"default_value": fraction(mirror.percent)},
         "trace_sampled": False,
     }
-
-
-def _fault(fault: Fault) -> Json:
-    result: Json = {}
-    if fault.delay:
-        result["delay"] = {
-            "fixed_delay": seconds(fault.delay.fixed_delay_s),
-            "percentage": fraction(fault.delay.percent),
-        }
-    if fault.abort:
-        abort: Json = {"percentage": fraction(fault.abort.percent)}
-        if fault.abort.grpc_status is not None:
-            abort["grpc_status"] = GRPC_STATUS.index(fault.abort.grpc_status)
-        else:
-            abort["http_status"] = fault.abort.http_status
-        result["abort"] = abort
-    return typed("envoy.extensions.filters.http.fault.v3.HTTPFault", result)
-
-
-def _apply_headers(target: Json, edits: HeaderEdits | None) -> str:
-    """Add header edits to a route or weighted cluster. Returns the authority that they set, if any."""
-    if edits is None:
-        return ""
-    groups = (
-        ("request_headers_to_add", edits.request_set, edits.request_add),
-        ("response_headers_to_add", edits.response_set, edits.response_add),
-    )
-    for field, overwrite, append in groups:
-        options = [*_options(overwrite, "OVERWRITE_IF_EXISTS_OR_ADD"), *_options(append, "APPEND_IF_EXISTS_OR_ADD")]
-        if options:
-            target[field] = [*target.get(field, []), *options]
-    for field, removed in (
-        ("request_headers_to_remove", edits.request_remove),
-        ("response_headers_to_remove", edits.response_remove),
-    ):
-        kept = [name for name in removed if not _is_internal(name)]
-        if kept:
-            target[field] = [*target.get(field, []), *kept]
-    return _authority(edits.request_set) or _authority(edits.request_add)
-
-
-def _options(headers: Mapping[str, str], action: str) -> list[Json]:
-    return [
-        {"header": {"key": name, "value": headers[name]}, "append_action": action}
-        for name in sorted(headers)
-        if not _is_internal(name)
-    ]
-
-
-def _authority(headers: Mapping[str, str]) -> str:
-    return next((value for name, value in headers.items() if name.lower() in (":authority", "host")), "")
-
-
-def _is_internal(name: str) -> bool:
-    return name.startswith(":") or name.lower() == "host"

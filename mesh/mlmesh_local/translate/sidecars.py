@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from mlmesh_local.envoy_types import Json
 from mlmesh_local.model import ProxyNode
-from mlmesh_local.resources.catalog import MESH_GATEWAY, CatalogService, best_match, selects
-from mlmesh_local.resources.model import VirtualService
+from mlmesh_local.resources.catalog import MESH_GATEWAY, selects
 from mlmesh_local.translate import names
 from mlmesh_local.translate.authorization import authorization, authorization_extensions
 from mlmesh_local.translate.clusters import inbound_cluster, outbound_clusters, outbound_endpoints
 from mlmesh_local.translate.jwt import jwt_extensions
 from mlmesh_local.translate.listeners import inbound_listener, outbound_listener
-from mlmesh_local.translate.matches import ANYTHING, unique
+from mlmesh_local.translate.matches import ANYTHING
 from mlmesh_local.translate.observation import observation, route_tracing
-from mlmesh_local.translate.routes import Frame, default_route, rule_routes
+from mlmesh_local.translate.routes import Frame
 from mlmesh_local.translate.view import View, excluded_ports
+from mlmesh_local.translate.virtual_hosts import outbound_virtual_hosts, route_configuration
 
 
 def clusters(view: View, proxy: ProxyNode) -> dict[str, Json]:
@@ -87,56 +87,7 @@ def _outbound_ports(view: View, proxy: ProxyNode) -> list[int]:
 
 def _outbound_routes(view: View, proxy: ProxyNode, port: int, tracing: Json | None) -> Json:
     frame = Frame(view=view, proxy=proxy, gateway=MESH_GATEWAY, listener_port=port, tracing=tracing)
-    bound = view.virtual_services(MESH_GATEWAY, proxy.namespace)
-    by_host: dict[str, VirtualService] = {}
-    for service, hosts in bound:
-        for host in hosts:
-            by_host.setdefault(host, service)
-    virtual_hosts: list[Json] = []
-    taken = {"*"}
-    for target in view.services_seen_by(proxy.namespace):
-        if target.port(port) is None:
-            continue
-        pattern = best_match(by_host, target.host)
-        # A VirtualService none of whose rules can apply here leaves the service as it is, as in Istio.
-        own = rule_routes(frame, by_host[pattern]) if pattern else []
-        # A short name may be a host of its own; Envoy takes a domain once.
-        domains = [domain for domain in _domains(view, target, port, proxy) if domain not in taken]
-        taken.update(domains)
-        virtual_hosts.append(
-            {
-                "name": f"{target.host}:{port}",
-                "domains": domains,
-                "routes": own or [default_route(frame, target.host, port)],
-                "include_request_attempt_count": True,
-            }
-        )
-    virtual_hosts.append(_block_all(port))
-    return {"name": str(port), "virtual_hosts": virtual_hosts, "validate_clusters": False}
-
-
-def _domains(view: View, service: CatalogService, port: int, proxy: ProxyNode) -> list[str]:
-    """The full host and the short names that a pod's DNS search list would complete, each with and without port."""
-    hosts = [service.host, f"{service.host}."]
-    suffix = f".svc.{view.world.domain}"
-    if service.host.endswith(suffix):
-        short = service.host.removesuffix(suffix)
-        name, _, namespace = short.partition(".")
-        if namespace == proxy.namespace:
-            hosts.append(name)
-        hosts += [f"{name}.{namespace}.svc", short]
-    return unique(domain for host in hosts for domain in (host, f"{host}:{port}"))
-
-
-def _block_all(port: int) -> Json:
-    """Without capture nothing can be passed through: an authority that nobody serves is refused, and says so."""
-    text = f"no service of the mesh has this host name on port {port}; `mlmesh routes` lists those that exist"
-    answer = {"status": 502, "body": {"inline_string": text}}
-    return {
-        "name": "block_all",
-        "domains": ["*"],
-        "routes": [{"name": "block_all", "match": dict(ANYTHING), "direct_response": answer}],
-    }
+    return route_configuration(str(port), outbound_virtual_hosts(frame))
 
 
 def _inbound_routes(view: View, proxy: ProxyNode, port: int, tracing: Json | None) -> Json:

@@ -12,8 +12,8 @@ from mlmesh_local.resources.catalog import (
     full_host,
     host_policy,
     selects,
-    virtual_services_of,
 )
+from mlmesh_local.resources.delegates import VirtualServices
 from mlmesh_local.resources.model import (
     Deployment,
     Destination,
@@ -50,6 +50,7 @@ class View:
         self._rules = world.resources.specs(DestinationRule)
         self._policies: dict[tuple[str, str], HostPolicy] = {}
         self._authentications = world.resources.specs(PeerAuthentication)
+        self._virtual_services = VirtualServices(world.resources.specs(VirtualService), domain=world.domain)
         self._endpoints: dict[tuple[str, int], list[Endpoint]] = {}
         for endpoint in world.endpoints:
             self._endpoints.setdefault((endpoint.host, endpoint.port), []).append(endpoint)
@@ -120,8 +121,8 @@ class View:
     # VirtualServices
 
     def virtual_services(self, gateway: str, namespace: str) -> tuple[BoundService, ...]:
-        """VirtualServices bound to a gateway, oldest first."""
-        return virtual_services_of(self.resources.specs(VirtualService), gateway, namespace, domain=self.world.domain)
+        """VirtualServices bound to a gateway, with their full hosts, in Istio's order."""
+        return tuple((one, one.hosts) for one in self._virtual_services.bound(gateway, namespace))
 
     def gateways(self, proxy: ProxyNode) -> tuple[Gateway, ...]:
         """Gateways whose servers a gateway proxy runs."""

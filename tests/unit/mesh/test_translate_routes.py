@@ -47,11 +47,8 @@ def test_a_service_without_rules_has_istios_defaults() -> None:
 def test_names_and_domains_are_istios() -> None:
     it = Told("client")
     assert set(it.routes) == {"9000", "9090"}
-    assert it.virtual_host()["domains"] == [
-        domain
-        for host in (HOST, f"{HOST}.", "server", "server.mlmesh.svc", "server.mlmesh")
-        for domain in (host, f"{host}:9000")
-    ]
+    assert it.virtual_host()["domains"] == [HOST, f"{HOST}.", "server", "server.mlmesh.svc", "server.mlmesh"]
+    assert it.routes["9000"]["ignore_port_in_host_matching"] is True
     assert it.routes["9000"]["virtual_hosts"][-1]["domains"] == ["*"]
 
 
@@ -118,9 +115,11 @@ CONDITIONS = {
     "{uri: {exact: /p.S/M}}": {"path": "/p.S/M"},
     "{uri: {prefix: /p.S/}, ignoreUriCase: true}": {"prefix": "/p.S/", "case_sensitive": False},
     "{uri: {regex: '/p.*'}}": {"safe_regex": {"regex": "/p.*"}},
-    "{headers: {X-User: {prefix: a}}}": {"headers": [{"name": "x-user", "string_match": {"prefix": "a"}}]},
+    "{headers: {X-User: {prefix: a}}}": {"headers": [{"name": "X-User", "string_match": {"prefix": "a"}}]},
     "{headers: {x: {}}}": {"headers": [{"name": "x", "present_match": True}]},
-    "{headers: {x: {regex: '*'}}}": {"headers": [{"name": "x", "present_match": True}]},
+    "{headers: {x: null}}": {"headers": [{"name": "x", "present_match": True}]},
+    "{withoutHeaders: {x: {regex: '*'}}}": {"headers": [{"name": "x", "present_match": True, "invert_match": True}]},
+    "{uri: {prefix: ''}, method: {}}": {"prefix": "", "headers": [{"name": ":method", "present_match": True}]},
     "{withoutHeaders: {x: {exact: a}}}": {
         "headers": [
             {
@@ -146,7 +145,8 @@ CONDITIONS = {
 @pytest.mark.parametrize("condition", CONDITIONS)
 def test_conditions(condition: str) -> None:
     match = told(f"[{{match: [{condition}], {TO_SERVER}}}]").rules()[0]["match"]
-    assert match == {**({} if {"path", "safe_regex"} & match.keys() else {"prefix": "/"}), **CONDITIONS[condition]}
+    path = {} if {"path", "safe_regex"} & match.keys() else {"prefix": "/"}
+    assert match == {**path, "case_sensitive": True, **CONDITIONS[condition]}
 
 
 @pytest.mark.parametrize(
@@ -176,12 +176,23 @@ RETRIES = {
         "per_try_timeout": "2s",
         "retry_back_off": {"base_interval": "0.05s"},
     },
-    "{attempts: 1, retryOn: 'gateway-error, 503,409'}": {
+    "{attempts: 1, retryOn: 'gateway-error,503,409'}": {
         "num_retries": 1,
         "retry_on": "gateway-error,retriable-status-codes",
         "retriable_status_codes": [503, 409],
     },
     "{attempts: 1, retryIgnorePreviousHosts: false}": {"num_retries": 1, "retry_host_predicate": []},
+    "{attempts: 1, retryRemoteLocalities: true}": {
+        "num_retries": 1,
+        "retry_priority": {
+            "name": "envoy.retry_priorities.previous_priorities",
+            "typed_config": {
+                "@type": "type.googleapis.com/"
+                "envoy.extensions.retry.priority.previous_priorities.v3.PreviousPrioritiesConfig",
+                "update_frequency": 2,
+            },
+        },
+    },
 }
 
 

@@ -1,0 +1,198 @@
+"""Virtual hosts of a sidecar's outbound ports: which VirtualService routes which host, and by which names it is called.
+
+Istio's rules (pilot/pkg/networking/core/httproute.go and route/route.go in its source).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from mlmesh_local.envoy_types import Json
+from mlmesh_local.model import ProxyNode
+from mlmesh_local.resources.catalog import MESH_GATEWAY, CatalogService, best_match
+from mlmesh_local.resources.domains import host_covers, hosts_overlap, is_ip
+from mlmesh_local.resources.model_routes import VirtualService
+from mlmesh_local.translate.matches import ANYTHING, unique
+from mlmesh_local.translate.routes import GATEWAY_SEMANTICS, Frame, default_route, rule_routes
+from mlmesh_local.translate.view import View
+
+DIRECT_RESPONSE_BYTES_MAX = 1024 * 1024
+"""Istio's bound of the body of a direct response; Envoy's own is 4 KiB."""
+
+_HTTP_LIKE = frozenset({"grpc", "grpc-web", "http", "http2", "http-proxy", "unknown"})
+_WEB_PORT = 80
+
+
+@dataclass(slots=True)
+class _Group:
+    """Services and other hosts that share routes."""
+
+    routes: list[Json]
+    services: list[CatalogService] = field(default_factory=list)
+    hosts: list[str] = field(default_factory=list)
+
+
+def route_configuration(name: str, virtual_hosts: list[Json]) -> Json:
+    """A route configuration with what Istio sets on every one that is routed by host."""
+    return {
+        "name": name,
+        "virtual_hosts": virtual_hosts,
+        "validate_clusters": False,
+        "ignore_port_in_host_matching": True,
+        "max_direct_response_body_size_bytes": DIRECT_RESPONSE_BYTES_MAX,
+    }
+
+
+def outbound_virtual_hosts(frame: Frame) -> list[Json]:
+    """Virtual hosts of a port, by name; the last takes what no service has."""
+    port = frame.listener_port
+    seen = frame.view.services_seen_by(frame.proxy.namespace)
+    here = {service.host: service for service in seen if service.port(port) is not None}
+    bound = [service for service, _ in frame.view.virtual_services(MESH_GATEWAY, frame.proxy.namespace)]
+    owners = _owners(bound, seen)
+    groups: list[_Group] = []
+    ruled: set[str] = set()
+    for virtual_service in bound:
+        # Istio knows hosts without a service on port 80 only, or beside those of a service.
+        if port != _WEB_PORT and not any(hosts_overlap(host, name) for host in virtual_service.hosts for name in here):
+            continue
+        group = _group(frame, virtual_service, here, owners)
+        if group is not None:
+            groups.append(group)
+            ruled.update(service.host for service in group.services)
+    groups += [
+        _Group(routes=[default_route(frame, host, port)], services=[service])
+        for host, service in here.items()
+        if host not in ruled and _routed(service, port)
+    ]
+    return [*sorted(_built(frame, groups), key=lambda host: str(host["name"])), block_all(port)]
+
+
+def _routed(service: CatalogService, port: int) -> bool:
+    described = service.port(port)
+    return described is not None and described.protocol in _HTTP_LIKE
+
+
+def _owners(bound: Iterable[VirtualService], seen: Iterable[CatalogService]) -> dict[str, VirtualService]:
+    """The VirtualService of each service whose host, or narrowest wildcard, names it; the oldest where several do."""
+    by_host: dict[str, VirtualService] = {}
+    for virtual_service in bound:
+        for host in virtual_service.hosts:
+            by_host.setdefault(host, virtual_service)
+    found: dict[str, VirtualService] = {}
+    for service in seen:
+        pattern = service.host if service.host in by_host else best_match(by_host, service.host)
+        if pattern is not None:
+            found[service.host] = by_host[pattern]
+    return found
+
+
+def _group(
+    frame: Frame, virtual_service: VirtualService, here: Mapping[str, CatalogService], owners: dict[str, VirtualService]
+) -> _Group | None:
+    """What a VirtualService routes on the port; None where it routes nothing there for this proxy."""
+    routes = rule_routes(frame, virtual_service)
+    if not routes:
+        return None
+    services: list[CatalogService] = []
+    others: list[str] = []
+    of_gateway_api = virtual_service.semantics == GATEWAY_SEMANTICS
+    for host in virtual_service.hosts:
+        if not host.startswith("*"):
+            services += [here[host]] if host in here else []
+            others += [] if host in here else [host]
+            continue
+        covered = [] if of_gateway_api else [service for name, service in here.items() if host_covers(host, name)]
+        services += [service for service in covered if owners.get(service.host) is virtual_service]
+        others += [] if covered else [host]
+    if of_gateway_api:
+        own = frame.proxy.namespace == virtual_service.meta.namespace
+        services = [one for one in services if own or one.namespace == virtual_service.meta.namespace]
+        if not services:
+            return None
+    routed = [service for service in services if _routed(service, frame.listener_port)]
+    if not routed and frame.listener_port != _WEB_PORT:
+        return None
+    return _Group(routes=routes, services=routed, hosts=others)
+
+
+def _built(frame: Frame, groups: list[_Group]) -> list[Json]:
+    """Virtual hosts of groups. Envoy takes a name and a domain once: what comes first has them."""
+    port = frame.listener_port
+    full_names = {service.host for group in groups for service in group.services}
+    taken_names: set[str] = set()
+    taken_domains: set[str] = {"*"}
+    found: list[Json] = []
+    for group in groups:
+        members: list[tuple[str, list[str], list[str]]] = [(host, [bracketed(host)], []) for host in group.hosts]
+        members += [(service.host, *service_domains(frame.view, service, frame.proxy)) for service in group.services]
+        for host, domains, short in members:
+            name = f"{bracketed(host)}:{port}"
+            if name in taken_names:
+                continue
+            taken_names.add(name)
+            # A short name may be the full name of another service.
+            kept = [
+                domain
+                for domain in unique(domains)
+                if domain.lower() not in taken_domains and not (domain in short and domain in full_names)
+            ]
+            taken_domains.update(domain.lower() for domain in kept)
+            if kept:
+                found.append(
+                    {
+                        "name": name,
+                        "domains": kept,
+                        "routes": group.routes,
+                        "include_request_attempt_count": True,
+                    }
+                )
+    return found
+
+
+def service_domains(view: View, service: CatalogService, proxy: ProxyNode) -> tuple[list[str], list[str]]:
+    """Names by which a proxy's application may call a service, and which of them are not its full name.
+
+    The full host, with and without the dot that ends it, and the short names that a pod's DNS search list completes.
+    """
+    domains: list[str] = []
+    short: list[str] = []
+    for host in (service.host, *(alias for _, alias in getattr(service, "aliases", ()))):
+        alternatives = _alternatives(host, proxy.namespace, view.world.domain)
+        domains += [bracketed(host), *alternatives]
+        short += alternatives
+    if getattr(service, "headless", False) and not service.is_entry:
+        # Each pod of a headless Service has a name of its own below that of the Service.
+        domains += [f"*.{domain}" for domain in domains]
+    domains += [bracketed(address) for address in getattr(service, "addresses", ()) if "/" not in address]
+    return domains, short
+
+
+def _alternatives(host: str, namespace: str, domain: str) -> list[str]:
+    if is_ip(host):
+        return []
+    found = [f"{host}."]
+    suffix = f".svc.{domain}"
+    short = host.removesuffix(suffix)
+    name, dot, owner = short.partition(".")
+    if host.endswith(suffix) and dot:
+        found += [name, f"{short}.svc", short] if owner == namespace else [short, f"{short}.svc"]
+    return found
+
+
+def bracketed(host: str) -> str:
+    """A host as it is in an authority: IPv6 addresses in brackets."""
+    return f"[{host}]" if ":" in host else host
+
+
+def block_all(port: int) -> Json:
+    """Without capture nothing can be passed through: an authority that nobody serves is refused, and says so."""
+    text = f"no service of the mesh has this host name on port {port}; `mlmesh routes` lists those that exist"
+    answer = {"status": 502, "body": {"inline_string": text}}
+    return {
+        "name": "block_all",
+        "domains": ["*"],
+        "routes": [{"name": "block_all", "match": dict(ANYTHING), "direct_response": answer}],
+        "include_request_attempt_count": True,
+    }
