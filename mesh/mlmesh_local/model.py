@@ -72,7 +72,8 @@ class Endpoint:
 
     ``host`` is the service's full name, ``port`` the service port (not the target port), ``address`` an IP,
     ``target_port`` where to dial it, ``labels`` those of the pod, ``mesh_tls`` whether a sidecar takes mutual TLS.
-    Endpoints that are not ``ready`` get no new requests; open streams to them go on.
+    Endpoints that are not ``ready`` get no new requests; open streams to them go on. ``namespace`` is the service's,
+    which is the workload's; ``locality`` is "region/zone/subzone", empty where the labels say it.
     """
 
     host: str
@@ -84,6 +85,8 @@ class Endpoint:
     instance: str
     mesh_tls: bool = True
     weight: int = 1
+    namespace: str = ""
+    locality: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

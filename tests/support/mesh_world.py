@@ -159,9 +159,10 @@ class Told:
         return cluster
 
     def addresses(self, subset: str = "", port: int = 9000, host: str = HOST) -> set[tuple[str, int]]:
-        """Endpoints of a cluster."""
+        """Endpoints of a cluster that Envoy may call."""
         localities = self.endpoints[f"outbound|{port}|{subset}|{host}"]["endpoints"]
-        found = [e["endpoint"]["address"]["socket_address"] for item in localities for e in item["lb_endpoints"]]
+        endpoints = [e for item in localities for e in item["lb_endpoints"] if e.get("health_status") != "UNHEALTHY"]
+        found = [e["endpoint"]["address"]["socket_address"] for e in endpoints]
         return {(address["address"], address["port_value"]) for address in found}
 
     def manager(self, listener: str, chain: int = 0) -> dict[str, Any]:

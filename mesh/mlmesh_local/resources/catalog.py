@@ -1,28 +1,32 @@
-"""Which services there are and what applies to them: names resolved, policies found by Istio's rules of scope."""
+"""Which hosts there are: Kubernetes Services and hosts of ServiceEntries, with their ports and what is behind them."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from mlmesh_local.resources.domains import host_covers
+from mlmesh_local.resources.indexes import LabelIndex
 from mlmesh_local.resources.model import (
     Deployment,
     DestinationRule,
-    EntryEndpoint,
-    Meta,
+    Resolution,
     Service,
     ServiceEntry,
-    Subset,
-    TrafficPolicy,
     VirtualService,
+    WorkloadEntry,
 )
+from mlmesh_local.resources.names import MESH_GATEWAY, exported_to, full_gateway, full_host
+from mlmesh_local.resources.protocols import Protocol
+from mlmesh_local.resources.rules import HostPolicy, RuleIndex, chosen
 
 if TYPE_CHECKING:
     from mlmesh_local.resources.resource_set import ResourceSet
 
-MESH_GATEWAY = "mesh"
-"""What a VirtualService calls all sidecars."""
+ACCOUNTS = "alpha.istio.io/kubernetes-serviceaccounts"
+"""Annotation of a Service: more ServiceAccounts, of its namespace, that may answer for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,159 +35,206 @@ class CatalogPort:
 
     number: int
     name: str
-    protocol: Literal["grpc", "http2", "http"]
+    protocol: Protocol
     target: int | str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CatalogService:
-    """A host that can be called: a Kubernetes Service, or a host of a ServiceEntry.
+    """A host that can be called: a Kubernetes Service, or a host of ServiceEntries of one namespace.
 
-    ``accounts`` are (namespace, ServiceAccount) of the workloads behind it: who may answer for it. ``entry_endpoints``
-    and ``dns`` are those of a ServiceEntry; ``selector`` is that of a Service.
+    Attributes:
+        name: the Service's, or the host of an entry.
+        selector: of the workloads behind it, in its own namespace; None when none is selected.
+        accounts: (namespace, ServiceAccount) of those workloads: who may answer for it.
+        subject_alt_names: more identities that may answer for it, as they are in certificates.
+        export_to: as written; empty leaves the mesh's default.
+        is_entry: whether it comes from ServiceEntries, which are ``entries``, the oldest first.
+        external: outside of the mesh: no mutual TLS unless asked for.
+        resolution: how endpoints are found; "STATIC" for those that the mesh knows.
+        headless: a Service without a cluster IP.
+        addresses: on which clients reach it where traffic is captured, as written in entries.
+        aliases: (namespace, host) of the ExternalName Services that stand for it.
+        distribution: nearest endpoints first: of the own "zone" or of the own "node".
+        node_local: only endpoints of the own node.
+        not_ready: whether endpoints that are not ready are called, too.
     """
 
     host: str
     namespace: str
     name: str
     ports: tuple[CatalogPort, ...]
-    selector: Mapping[str, str]
+    selector: Mapping[str, str] | None
     accounts: tuple[tuple[str, str], ...]
-    export_to: tuple[str, ...] = ("*",)
-    is_entry: bool = False
-    external: bool = False
-    dns: bool = False
-    entry_endpoints: tuple[EntryEndpoint, ...] = ()
     subject_alt_names: tuple[str, ...] = ()
+    labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    export_to: tuple[str, ...] = ()
+    is_entry: bool = False
+    entries: tuple[ServiceEntry, ...] = ()
+    external: bool = False
+    resolution: Resolution = "STATIC"
+    headless: bool = False
+    addresses: tuple[str, ...] = ()
+    aliases: tuple[tuple[str, str], ...] = ()
+    distribution: Literal["", "zone", "node"] = ""
+    node_local: bool = False
+    not_ready: bool = False
 
     def port(self, number: int) -> CatalogPort | None:
         """The port with a number."""
         return next((port for port in self.ports if port.number == number), None)
 
-
-def full_host(host: str, namespace: str, domain: str) -> str:
-    """Istio's expansion of short names: what has no dot is a service of the resource's namespace."""
-    if "." in host or host == "*":
-        return host
-    return f"{host}.{namespace}.svc.{domain}"
-
-
-def full_gateway(name: str, namespace: str) -> str:
-    """ "{namespace}/{name}" of a gateway that a VirtualService names; "mesh" stays."""
-    return name if name == MESH_GATEWAY or "/" in name else f"{namespace}/{name}"
+    @property
+    def dns(self) -> bool:
+        """Whether Envoy resolves the names of its endpoints."""
+        return self.resolution in ("DNS", "DNS_ROUND_ROBIN")
 
 
 def host_matches(pattern: str, host: str) -> bool:
     """Whether a host, or a pattern with a leading "*", covers a host."""
-    return pattern in ("*", host) or (pattern.startswith("*.") and host.endswith(pattern[1:]))
+    return host_covers(pattern, host)
 
 
 def best_match(patterns: Iterable[str], host: str) -> str | None:
     """The most specific pattern that covers a host: itself, else the longest wildcard."""
-    covering = [pattern for pattern in patterns if host_matches(pattern, host)]
+    covering = [pattern for pattern in patterns if host_covers(pattern, host)]
     return max(covering, key=lambda pattern: (pattern == host, len(pattern)), default=None)
 
 
 def selects(selector: Mapping[str, str], labels: Mapping[str, str]) -> bool:
     """Whether labels have everything that a selector asks for."""
-    return all(labels.get(key) == value for key, value in selector.items())
-
-
-def visible(meta: Meta, export_to: tuple[str, ...], namespace: str) -> bool:
-    """Whether a resource applies to clients of a namespace."""
-    return any(
-        target == "*" or (target == "." and namespace == meta.namespace) or target == namespace for target in export_to
-    )
+    return selector.items() <= labels.items()
 
 
 def catalog(resources: ResourceSet, domain: str = "cluster.local") -> dict[str, CatalogService]:
-    """Every service by host, in the order of hosts. A Kubernetes Service wins over a ServiceEntry of its host."""
+    """Every service by host, in the order of hosts. A Kubernetes Service wins over a ServiceEntry of its host.
+
+    Of entries of one host in several namespaces the oldest wins here; clients see the one of `View.services_seen_by`.
+    """
     found: dict[str, CatalogService] = {}
-    deployments = resources.specs(Deployment)
-    for service in resources.specs(Service):
-        host = full_host(service.meta.name, service.meta.namespace, domain)
-        found[host] = _of_service(service, host, deployments)
-    for entry in resources.specs(ServiceEntry):
-        for host in entry.hosts:
-            found.setdefault(host, _of_entry(entry, host))
+    for service in all_services(resources, domain):
+        found.setdefault(service.host, service)
     return dict(sorted(found.items()))
 
 
+def all_services(resources: ResourceSet, domain: str = "cluster.local") -> list[CatalogService]:
+    """Services by host and namespace, those of Kubernetes first, then the oldest. ExternalName Services are aliases."""
+    deployments = LabelIndex((d.meta.namespace, d.labels, d) for d in resources.specs(Deployment))
+    workloads = LabelIndex((w.meta.namespace, w.endpoint.labels, w) for w in resources.specs(WorkloadEntry))
+    behind = _Behind(deployments, workloads)
+    aliases: dict[str, list[tuple[str, str]]] = {}
+    found: dict[tuple[str, str], CatalogService] = {}
+    for service in resources.specs(Service):
+        host = full_host(service.meta.name, service.meta.namespace, domain)
+        found[service.meta.namespace, host] = _of_service(service, host, behind)
+    for entry in resources.specs(ServiceEntry):
+        for host in dict.fromkeys(entry.hosts):
+            key = (entry.meta.namespace, host)
+            new = _of_entry(entry, host, behind)
+            found[key] = _joined(found[key], new) if key in found else new
+    if not aliases:
+        return list(found.values())
+    return [dataclasses.replace(one, aliases=tuple(sorted(aliases.get(one.host, ())))) for one in found.values()]
+
+
 def workloads_of(service: CatalogService, deployments: Iterable[Deployment]) -> tuple[Deployment, ...]:
-    """Deployments whose pods a Service selects."""
-    if not service.selector:
+    """Deployments whose pods a service selects."""
+    if not service.selector and not (service.is_entry and service.selector is not None):
         return ()
+    selector = service.selector or {}
     return tuple(
         deployment
         for deployment in deployments
-        if deployment.meta.namespace == service.namespace and selects(service.selector, deployment.labels)
+        if deployment.meta.namespace == service.namespace and selects(selector, deployment.labels)
     )
 
 
-def _of_service(service: Service, host: str, deployments: tuple[Deployment, ...]) -> CatalogService:
+@dataclass(frozen=True, slots=True)
+class _Behind:
+    """Workloads by the labels that select them."""
+
+    deployments: LabelIndex[Deployment]
+    entries: LabelIndex[WorkloadEntry]
+
+    def accounts(self, namespace: str, selector: Mapping[str, str]) -> set[tuple[str, str]]:
+        found = {(namespace, pod.service_account) for pod in self.deployments.select(namespace, selector)}
+        return found | {
+            (namespace, entry.endpoint.service_account)
+            for entry in self.entries.select(namespace, selector)
+            if entry.endpoint.service_account
+        }
+
+
+def _of_service(service: Service, host: str, behind: _Behind) -> CatalogService:
+    namespace = service.meta.namespace
     ports = tuple(
         CatalogPort(number=port.number, name=port.name, protocol=port.protocol, target=port.target)
         for port in service.ports
-        if port.protocol != "tls"
+        if port.protocol != "udp"
     )
-    plain = CatalogService(
+    accounts = behind.accounts(namespace, service.selector) if service.selector else set()
+    more = [name.strip() for name in service.meta.annotations.get(ACCOUNTS, "").split(",")]
+    accounts.update((namespace, name) for name in more if name)
+    return CatalogService(
         host=host,
-        namespace=service.meta.namespace,
+        namespace=namespace,
         name=service.meta.name,
         ports=ports,
-        selector=service.selector,
-        accounts=(),
-    )
-    accounts = {(workload.meta.namespace, workload.service_account) for workload in workloads_of(plain, deployments)}
-    return CatalogService(
-        host=host,
-        namespace=plain.namespace,
-        name=plain.name,
-        ports=ports,
-        selector=service.selector,
+        selector=service.selector or None,
         accounts=tuple(sorted(accounts)),
+        labels=service.meta.labels,
     )
 
 
-def _of_entry(entry: ServiceEntry, host: str) -> CatalogService:
-    protocols: dict[str, Literal["grpc", "http2", "http"]] = {"GRPC": "grpc", "HTTP2": "http2"}
+def _of_entry(entry: ServiceEntry, host: str, behind: _Behind) -> CatalogService:
+    namespace = entry.meta.namespace
     ports = tuple(
-        CatalogPort(
-            number=port.number,
-            name=port.name,
-            protocol=protocols.get(port.protocol, "http"),
-            target=port.target_port,
-        )
+        CatalogPort(number=port.number, name=port.name, protocol=port.protocol, target=port.target_port or port.number)
         for port in entry.ports
+        if port.protocol != "udp"
     )
-    accounts = {(entry.meta.namespace, e.service_account) for e in entry.endpoints if e.service_account}
+    accounts = {(namespace, e.service_account) for e in entry.endpoints if e.service_account}
+    if entry.selector is not None:
+        accounts |= behind.accounts(namespace, entry.selector)
     return CatalogService(
         host=host,
-        namespace=entry.meta.namespace,
-        name=entry.meta.name,
+        namespace=namespace,
+        name=host,
         ports=ports,
-        selector={},
+        selector=entry.selector,
         accounts=tuple(sorted(accounts)),
+        subject_alt_names=entry.subject_alt_names,
+        labels=entry.meta.labels,
         export_to=entry.export_to,
         is_entry=True,
+        entries=(entry,),
         external=entry.external,
-        dns=entry.resolution == "DNS",
-        entry_endpoints=entry.endpoints,
-        subject_alt_names=entry.subject_alt_names,
+        resolution=entry.resolution,
+        addresses=entry.addresses,
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HostPolicy:
-    """What DestinationRules say of a host, merged: the first policy, and subsets by name."""
+def _joined(old: CatalogService, new: CatalogService) -> CatalogService:
+    """A service with what a younger entry of its host and namespace adds: endpoints, and ports where all else is equal.
 
-    policy: TrafficPolicy | None = None
-    subsets: tuple[Subset, ...] = ()
-    rules: tuple[str, ...] = ()
-
-    def subset(self, name: str) -> Subset | None:
-        """The subset with a name."""
-        return next((subset for subset in self.subsets if subset.name == name), None)
+    Nothing is added to a Kubernetes Service: nobody takes its host away by an entry.
+    """
+    if not old.is_entry:
+        return old
+    ports = old.ports
+    alike = all(
+        getattr(old, name) == getattr(new, name) for name in ("resolution", "labels", "selector", "export_to")
+    )
+    if alike:
+        numbers = {port.number for port in old.ports}
+        ports = (*old.ports, *(port for port in new.ports if port.number not in numbers))
+    return dataclasses.replace(
+        old,
+        ports=ports,
+        accounts=tuple(sorted({*old.accounts, *new.accounts})),
+        subject_alt_names=tuple(dict.fromkeys((*old.subject_alt_names, *new.subject_alt_names))),
+        entries=(*old.entries, *new.entries),
+    )
 
 
 def host_policy(
@@ -194,33 +245,9 @@ def host_policy(
     domain: str,
     root_namespace: str,
 ) -> HostPolicy:
-    """DestinationRules that apply to a client's calls of a host.
-
-    Istio looks in the client's namespace, then the service's, then the root namespace, and takes the most specific
-    host there; rules of the same host and namespace are merged, the oldest's policy wins.
-    """
-    all_rules = tuple(rules)
-    for namespace in dict.fromkeys((client_namespace, service.namespace, root_namespace)):
-        by_host: dict[str, list[DestinationRule]] = {}
-        for rule in all_rules:
-            if rule.meta.namespace == namespace and visible(rule.meta, rule.export_to, client_namespace):
-                by_host.setdefault(full_host(rule.host, namespace, domain), []).append(rule)
-        best = best_match(by_host, service.host)
-        if best is not None:
-            return _merged(by_host[best])
-    return HostPolicy()
-
-
-def _merged(rules: list[DestinationRule]) -> HostPolicy:
-    subsets: dict[str, Subset] = {}
-    for rule in rules:
-        for subset in rule.subsets:
-            subsets.setdefault(subset.name, subset)
-    return HostPolicy(
-        policy=next((rule.policy for rule in rules if rule.policy is not None), None),
-        subsets=tuple(subsets.values()),
-        rules=tuple(str(rule.meta) for rule in rules),
-    )
+    """What DestinationRules say of calls of a host by workloads of a namespace that no selector selects."""
+    index = RuleIndex(rules, domain=domain, root_namespace=root_namespace)
+    return chosen(index.candidates(service.host, service.namespace, client_namespace), client_namespace, {})
 
 
 def virtual_services_of(
@@ -231,5 +258,23 @@ def virtual_services_of(
         (service, tuple(full_host(host, service.meta.namespace, domain) for host in service.hosts))
         for service in services
         if gateway in {full_gateway(name, service.meta.namespace) for name in service.gateways}
-        and visible(service.meta, service.export_to, client_namespace)
+        and exported_to(service.export_to, service.meta.namespace, client_namespace)
     )
+
+
+__all__ = [
+    "MESH_GATEWAY",
+    "CatalogPort",
+    "CatalogService",
+    "HostPolicy",
+    "all_services",
+    "best_match",
+    "catalog",
+    "full_gateway",
+    "full_host",
+    "host_matches",
+    "host_policy",
+    "selects",
+    "virtual_services_of",
+    "workloads_of",
+]

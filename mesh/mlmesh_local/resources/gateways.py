@@ -1,19 +1,16 @@
-"""Gateway and ServiceEntry: https://istio.io/latest/docs/reference/config/networking/."""
+"""Gateway: https://istio.io/latest/docs/reference/config/networking/gateway/."""
 
 from __future__ import annotations
 
 from typing import Literal, cast
 
-from mlmesh_local.resources.destinations import part
+from mlmesh_local.resources.checked import part
 from mlmesh_local.resources.fields import Fields, is_host, is_ip
 from mlmesh_local.resources.model import (
-    EntryEndpoint,
-    EntryPort,
     Gateway,
     GatewayServer,
     Meta,
     ServerTls,
-    ServiceEntry,
 )
 from mlmesh_local.resources.networking import export_to
 
@@ -121,73 +118,3 @@ def _protocol(fields: Fields, known: tuple[str, ...], unsupported: tuple[str, ..
     elif text:
         fields.refuse("protocol", f'"{text}" is not one of {", ".join(known)}')
     return "HTTP"
-
-
-def parse_service_entry(meta: Meta, spec: Fields) -> ServiceEntry:
-    """Read a ServiceEntry's spec."""
-    spec.unsupported("workloadSelector")
-    spec.unsupported("addresses", why="without iptables nothing is captured by address; clients call by host name")
-    hosts = spec.texts("hosts", is_host, "a host name")
-    if not hosts:
-        spec.problems.add(spec.at, '"hosts" needs at least one host')
-    for host in hosts:
-        if host.startswith("*"):
-            spec.refuse("hosts", f'"{host}": a wildcard has no endpoints here')
-    location = spec.choice("location", ("MESH_EXTERNAL", "MESH_INTERNAL"), "MESH_EXTERNAL")
-    resolution = spec.choice(
-        "resolution",
-        ("STATIC", "DNS"),
-        "",
-        unsupported=("NONE", "DNS_ROUND_ROBIN", "DYNAMIC_DNS"),
-    )
-    if not spec.has("resolution"):
-        spec.problems.add(spec.at, '"resolution" is required: STATIC or DNS (Istio\'s default NONE needs iptables)')
-    ports = tuple(_entry_port(item) for item in spec.messages("ports"))
-    if not ports:
-        spec.problems.add(spec.at, '"ports" needs at least one port')
-    endpoints = tuple(_entry_endpoint(item, ports, dns=resolution == "DNS") for item in spec.messages("endpoints"))
-    if resolution == "STATIC" and not endpoints:
-        spec.problems.add(spec.at, 'resolution STATIC needs "endpoints"')
-    return ServiceEntry(
-        meta=meta,
-        hosts=tuple(host.lower() for host in hosts),
-        ports=ports,
-        external=location == "MESH_EXTERNAL",
-        resolution="DNS" if resolution == "DNS" else "STATIC",
-        endpoints=endpoints,
-        subject_alt_names=spec.texts("subjectAltNames"),
-        export_to=export_to(spec),
-    )
-
-
-def _entry_port(fields: Fields) -> EntryPort:
-    with fields:
-        number = fields.port("number", required=True)
-        return EntryPort(
-            number=number,
-            name=fields.text("name", required=True),
-            # TLS that the application makes itself cannot be routed by host without capture.
-            protocol=_protocol(fields, ("GRPC", "HTTP", "HTTP2"), (*_TCP_LIKE, "HTTPS", "GRPC-WEB")),
-            target_port=fields.port("targetPort") or number,
-        )
-
-
-def _entry_endpoint(fields: Fields, ports: tuple[EntryPort, ...], *, dns: bool) -> EntryEndpoint:
-    with fields:
-        fields.unsupported("network", "locality")
-        address = fields.text("address", required=True)
-        if address and not (is_ip(address) or (dns and is_host(address))):
-            fields.refuse("address", f'"{address}" is not an IP address' + (" or host name" if dns else ""))
-        numbers: dict[str, int] = {}
-        with fields.message("ports") as inner:
-            for name in inner.names():
-                numbers[name] = inner.port(name)
-                if name not in {port.name for port in ports}:
-                    inner.refuse(name, "is the name of none of the ports")
-        return EntryEndpoint(
-            address=address,
-            ports=numbers,
-            labels=fields.text_map("labels"),
-            weight=fields.integer("weight") or 1,
-            service_account=fields.text("serviceAccount"),
-        )

@@ -5,9 +5,10 @@ https://istio.io/latest/docs/reference/config/istio.mesh.v1alpha1/
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mlmesh_local.resources.fields import Fields
+from mlmesh_local.resources.mesh_hosts import HostSettings, host_settings
 from mlmesh_local.resources.meta import Meta
 from mlmesh_local.resources.model_security import ExternalAuthorizer
 from mlmesh_local.resources.problems import At
@@ -29,6 +30,7 @@ class MeshConfig:
     trust_domain: str = ""
     trust_domain_aliases: tuple[str, ...] = ()
     enable_auto_mtls: bool = True
+    hosts: HostSettings = field(default_factory=HostSettings)
     authorizers: tuple[ExternalAuthorizer, ...] = ()
 
 
@@ -63,5 +65,6 @@ def _settings(meta: Meta, fields: Fields) -> MeshConfig:
             trust_domain=fields.text("trustDomain"),
             trust_domain_aliases=fields.texts("trustDomainAliases"),
             enable_auto_mtls=fields.boolean("enableAutoMtls", default=True),
+            hosts=host_settings(fields),
             authorizers=parse_authorizers(fields),
         )

@@ -5,9 +5,42 @@ Durations are seconds, percentages 0 to 100. Hosts are as written; `mlmesh_local
 
 from __future__ import annotations
 
+from mlmesh_local.resources.gateway_api.model import (
+    GatewayClass,
+    GrpcRoute,
+    HttpRoute,
+    KubernetesGateway,
+    Namespace,
+    ReferenceGrant,
+    TcpRoute,
+    TlsRoute,
+)
 from mlmesh_local.resources.mesh_config import MeshConfig
 from mlmesh_local.resources.meta import Meta
 from mlmesh_local.resources.model_gateways import Gateway, GatewayServer, ServerTls
+from mlmesh_local.resources.model_hosts import (
+    BalancerPolicy,
+    ClientTls,
+    ConnectionPool,
+    DestinationRule,
+    EntryEndpoint,
+    EntryPort,
+    HashKey,
+    LoadBalancer,
+    LocalityBalancing,
+    OutlierDetection,
+    Resolution,
+    RetryBudget,
+    ServiceEntry,
+    Subset,
+    TcpKeepalive,
+    TlsMode,
+    TrafficPolicy,
+    Tunnel,
+    Warmup,
+    WorkloadEntry,
+    ZoneAwareBalancing,
+)
 from mlmesh_local.resources.model_policy import (
     EnvoyFilter,
     FilterPatch,
@@ -43,20 +76,6 @@ from mlmesh_local.resources.model_security import (
     RequestBody,
     Values,
 )
-from mlmesh_local.resources.model_traffic import (
-    ClientTls,
-    ConnectionPool,
-    DestinationRule,
-    EntryEndpoint,
-    EntryPort,
-    HashKey,
-    LoadBalancer,
-    OutlierDetection,
-    ServiceEntry,
-    Subset,
-    TcpKeepalive,
-    TrafficPolicy,
-)
 from mlmesh_local.resources.model_workload import (
     Container,
     ContainerPort,
@@ -73,12 +92,21 @@ Spec = (
     | DestinationRule
     | Gateway
     | ServiceEntry
+    | WorkloadEntry
     | PeerAuthentication
     | AuthorizationPolicy
     | RequestAuthentication
     | Telemetry
     | EnvoyFilter
     | MeshConfig
+    | KubernetesGateway
+    | GatewayClass
+    | HttpRoute
+    | GrpcRoute
+    | TlsRoute
+    | TcpRoute
+    | ReferenceGrant
+    | Namespace
     | Deployment
     | Service
     | ServiceAccount
@@ -86,6 +114,7 @@ Spec = (
 
 __all__ = [
     "AuthorizationPolicy",
+    "BalancerPolicy",
     "ClientTls",
     "ConnectionPool",
     "Container",
@@ -103,17 +132,23 @@ __all__ = [
     "FaultDelay",
     "FilterPatch",
     "Gateway",
+    "GatewayClass",
     "GatewayServer",
+    "GrpcRoute",
     "HashKey",
     "HeaderEdits",
     "HttpMatch",
+    "HttpRoute",
     "HttpRule",
     "JwtRule",
+    "KubernetesGateway",
     "LoadBalancer",
+    "LocalityBalancing",
     "MeshConfig",
     "Meta",
     "Mirror",
     "MtlsMode",
+    "Namespace",
     "OutlierDetection",
     "PatchContext",
     "PatchOperation",
@@ -121,9 +156,12 @@ __all__ = [
     "PolicyAction",
     "PolicyRule",
     "Probe",
+    "ReferenceGrant",
     "RequestAuthentication",
     "RequestBody",
+    "Resolution",
     "Retries",
+    "RetryBudget",
     "Rewrite",
     "ServerTls",
     "Service",
@@ -133,11 +171,18 @@ __all__ = [
     "Spec",
     "StringMatch",
     "Subset",
+    "TcpRoute",
+    "TlsRoute",
     "TcpKeepalive",
     "Telemetry",
+    "TlsMode",
     "Tracing",
     "TrafficPolicy",
+    "Tunnel",
     "Values",
     "VirtualService",
+    "Warmup",
     "WeightedDestination",
+    "WorkloadEntry",
+    "ZoneAwareBalancing",
 ]

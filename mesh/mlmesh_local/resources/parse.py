@@ -7,9 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlmesh_local.resources.destinations import parse_destination_rule
+from mlmesh_local.resources.entries import parse_service_entry, parse_workload_entry
 from mlmesh_local.resources.extensions import parse_envoy_filter
 from mlmesh_local.resources.fields import Fields
-from mlmesh_local.resources.gateways import parse_gateway, parse_service_entry
+from mlmesh_local.resources.gateway_api.gateways import (
+    parse_gateway_class,
+    parse_kubernetes_gateway,
+    parse_namespace,
+    parse_reference_grant,
+)
+from mlmesh_local.resources.gateway_api.routes import (
+    parse_grpc_route,
+    parse_http_route,
+    parse_tcp_route,
+    parse_tls_route,
+)
+from mlmesh_local.resources.gateways import parse_gateway
 from mlmesh_local.resources.mesh_config import is_mesh_config, parse_mesh_config
 from mlmesh_local.resources.model import Meta, Spec
 from mlmesh_local.resources.networking import parse_virtual_service
@@ -61,11 +74,13 @@ class _Kind:
 
 _NETWORKING = ("v1", "v1beta1", "v1alpha3")
 _SECURITY = ("v1", "v1beta1")
+_GATEWAY_API = "gateway.networking.k8s.io"
 _KINDS: tuple[_Kind, ...] = (
     _Kind(group="networking.istio.io", kind="VirtualService", versions=_NETWORKING, parse=parse_virtual_service),
     _Kind(group="networking.istio.io", kind="DestinationRule", versions=_NETWORKING, parse=parse_destination_rule),
     _Kind(group="networking.istio.io", kind="Gateway", versions=_NETWORKING, parse=parse_gateway),
     _Kind(group="networking.istio.io", kind="ServiceEntry", versions=_NETWORKING, parse=parse_service_entry),
+    _Kind(group="networking.istio.io", kind="WorkloadEntry", versions=_NETWORKING, parse=parse_workload_entry),
     _Kind(group="networking.istio.io", kind="EnvoyFilter", versions=("v1alpha3",), parse=parse_envoy_filter),
     _Kind(group="security.istio.io", kind="PeerAuthentication", versions=_SECURITY, parse=parse_peer_authentication),
     _Kind(group="security.istio.io", kind="AuthorizationPolicy", versions=_SECURITY, parse=parse_authorization_policy),
@@ -76,6 +91,28 @@ _KINDS: tuple[_Kind, ...] = (
         parse=parse_request_authentication,
     ),
     _Kind(group="telemetry.istio.io", kind="Telemetry", versions=("v1", "v1alpha1"), parse=parse_telemetry),
+    _Kind(
+        group=_GATEWAY_API,
+        kind="Gateway",
+        versions=("v1", "v1beta1"),
+        parse=parse_kubernetes_gateway,
+        title="KubernetesGateway",
+    ),
+    _Kind(
+        group=_GATEWAY_API,
+        kind="GatewayClass",
+        versions=("v1", "v1beta1"),
+        parse=parse_gateway_class,
+        cluster_scoped=True,
+    ),
+    _Kind(group=_GATEWAY_API, kind="HTTPRoute", versions=("v1", "v1beta1"), parse=parse_http_route),
+    _Kind(group=_GATEWAY_API, kind="GRPCRoute", versions=("v1",), parse=parse_grpc_route),
+    _Kind(group=_GATEWAY_API, kind="TLSRoute", versions=("v1",), parse=parse_tls_route),
+    _Kind(group=_GATEWAY_API, kind="TCPRoute", versions=("v1",), parse=parse_tcp_route),
+    _Kind(group=_GATEWAY_API, kind="ReferenceGrant", versions=("v1", "v1beta1"), parse=parse_reference_grant),
+    _Kind(
+        group="", kind="Namespace", versions=("v1",), parse=parse_namespace, body=True, cluster_scoped=True
+    ),
     _Kind(group="apps", kind="Deployment", versions=("v1",), parse=parse_deployment),
     _Kind(group="", kind="Service", versions=("v1",), parse=parse_service),
     _Kind(group="", kind="ServiceAccount", versions=("v1",), parse=parse_service_account, body=True),
@@ -89,7 +126,6 @@ IGNORED_KINDS = frozenset(
         "HorizontalPodAutoscaler",
         "Kustomization",
         "LimitRange",
-        "Namespace",
         "NetworkPolicy",
         "PersistentVolumeClaim",
         "PodDisruptionBudget",
@@ -235,7 +271,6 @@ def _meta(known: _Kind, body: Fields, at: At, default_namespace: str) -> Meta:
     body.required("metadata")
     with body.message("metadata") as metadata:
         metadata.ignored(
-            "creationTimestamp",
             "generation",
             "managedFields",
             "resourceVersion",
@@ -251,4 +286,5 @@ def _meta(known: _Kind, body: Fields, at: At, default_namespace: str) -> Meta:
             labels=metadata.text_map("labels"),
             annotations=metadata.text_map("annotations"),
             at=place,
+            created=metadata.text("creationTimestamp"),
         )

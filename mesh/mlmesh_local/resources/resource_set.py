@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self, TypeVar
 
@@ -15,6 +16,7 @@ from mlmesh_runtime.errors import NotFound
 
 S = TypeVar("S")
 Key = tuple[str, str, str]
+Age = tuple[bool, str, int, str, str]
 
 WORKLOAD_KINDS = frozenset({"Deployment", "Service", "ServiceAccount"})
 """Kubernetes kinds; applying with `prune` never removes them."""
@@ -27,6 +29,15 @@ class Resource:
     spec: Spec
     plain: Any = field(repr=False)
     text: str = field(repr=False, compare=False)
+    born: int = 0
+    """Which apply brought it: resources of one apply are of one age."""
+
+    @property
+    def age(self) -> Age:
+        """Sorts by age, the oldest first; those of one age by name and namespace, as Istio does."""
+        meta = self.spec.meta
+        # What has no time of creation is created by the apply that brings it: after all that have one.
+        return (not meta.created, meta.created, self.born, meta.name, meta.namespace)
 
     @property
     def key(self) -> Key:
@@ -70,16 +81,23 @@ class Applied:
 
 @dataclass(frozen=True, slots=True)
 class ResourceSet:
-    """Validated resources. Immutable; iteration is by first appearance, which is Istio's "oldest first"."""
+    """Validated resources. Immutable; iteration is by first appearance."""
 
     _resources: tuple[Resource, ...] = ()
-    digest: str = field(default_factory=lambda: _digest(()))
+    digest: str = field(default_factory=lambda: _digest((), ()))
+    _by_kind: Mapping[type, tuple[Resource, ...]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, resources: Iterable[Resource]) -> Self:
         """A set of resources with different keys."""
         items = tuple(resources)
-        return cls(items, _digest(items))
+        by_age = sorted(items, key=lambda resource: resource.age)
+        by_kind: dict[type, list[Resource]] = {}
+        for ordered, workloads in ((items, True), (by_age, False)):
+            for resource in ordered:
+                if (resource.kind in WORKLOAD_KINDS) is workloads:
+                    by_kind.setdefault(type(resource.spec), []).append(resource)
+        return cls(items, _digest(items, by_age), {kind: tuple(found) for kind, found in by_kind.items()})
 
     def __iter__(self) -> Iterator[Resource]:
         return iter(self._resources)
@@ -88,8 +106,12 @@ class ResourceSet:
         return len(self._resources)
 
     def specs(self, kind: type[S]) -> tuple[S, ...]:
-        """What resources of a kind say, oldest first: ``resources.specs(Deployment)``."""
-        return tuple(resource.spec for resource in self._resources if isinstance(resource.spec, kind))
+        """What resources of a kind say: Kubernetes' workloads by first appearance, others the oldest first."""
+        return tuple(resource.spec for resource in self.of_kind(kind) if isinstance(resource.spec, kind))
+
+    def of_kind(self, kind: type[S]) -> tuple[Resource, ...]:
+        """Resources of a kind, in the order of `specs`."""
+        return self._by_kind.get(kind, ())
 
     def listed(self, kind: str = "") -> tuple[Resource, ...]:
         """Resources (of a kind) in the order of kind, namespace and name."""
@@ -103,19 +125,20 @@ class ResourceSet:
         incoming = {resource.key: resource for resource in other}
         changes: list[Change] = []
         result: list[Resource] = []
+        born = max((resource.born for resource in self._resources), default=-1) + 1
         for old in self._resources:
             new = incoming.pop(old.key, None)
             if new is not None:
                 same = new.plain == old.plain
                 changes.append(Change(kind=new.kind, name=new.name, action="unchanged" if same else "configured"))
-                result.append(new)
+                result.append(dataclasses.replace(new, born=old.born))
             elif prune and old.kind not in WORKLOAD_KINDS:
                 changes.append(Change(kind=old.kind, name=old.name, action="deleted"))
             else:
                 result.append(old)
         for new in incoming.values():
             changes.append(Change(kind=new.kind, name=new.name, action="created"))
-            result.append(new)
+            result.append(dataclasses.replace(new, born=born))
         merged = ResourceSet.of(result)
         return Applied(resources=merged, changes=tuple(changes), warnings=crosscheck(merged))
 
@@ -140,6 +163,8 @@ class ResourceSet:
         return Applied(resources=left, changes=tuple(changes), warnings=crosscheck(left))
 
 
-def _digest(resources: tuple[Resource, ...]) -> str:
-    content = json.dumps([resource.plain for resource in resources], sort_keys=True, default=str)
+def _digest(resources: Sequence[Resource], by_age: Sequence[Resource]) -> str:
+    plain = [resource.plain for resource in resources]
+    # Age decides between resources that say different things of one host.
+    content = json.dumps([plain, [resource.key for resource in by_age]], sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from mlmesh_local.resources.destinations import part
+from mlmesh_local.resources.checked import part
 from mlmesh_local.resources.fields import Fields
 from mlmesh_local.resources.model import (
     Container,

@@ -1,4 +1,7 @@
-"""Clusters: where calls go and how connections to it behave."""
+"""Clusters: where calls go and how connections to it behave.
+
+The rules are those of pilot/pkg/networking/core/cluster_builder.go and pilot/pkg/xds/endpoints in Istio's source.
+"""
 
 from __future__ import annotations
 
@@ -8,61 +11,85 @@ from dataclasses import dataclass
 from mlmesh_local.envoy_types import Json, typed
 from mlmesh_local.model import Endpoint, ProxyNode
 from mlmesh_local.resources.catalog import CatalogPort, CatalogService
-from mlmesh_local.resources.model import ConnectionPool, LoadBalancer, OutlierDetection, TrafficPolicy
+from mlmesh_local.resources.model import TrafficPolicy
+from mlmesh_local.resources.protocols import Protocol
+from mlmesh_local.resources.rules import HostPolicy, effective_policy, load_balancer_of, port_policy
 from mlmesh_local.translate import names, tls
+from mlmesh_local.translate.balancers import LocalityChoice, apply_load_balancer, locality_choice, locality_config
+from mlmesh_local.translate.endpoints import by_locality
+from mlmesh_local.translate.localities import Group, balanced, groups, locality_of, located
 from mlmesh_local.translate.names import ADS, address, seconds
-from mlmesh_local.translate.view import View, effective_policy, load_balancer_of
+from mlmesh_local.translate.pools import (
+    apply_connections,
+    apply_http_options,
+    http_options,
+    outlier_detection,
+    speaks_http2,
+    threshold,
+)
+from mlmesh_local.translate.transport import TLS_MATCH, apply_proxy_protocol, mutual_matches, outside_client
+from mlmesh_local.translate.view import View
 
-# Istio's own defaults: pkg/config/mesh/mesh.go and cluster_traffic_policy.go.
-CONNECT_TIMEOUT = "10s"
-UNBOUNDED = 2**32 - 1
-_HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
-_TLS_MODE = "envoy.transport_socket_match"
+_DYNAMIC = "envoy.clusters.dynamic_forward_proxy"
+_DYNAMIC_CONFIG = "envoy.extensions.clusters.dynamic_forward_proxy.v3.ClusterConfig"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Target:
-    """One cluster to be: a subset (or all) of a service's port, as a view's proxy sees it."""
+    """One cluster to be: a subset (or all) of a service's port, as a proxy sees it."""
 
     view: View
+    proxy: ProxyNode
     service: CatalogService
     port: CatalogPort
-    subset: str
-    labels: Mapping[str, str]
-    policy: TrafficPolicy | None
+    rules: HostPolicy
+    subset: str = ""
 
     @property
     def name(self) -> str:
         return names.outbound_cluster(self.port.number, self.subset, self.service.host)
 
     @property
-    def http2(self) -> bool:
-        # h2UpgradePolicy upgrades plain HTTP ports; ports named grpc or http2 speak HTTP/2 anyway.
-        pool = self.policy.connection_pool if self.policy else None
-        return self.port.protocol in ("grpc", "http2") or bool(pool and pool.h2_upgrade)
+    def policy(self) -> TrafficPolicy | None:
+        return effective_policy(self.rules, self.subset, self.port.number, self.view.settings.default_policy)
+
+    @property
+    def labels(self) -> Mapping[str, str]:
+        subset = self.rules.subset(self.subset) if self.subset else None
+        return subset.labels if subset else {}
+
+    @property
+    def kind(self) -> str:
+        """How Envoy finds endpoints."""
+        service = self.service
+        if service.host.startswith("*") and service.resolution in ("DYNAMIC_DNS", "NONE"):
+            return "DYNAMIC"
+        if service.resolution in ("DNS", "NONE"):
+            return "STRICT_DNS"
+        return "LOGICAL_DNS" if service.resolution == "DNS_ROUND_ROBIN" else "EDS"
+
+    @property
+    def locality(self) -> LocalityChoice:
+        settings = self.view.settings
+        return locality_choice(load_balancer_of(self.policy), self.service, settings.locality, settings.zone_aware)
 
 
 def _targets(view: View, proxy: ProxyNode) -> Iterator[_Target]:
-    for service in view.services_seen_by(proxy.namespace):
-        policy = view.policy(service, proxy.namespace)
+    for service in view.services_seen_by(proxy):
+        rules = view.policy(service, proxy)
         for port in service.ports:
-            for name in ("", *(subset.name for subset in policy.subsets)):
-                subset = policy.subset(name) if name else None
-                yield _Target(
-                    view=view,
-                    service=service,
-                    port=port,
-                    subset=name,
-                    labels=subset.labels if subset else {},
-                    policy=effective_policy(policy, name, port.number),
-                )
+            whole = _Target(view=view, proxy=proxy, service=service, port=port, rules=rules)
+            yield whole
+            if whole.kind != "DYNAMIC":
+                for subset in rules.subsets:
+                    yield _Target(view=view, proxy=proxy, service=service, port=port, rules=rules, subset=subset.name)
 
 
 def outbound_clusters(view: View, proxy: ProxyNode) -> dict[str, Json]:
     """A cluster for each port and subset of every service that the proxy sees."""
     clusters: dict[str, Json] = {names.BLACK_HOLE: black_hole()}
     for target in _targets(view, proxy):
-        clusters[target.name] = _outbound_cluster(target)
+        clusters[target.name] = _dynamic_cluster(target) if target.kind == "DYNAMIC" else _cluster(target)
     if view.world.otlp_address:
         clusters[names.COLLECTOR] = _collector(view.world.otlp_address)
     return clusters
@@ -70,189 +97,232 @@ def outbound_clusters(view: View, proxy: ProxyNode) -> dict[str, Json]:
 
 def outbound_endpoints(view: View, proxy: ProxyNode) -> dict[str, Json]:
     """ClusterLoadAssignments of the clusters whose endpoints come over EDS."""
-    return {target.name: _assignment(target) for target in _targets(view, proxy) if not target.service.dns}
+    return {target.name: _assignment(target) for target in _targets(view, proxy) if target.kind == "EDS"}
 
 
 def _assignment(target: _Target) -> Json:
-    found = target.view.endpoints(target.service, target.port.number, target.labels)
-    endpoints = [_endpoint(target.view, target.service, endpoint) for endpoint in found]
-    localities = [{"locality": {}, "lb_endpoints": endpoints, "load_balancing_weight": 1}] if endpoints else []
-    return {"cluster_name": target.name, "endpoints": localities}
+    found = _groups(target)
+    return {"cluster_name": target.name, "endpoints": [_locality(target, group) for group in found]}
 
 
-def _endpoint(view: View, service: CatalogService, endpoint: Endpoint) -> Json:
+def _groups(target: _Target) -> list[Group]:
+    view, proxy = target.view, target.proxy
+    # What the mesh sets by default makes no priorities, in Istio neither.
+    own = effective_policy(target.rules, target.subset, target.port.number)
+    policy = target.policy if target.kind != "EDS" else own
+    endpoints = view.all_endpoints(target.service, target.port.number, target.labels)
+    if not _sends_unready(target, own):
+        endpoints = tuple(one for one in endpoints if one.ready or target.service.not_ready)
+    found = groups(by_locality(endpoints))
+    choice = target.locality
+    if choice.active is None or not found:
+        return found
+    locality = locality_of(proxy.labels)
+    failover = choice.forced or (policy is not None and policy.outlier is not None)
+    return balanced(found, choice.active, locality, located(proxy.labels, locality), failover=failover)
+
+
+def _sends_unready(target: _Target, policy: TrafficPolicy | None) -> bool:
+    """Whether Envoy is told of endpoints that are not ready, which it then counts as unhealthy and never calls."""
+    if target.service.distribution:
+        return True
+    return not (policy and policy.outlier and policy.outlier.min_health_percent)
+
+
+def _locality(target: _Target, group: Group) -> Json:
+    region, zone, subzone = (*group.locality.split("/"), "", "", "")[:3]
+    steps = {"region": region, "zone": zone, "sub_zone": subzone}
+    result: Json = {
+        "locality": {name: step for name, step in steps.items() if step},
+        "lb_endpoints": [_endpoint(target, endpoint) for endpoint in group.endpoints],
+        "load_balancing_weight": group.weight,
+    }
+    if group.priority:
+        result["priority"] = group.priority
+    return result
+
+
+def _endpoint(target: _Target, endpoint: Endpoint) -> Json:
     result: Json = {
         "endpoint": {"address": address(endpoint.address, endpoint.target_port)},
         "load_balancing_weight": endpoint.weight,
     }
-    mode = view.mtls_mode(service.namespace, endpoint.labels, endpoint.target_port)
-    if endpoint.mesh_tls and mode != "DISABLE":
-        result["metadata"] = {"filter_metadata": {_TLS_MODE: {"tlsMode": "istio"}}}
+    if not endpoint.ready and not target.service.not_ready:
+        result["health_status"] = "UNHEALTHY"
+    if _takes_mutual_tls(target, endpoint):
+        result["metadata"] = {"filter_metadata": {TLS_MATCH: {"tlsMode": "istio"}}}
     return result
 
 
-def _outbound_cluster(target: _Target) -> Json:
-    service, policy = target.service, target.policy
+def _takes_mutual_tls(target: _Target, endpoint: Endpoint) -> bool:
+    mode = _rule_mode(target)
+    if mode:
+        return mode == "ISTIO_MUTUAL"
+    if not endpoint.mesh_tls:
+        return False
+    return target.view.mtls_mode(target.service.namespace, endpoint.labels, endpoint.target_port) != "DISABLE"
+
+
+def _rule_mode(target: _Target) -> str:
+    """Mode of TLS that a rule names for a subset's port, or empty. Unlike elsewhere, ports without one inherit it."""
+    subset = target.rules.subset(target.subset) if target.subset else None
+    for policy in (subset.policy if subset else None, target.rules.policy):
+        own, _ = port_policy(policy, target.port.number)
+        for each in (own, policy):
+            if each is not None and each.tls is not None:
+                return each.tls.mode
+    return ""
+
+
+def _cluster(target: _Target) -> Json:
+    view, policy = target.view, target.policy
     pool = policy.connection_pool if policy else None
-    about: Json = {"services": [{"host": service.host, "name": service.name, "namespace": service.namespace}]}
-    if target.subset:
-        about["subset"] = target.subset
-    cluster: Json = {
-        "name": target.name,
-        "connect_timeout": CONNECT_TIMEOUT,
-        "circuit_breakers": {"thresholds": [_threshold(pool)]},
-        "common_lb_config": {},
-        "metadata": {"filter_metadata": {"istio": about}},
-    }
-    if service.dns:
-        cluster["type"] = "STRICT_DNS"
-        cluster["dns_lookup_family"] = "V4_PREFERRED"
-        cluster["dns_refresh_rate"] = "60s"
-        cluster["respect_dns_ttl"] = True
-        cluster["load_assignment"] = _assignment(target)
-    else:
-        cluster["type"] = "EDS"
-        cluster["eds_cluster_config"] = {"eds_config": ADS, "service_name": target.name}
-    options = _http_options(pool, http2=target.http2)
+    settings = view.settings
+    cluster: Json = {"name": target.name}
+    _apply_discovery(cluster, target)
+    options = http_options(
+        pool, target.port.protocol, upgrade=settings.h2_upgrade, sniffs=target.proxy.kind == "sidecar"
+    )
+    apply_connections(cluster, pool, settings.connect_timeout_s, settings.tcp_keepalive)
+    cluster["circuit_breakers"] = {"thresholds": [threshold(pool, policy.retry_budget if policy else None)]}
+    outlier = policy.outlier if policy else None
+    panic = 0 if outlier is None or target.service.distribution else outlier.min_health_percent
+    cluster["common_lb_config"] = {"healthy_panic_threshold": {"value": panic}}
+    cluster["common_lb_config"] |= locality_config(target.locality, outlier=outlier is not None)
+    if outlier is not None:
+        cluster["outlier_detection"] = outlier_detection(outlier)
+    apply_load_balancer(cluster, load_balancer_of(policy))
     _apply_tls(cluster, options, target)
-    cluster["typed_extension_protocol_options"] = {_HTTP_OPTIONS: typed(_HTTP_OPTIONS, options)}
-    _apply_load_balancer(cluster, load_balancer_of(policy))
-    if pool:
-        _apply_connections(cluster, pool)
-    if policy and policy.outlier:
-        cluster["outlier_detection"] = _outlier(policy.outlier)
-        cluster["common_lb_config"] = {"healthy_panic_threshold": {"value": policy.outlier.min_health_percent}}
+    apply_http_options(cluster, options)
+    apply_proxy_protocol(cluster, policy)
+    cluster["metadata"] = {"filter_metadata": {"istio": _about(target)}}
     return cluster
 
 
-def _threshold(pool: ConnectionPool | None) -> Json:
-    # In Istio 0 means unset.
-    return {
-        "max_connections": (pool.max_connections if pool else None) or UNBOUNDED,
-        "max_pending_requests": (pool.http1_max_pending_requests if pool else None) or UNBOUNDED,
-        "max_requests": (pool.http2_max_requests if pool else None) or UNBOUNDED,
-        "max_retries": (pool.max_retries if pool else None) or UNBOUNDED,
-        "track_remaining": True,
-    }
+def _apply_discovery(cluster: Json, target: _Target) -> None:
+    kind = target.kind
+    if kind == "EDS":
+        cluster["type"] = "EDS"
+        cluster["eds_cluster_config"] = {"eds_config": ADS, "service_name": target.name}
+        return
+    assignment = _assignment(target)
+    # Envoy wants exactly one endpoint for LOGICAL_DNS; a subset may have none.
+    cluster["type"] = kind if assignment["endpoints"] else "STATIC"
+    cluster["load_assignment"] = assignment
+    if cluster["type"] != "STATIC":
+        cluster["dns_lookup_family"] = "V4_ONLY"
+        cluster["dns_refresh_rate"] = seconds(target.view.settings.dns_refresh_s)
+        cluster["dns_jitter"] = "0.1s"
+        cluster["respect_dns_ttl"] = True
 
 
-def _http_options(pool: ConnectionPool | None, *, http2: bool) -> Json:
-    protocol: Json = {}
-    common: Json = {}
-    if pool:
-        if http2 and pool.max_concurrent_streams:
-            protocol["max_concurrent_streams"] = pool.max_concurrent_streams
-        if http2 and pool.http2_keepalive:
-            interval_s, timeout_s = pool.http2_keepalive
-            protocol["connection_keepalive"] = {"interval": seconds(interval_s), "timeout": seconds(timeout_s)}
-        if pool.idle_timeout_s is not None:
-            common["idle_timeout"] = seconds(pool.idle_timeout_s)
-        if pool.max_requests_per_connection:
-            common["max_requests_per_connection"] = pool.max_requests_per_connection
-        if pool.max_connection_duration_s is not None:
-            common["max_connection_duration"] = seconds(pool.max_connection_duration_s)
-    options: Json = {"explicit_http_config": {"http2_protocol_options" if http2 else "http_protocol_options": protocol}}
-    if common:
-        options["common_http_protocol_options"] = common
-    return options
-
-
-def _apply_connections(cluster: Json, pool: ConnectionPool) -> None:
-    if pool.connect_timeout_s is not None:
-        cluster["connect_timeout"] = seconds(pool.connect_timeout_s)
-    keepalive = pool.tcp_keepalive
-    if keepalive is not None:
-        fields = {
-            "keepalive_probes": keepalive.probes,
-            "keepalive_time": int(keepalive.time_s) if keepalive.time_s else None,
-            "keepalive_interval": int(keepalive.interval_s) if keepalive.interval_s else None,
-        }
-        cluster["upstream_connection_options"] = {"tcp_keepalive": {k: v for k, v in fields.items() if v is not None}}
+def _about(target: _Target) -> Json:
+    """What telemetry and people read off a cluster: its service, subset and rule, named as Istio names them."""
+    service = target.service
+    about: Json = {"services": [{"host": service.host, "name": service.name, "namespace": service.namespace}]}
+    rule = target.rules.rule
+    if rule is not None:
+        where = f"namespaces/{rule.meta.namespace}/destination-rule/{rule.meta.name}"
+        about["config"] = f"/apis/networking.istio.io/v1/{where}"
+    if target.subset:
+        about["subset"] = target.subset
+    elif service.external:
+        about["external"] = True
+    policy = target.policy
+    if rule is not None and policy and policy.tls and policy.tls.mode in ("SIMPLE", "MUTUAL"):
+        about["alpn_override"] = "false"
+    return about
 
 
 def _apply_tls(cluster: Json, options: Json, target: _Target) -> None:
+    view, service = target.view, target.service
     rule = target.policy.tls if target.policy else None
-    domain = target.view.world.trust_domain
-    identities = target.view.identities(target.service)
-    server_name = names.sni(target.port.number, target.subset, target.service.host)
+    server_name = names.sni(target.port.number, target.subset, service.host)
     if rule is None:
-        # Auto mTLS: endpoints that say so get mutual TLS, others plaintext.
-        if not target.service.external:
-            mutual = tls.mesh_client(identities, domain, server_name, http2=target.http2)
-            cluster["transport_socket_matches"] = [
-                {"name": "tlsMode-istio", "match": {"tlsMode": "istio"}, "transport_socket": mutual},
-                {"name": "tlsMode-disabled", "match": {}, "transport_socket": tls.RAW_BUFFER},
-            ]
+        mode = view.mtls_mode(service.namespace, {}, 0)
+        if service.external or not view.auto_mtls or mode == "DISABLE":
+            return
+        identities = view.identities(service)
+        mutual = tls.mesh_client(identities, view.trust_domain, server_name, http2=speaks_http2(options))
+        cluster["transport_socket_matches"] = mutual_matches(mutual)
     elif rule.mode == "ISTIO_MUTUAL":
-        expected = rule.subject_alt_names or identities
-        cluster["transport_socket"] = tls.mesh_client(expected, domain, rule.sni or server_name, http2=target.http2)
+        expected = rule.subject_alt_names or view.identities(service)
+        cluster["transport_socket"] = tls.mesh_client(
+            expected, view.trust_domain, rule.sni or server_name, http2=speaks_http2(options)
+        )
     elif rule.mode != "DISABLE":
-        cluster["transport_socket"] = tls.outside_client(rule, http2=target.http2)
-        # As in Istio: the host that is called is the server name, and is what the certificate must be for.
-        automatic = not rule.sni
-        options["upstream_http_protocol_options"] = {
-            "auto_sni": automatic,
-            "auto_san_validation": automatic and not rule.subject_alt_names and not rule.insecure_skip_verify,
-        }
+        # Istio gives credentials to gateways, and to the sidecars that a workloadSelector names.
+        if rule.credential_name and target.proxy.kind == "sidecar" and not target.rules.selected:
+            return
+        known = view.identities(service) if service.is_entry else ()
+        cluster["transport_socket"] = outside_client(rule, options, known)
 
 
-def _apply_load_balancer(cluster: Json, balancer: LoadBalancer) -> None:
-    cluster["lb_policy"] = balancer.policy
-    if balancer.policy == "RING_HASH":
-        cluster["ring_hash_lb_config"] = {"minimum_ring_size": balancer.table_size or 1024}
-    elif balancer.policy == "MAGLEV" and balancer.table_size:
-        cluster["maglev_lb_config"] = {"table_size": balancer.table_size}
+def _dynamic_cluster(target: _Target) -> Json:
+    """Cluster of a wildcard host: the name that is called is resolved when it is called."""
+    view, policy = target.view, target.policy
+    pool = policy.connection_pool if policy else None
+    rule = policy.tls if policy else None
+    options = http_options(pool, target.port.protocol, upgrade=view.settings.h2_upgrade)
+    config: Json = {"dns_cache_config": dns_cache()}
+    cluster: Json = {"name": target.name, "lb_policy": "CLUSTER_PROVIDED"}
+    apply_connections(cluster, pool, view.settings.connect_timeout_s, view.settings.tcp_keepalive)
+    cluster["circuit_breakers"] = {"thresholds": [threshold(pool, policy.retry_budget if policy else None)]}
+    if policy and policy.outlier:
+        cluster["outlier_detection"] = outlier_detection(policy.outlier)
+    _apply_tls(cluster, options, target)
+    if rule is not None and rule.mode != "DISABLE":
+        checks = options.setdefault("upstream_http_protocol_options", {})
+        checks |= {} if rule.sni else {"auto_sni": True}
+        checks |= {} if rule.insecure_skip_verify else {"auto_san_validation": True}
+        config["allow_insecure_cluster_options"] = len(checks) < 2
+    cluster.pop("transport_socket_matches", None)
+    apply_http_options(cluster, options)
+    apply_proxy_protocol(cluster, policy)
+    cluster["cluster_type"] = {"name": _DYNAMIC, "typed_config": typed(_DYNAMIC_CONFIG, config)}
+    cluster["metadata"] = {"filter_metadata": {"istio": _about(target)}}
+    return cluster
 
 
-def _outlier(rule: OutlierDetection) -> Json:
-    result: Json = {"enforcing_success_rate": 0}
-    if rule.consecutive_5xx is not None:
-        result["consecutive_5xx"] = rule.consecutive_5xx
-        result["enforcing_consecutive_5xx"] = 100 if rule.consecutive_5xx else 0
-    if rule.consecutive_gateway is not None:
-        result["consecutive_gateway_failure"] = rule.consecutive_gateway
-        result["enforcing_consecutive_gateway_failure"] = 100 if rule.consecutive_gateway else 0
-    if rule.interval_s is not None:
-        result["interval"] = seconds(rule.interval_s)
-    if rule.base_ejection_s is not None:
-        result["base_ejection_time"] = seconds(rule.base_ejection_s)
-    if rule.max_ejection_percent:
-        result["max_ejection_percent"] = rule.max_ejection_percent
-    if rule.split_local_origin:
-        result["split_external_local_origin_errors"] = True
-        result["enforcing_local_origin_success_rate"] = 0
-        if rule.consecutive_local_origin:
-            result["consecutive_local_origin_failure"] = rule.consecutive_local_origin
-            result["enforcing_consecutive_local_origin_failure"] = 100
-    return result
+def dns_cache() -> Json:
+    """DnsCacheConfig that clusters of wildcard hosts and the filter in front of them share."""
+    return {"name": names.DNS_CACHE, "dns_lookup_family": "V4_ONLY"}
 
 
-def inbound_cluster(proxy: ProxyNode, port: int, *, http2: bool) -> Json:
-    """Cluster of the application behind a sidecar."""
+def inbound_cluster(view: View, proxy: ProxyNode, port: int, protocol: Protocol) -> Json:
+    """Cluster of the application behind a sidecar. Bounds of connections are those that callers have."""
     name = names.inbound_cluster(port)
-    endpoint = {"endpoint": {"address": address(proxy.application_address, port)}}
-    return {
+    settings = view.settings
+    pool = view.inbound_pool(proxy, port)
+    cluster: Json = {
         "name": name,
         "type": "STATIC",
-        "connect_timeout": CONNECT_TIMEOUT,
-        "circuit_breakers": {"thresholds": [_threshold(None)]},
-        "load_assignment": {"cluster_name": name, "endpoints": [{"lb_endpoints": [endpoint]}]},
-        "typed_extension_protocol_options": {_HTTP_OPTIONS: typed(_HTTP_OPTIONS, _http_options(None, http2=http2))},
+        "circuit_breakers": {"thresholds": [threshold(pool)]},
+        "load_assignment": {
+            "cluster_name": name,
+            "endpoints": [{"lb_endpoints": [{"endpoint": {"address": view.application(proxy, port)}}]}],
+        },
     }
+    apply_connections(cluster, pool, settings.connect_timeout_s, settings.tcp_keepalive)
+    apply_http_options(cluster, http_options(pool, protocol, outbound=False))
+    return cluster
 
 
 def black_hole() -> Json:
     """The cluster without endpoints."""
-    return {"name": names.BLACK_HOLE, "type": "STATIC", "connect_timeout": CONNECT_TIMEOUT}
+    return {"name": names.BLACK_HOLE, "type": "STATIC", "connect_timeout": "10s"}
 
 
 def _collector(otlp_address: str) -> Json:
     host, port = names.split_address(otlp_address)
-    endpoint = {"endpoint": {"address": address(host, port)}}
-    return {
+    cluster: Json = {
         "name": names.COLLECTOR,
         "type": "STATIC",
         "connect_timeout": "1s",
-        "load_assignment": {"cluster_name": names.COLLECTOR, "endpoints": [{"lb_endpoints": [endpoint]}]},
-        "typed_extension_protocol_options": {_HTTP_OPTIONS: typed(_HTTP_OPTIONS, _http_options(None, http2=True))},
+        "load_assignment": {
+            "cluster_name": names.COLLECTOR,
+            "endpoints": [{"lb_endpoints": [{"endpoint": {"address": address(host, port)}}]}],
+        },
     }
+    apply_http_options(cluster, http_options(None, "grpc"))
+    return cluster

@@ -7,6 +7,9 @@ from mlmesh_local.envoy_types import Json, typed
 BLACK_HOLE = "BlackHoleCluster"
 """Cluster without endpoints: calls to it end with UNAVAILABLE."""
 
+DNS_CACHE = "dynamic_forward_proxy_cache"
+"""Name of the cache in which clusters of wildcard hosts and the filter in front of them keep addresses."""
+
 COLLECTOR = "opentelemetry-collector"
 """Cluster of the OTLP collector."""
 
@@ -41,7 +44,9 @@ def fraction(percent: float) -> Json:
 
 
 def address(host: str, port: int) -> Json:
-    """core.v3.Address."""
+    """core.v3.Address; a host "unix://" and a path is a socket of this machine."""
+    if host.startswith("unix://"):
+        return {"pipe": {"path": host.removeprefix("unix://")}}
     return {"socket_address": {"address": host, "port_value": port}}
 
 

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
+from mlmesh_local.envoy_types import Json
 from mlmesh_local.model import Endpoint, ProxyNode, World, spiffe_id
 from mlmesh_local.resources.catalog import (
     CatalogService,
     HostPolicy,
-    catalog,
+    all_services,
     full_host,
-    host_policy,
     selects,
 )
 from mlmesh_local.resources.delegates import VirtualServices
+from mlmesh_local.resources.gateway_api.derive import derive
+from mlmesh_local.resources.gateway_api.serving import gateways_serving
+from mlmesh_local.resources.mesh_hosts import HostSettings
 from mlmesh_local.resources.model import (
-    Deployment,
+    ConnectionPool,
     Destination,
     DestinationRule,
     EnvoyFilter,
     FilterPatch,
     Gateway,
-    LoadBalancer,
     MeshConfig,
     MtlsMode,
     PeerAuthentication,
@@ -29,10 +31,13 @@ from mlmesh_local.resources.model import (
     TrafficPolicy,
     VirtualService,
 )
-from mlmesh_local.resources.resource_set import ResourceSet
+from mlmesh_local.resources.names import exported_to
+from mlmesh_local.resources.rules import RuleIndex, chosen, effective_policy, load_balancer_of
+from mlmesh_local.translate.endpoints import EndpointIndex, excluded_ports, service_endpoints
+from mlmesh_local.translate.names import address
 
-EXCLUDED_PORTS = "traffic.sidecar.istio.io/excludeInboundPorts"
-"""Annotation of a pod: ports that bypass its sidecar."""
+Client = ProxyNode | str
+"""Who calls: a proxy, or any workload of a namespace."""
 
 BoundService = tuple[VirtualService, tuple[str, ...]]
 """A VirtualService with its full hosts."""
@@ -43,17 +48,28 @@ class View:
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self.resources = world.resources
-        self.mesh_config: MeshConfig | None = next(iter(world.resources.specs(MeshConfig)), None)
+        self.resources = derive(world.resources)
+        self.mesh_config: MeshConfig | None = next(iter(self.resources.specs(MeshConfig)), None)
         """Settings of the mesh; None leaves Istio's defaults."""
-        self.services = catalog(world.resources, world.domain)
-        self._rules = world.resources.specs(DestinationRule)
-        self._policies: dict[tuple[str, str], HostPolicy] = {}
-        self._authentications = world.resources.specs(PeerAuthentication)
-        self._virtual_services = VirtualServices(world.resources.specs(VirtualService), domain=world.domain)
-        self._endpoints: dict[tuple[str, int], list[Endpoint]] = {}
-        for endpoint in world.endpoints:
-            self._endpoints.setdefault((endpoint.host, endpoint.port), []).append(endpoint)
+        self.settings = self.mesh_config.hosts if self.mesh_config else HostSettings()
+        """Settings of the mesh about hosts."""
+        self._all = all_services(self.resources, world.domain)
+        self.services: dict[str, CatalogService] = {}
+        """Services by host, in the order of hosts; what a proxy sees is `services_seen_by`."""
+        for service in self._all:
+            self.services.setdefault(service.host, service)
+        self.services = dict(sorted(self.services.items()))
+        self._rules = RuleIndex(
+            self.resources.specs(DestinationRule),
+            domain=world.domain,
+            root_namespace=world.root_namespace,
+            default_export=self.settings.destination_rule_export,
+        )
+        self._candidates: dict[tuple[str, str, str], tuple[HostPolicy, ...]] = {}
+        self._seen: dict[str, dict[str, CatalogService]] = {}
+        self._authentications = self.resources.specs(PeerAuthentication)
+        self._virtual_services = VirtualServices(self.resources.specs(VirtualService), domain=world.domain)
+        self._endpoints = EndpointIndex(self.resources, world.endpoints, self._all)
 
     @property
     def trust_domain(self) -> str:
@@ -68,51 +84,87 @@ class View:
 
     # Services and their policies
 
-    def services_seen_by(self, namespace: str) -> tuple[CatalogService, ...]:
-        """Services that clients of a namespace may call, by host."""
-        return tuple(
-            service
-            for service in self.services.values()
-            if any(
-                target in ("*", namespace) or (target == "." and namespace == service.namespace)
-                for target in service.export_to
-            )
-        )
+    def services_seen_by(self, client: Client) -> tuple[CatalogService, ...]:
+        """Services that a client may call, by host."""
+        return tuple(self._visible(client).values())
 
-    def policy(self, service: CatalogService, client_namespace: str) -> HostPolicy:
-        """What DestinationRules say to clients of a namespace."""
-        key = (service.host, client_namespace)
-        if key not in self._policies:
-            self._policies[key] = host_policy(
-                self._rules,
-                service,
-                client_namespace,
-                domain=self.world.domain,
-                root_namespace=self.world.root_namespace,
-            )
-        return self._policies[key]
+    def service_seen_by(self, client: Client, host: str) -> CatalogService | None:
+        """The service that a client means by a full host."""
+        return self._visible(client).get(host)
+
+    def _visible(self, client: Client) -> dict[str, CatalogService]:
+        namespace = client if isinstance(client, str) else client.namespace
+        if namespace not in self._seen:
+            found: dict[str, CatalogService] = {}
+            for service in self._all:
+                if not exported_to(service.export_to or self.settings.service_export, service.namespace, namespace):
+                    continue
+                known = found.get(service.host)
+                # Of entries of one host the own namespace's counts; a Kubernetes Service is never replaced.
+                if known is None or (known.is_entry and known.namespace != namespace == service.namespace):
+                    found[service.host] = service
+            self._seen[namespace] = dict(sorted(found.items()))
+        return self._seen[namespace]
+
+    def policy(self, service: CatalogService, client: Client, *, inbound: bool = False) -> HostPolicy:
+        """What DestinationRules say of a client's calls of a service, or (`inbound`) of the calls that it takes."""
+        namespace = client if isinstance(client, str) else client.namespace
+        key = (service.host, service.namespace, namespace)
+        if key not in self._candidates:
+            self._candidates[key] = self._rules.candidates(*key)
+        labels: Mapping[str, str] = {} if isinstance(client, str) else client.labels
+        return chosen(self._candidates[key], namespace, labels, inbound=inbound)
+
+    def traffic_policy(self, service: CatalogService, client: Client, subset: str, port: int) -> TrafficPolicy | None:
+        """What applies to a client's calls of a subset's port; empty is all endpoints."""
+        return effective_policy(self.policy(service, client), subset, port)
 
     def endpoints(self, service: CatalogService, port: int, labels: Mapping[str, str]) -> tuple[Endpoint, ...]:
         """Ready endpoints of a service port that have labels, in the order of addresses."""
-        if service.is_entry:
-            found: Iterable[Endpoint] = entry_endpoints(service, port)
-        else:
-            found = self._endpoints.get((service.host, port), ())
-        chosen = [endpoint for endpoint in found if endpoint.ready and selects(labels, endpoint.labels)]
-        return tuple(sorted(chosen, key=lambda endpoint: (endpoint.address, endpoint.target_port)))
+        return tuple(endpoint for endpoint in self.all_endpoints(service, port, labels) if endpoint.ready)
+
+    def all_endpoints(self, service: CatalogService, port: int, labels: Mapping[str, str]) -> tuple[Endpoint, ...]:
+        """Endpoints of a service port that have labels, in the order of addresses, ready or not."""
+        return tuple(endpoint for endpoint in self._endpoints.of(service, port) if selects(labels, endpoint.labels))
 
     def identities(self, service: CatalogService) -> tuple[str, ...]:
         """SPIFFE ids that may answer for a service; empty when unknown."""
-        return tuple(spiffe_id(self.world.trust_domain, ns, account) for ns, account in service.accounts)
+        own = (spiffe_id(domain, ns, account) for domain in self.trust_domains for ns, account in service.accounts)
+        return tuple(dict.fromkeys((*own, *service.subject_alt_names)))
+
+    @property
+    def auto_mtls(self) -> bool:
+        """Whether sidecars use mutual TLS by themselves where the other side takes it."""
+        return self.mesh_config is None or self.mesh_config.enable_auto_mtls
+
+    def inbound_pool(self, proxy: ProxyNode, port: int) -> ConnectionPool | None:
+        """Bounds of the connections that a proxy makes to its application: those of calls of its service."""
+        for service in self._all:
+            if service.selector is None or service.namespace != proxy.namespace:
+                continue
+            if not selects(service.selector, proxy.labels):
+                continue
+            for each in service.ports:
+                target = each.target if isinstance(each.target, int) else proxy.container_ports.get(each.target, 0)
+                if target == port:
+                    policy = self.policy(service, proxy, inbound=True)
+                    found = effective_policy(policy, "", each.number, self.settings.default_policy)
+                    return found.connection_pool if found else None
+        return None
+
+    def application(self, proxy: ProxyNode, port: int) -> Json:
+        """Where the application behind a proxy listens, as Envoy's Address."""
+        return address(proxy.application_address, port)
 
     def destination(
-        self, destination: Destination, namespace: str, listener_port: int
+        self, destination: Destination, namespace: str, listener_port: int, client: Client = ""
     ) -> tuple[CatalogService, int] | None:
         """Service and port that a destination of a VirtualService means, or None when there is no such port.
 
         Istio: the port named, else the only one, else that of the listener.
         """
-        service = self.services.get(full_host(destination.host, namespace, self.world.domain))
+        host = full_host(destination.host, namespace, self.world.domain)
+        service = self.service_seen_by(client, host) if client else self.services.get(host)
         if service is None:
             return None
         port = destination.port or (service.ports[0].number if len(service.ports) == 1 else listener_port)
@@ -120,13 +172,14 @@ class View:
 
     # VirtualServices
 
-    def virtual_services(self, gateway: str, namespace: str) -> tuple[BoundService, ...]:
+    def virtual_services(self, gateway: str, client: Client) -> tuple[BoundService, ...]:
         """VirtualServices bound to a gateway, with their full hosts, in Istio's order."""
+        namespace = client if isinstance(client, str) else client.namespace
         return tuple((one, one.hosts) for one in self._virtual_services.bound(gateway, namespace))
 
     def gateways(self, proxy: ProxyNode) -> tuple[Gateway, ...]:
         """Gateways whose servers a gateway proxy runs."""
-        return tuple(g for g in self.resources.specs(Gateway) if selects(g.selector, proxy.labels))
+        return gateways_serving(self.resources, proxy.namespace, proxy.labels)
 
     def patches(self, proxy: ProxyNode, context: str, port: int) -> tuple[FilterPatch, ...]:
         """More HTTP filters for a listener of a proxy: those of the root namespace first, then by priority and age."""
@@ -174,116 +227,12 @@ class View:
         )
 
 
-def excluded_ports(resources: ResourceSet, proxy: ProxyNode) -> frozenset[int]:
-    """Ports that the annotation `excludeInboundPorts` of a proxy's pod names."""
-    for deployment in resources.specs(Deployment):
-        if deployment.meta.namespace == proxy.namespace and selects(deployment.labels, proxy.labels):
-            words = deployment.annotations.get(EXCLUDED_PORTS, "").split(",")
-            return frozenset(int(word) for word in map(str.strip, words) if word.isdigit())
-    return frozenset()
-
-
-def service_endpoints(
-    resources: ResourceSet,
-    proxies: Sequence[ProxyNode],
-    *,
-    ready: Iterable[str],
-    domain: str = "cluster.local",
-) -> tuple[Endpoint, ...]:
-    """Endpoints of every Service: pods that its selector selects, on the container ports that its ports target.
-
-    `ready` holds the ids of proxies whose workload takes requests now.
-    """
-    ready_ids = set(ready)
-    endpoints: list[Endpoint] = []
-    excluded = {proxy.id: excluded_ports(resources, proxy) for proxy in proxies}
-    for service in catalog(resources, domain).values():
-        if service.is_entry or not service.selector:
-            continue
-        for proxy in proxies:
-            if proxy.namespace != service.namespace or not selects(service.selector, proxy.labels):
-                continue
-            for port in service.ports:
-                target = port.target if isinstance(port.target, int) else proxy.container_ports.get(port.target)
-                if target is None:
-                    continue
-                endpoints.append(
-                    Endpoint(
-                        host=service.host,
-                        port=port.number,
-                        address=proxy.pod_address,
-                        target_port=target,
-                        labels=proxy.labels,
-                        ready=proxy.id in ready_ids,
-                        instance=proxy.id,
-                        mesh_tls=proxy.kind == "sidecar" and target not in excluded[proxy.id],
-                    )
-                )
-    return tuple(endpoints)
-
-
-def entry_endpoints(service: CatalogService, port: int) -> Iterable[Endpoint]:
-    """Endpoints of a ServiceEntry's port; its own host where it has none (resolution DNS)."""
-    described = service.port(port)
-    if described is None:
-        return
-    target = described.target if isinstance(described.target, int) else port
-    if not service.entry_endpoints:
-        yield Endpoint(
-            host=service.host,
-            port=port,
-            address=service.host,
-            target_port=target,
-            labels={},
-            ready=True,
-            instance="",
-            mesh_tls=False,
-        )
-    for endpoint in service.entry_endpoints:
-        yield Endpoint(
-            host=service.host,
-            port=port,
-            address=endpoint.address,
-            target_port=endpoint.ports.get(described.name, target),
-            labels=endpoint.labels,
-            ready=True,
-            instance="",
-            # Istio's label of endpoints behind a sidecar.
-            mesh_tls=not service.external and endpoint.labels.get("security.istio.io/tlsMode") == "istio",
-            weight=endpoint.weight,
-        )
-
-
-def port_policy(policy: TrafficPolicy | None, port: int) -> TrafficPolicy | None:
-    """A policy as it is for one port: port-level settings replace part by part."""
-    if policy is None:
-        return None
-    for number, override in policy.ports:
-        if number == port:
-            return merge_policies(policy, override)
-    return policy
-
-
-def merge_policies(base: TrafficPolicy | None, override: TrafficPolicy | None) -> TrafficPolicy | None:
-    """A policy whose parts are replaced by those that another one sets."""
-    if base is None or override is None:
-        return override or base
-    return TrafficPolicy(
-        connection_pool=override.connection_pool or base.connection_pool,
-        outlier=override.outlier or base.outlier,
-        load_balancer=override.load_balancer or base.load_balancer,
-        tls=override.tls or base.tls,
-        ports=base.ports,
-    )
-
-
-def effective_policy(policy: HostPolicy, subset: str, port: int) -> TrafficPolicy | None:
-    """What applies to a subset's port: the rule's policy, overridden by the subset's, each with its port level."""
-    base = port_policy(policy.policy, port)
-    chosen = policy.subset(subset) if subset else None
-    return merge_policies(base, port_policy(chosen.policy, port)) if chosen else base
-
-
-def load_balancer_of(policy: TrafficPolicy | None) -> LoadBalancer:
-    """How endpoints are chosen; Istio's default is LEAST_REQUEST."""
-    return (policy.load_balancer if policy else None) or LoadBalancer(policy="LEAST_REQUEST")
+__all__ = [
+    "BoundService",
+    "Client",
+    "View",
+    "effective_policy",
+    "excluded_ports",
+    "load_balancer_of",
+    "service_endpoints",
+]

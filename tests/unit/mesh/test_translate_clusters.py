@@ -33,7 +33,7 @@ def test_a_cluster_without_rules_has_istios_defaults() -> None:
         "track_remaining": True,
     }
     assert options(cluster)["explicit_http_config"] == {"http2_protocol_options": {}}
-    assert options(Told("client").cluster(port=9090))["explicit_http_config"] == {"http_protocol_options": {}}
+    assert "typed_extension_protocol_options" not in Told("client").cluster(port=9090)  # Envoy's own: HTTP/1.1
 
 
 def test_automatic_mutual_tls_checks_who_answers() -> None:
@@ -129,12 +129,14 @@ def test_outlier_detection_turns_panic_and_success_rate_off() -> None:
         "interval": "5s",
     }
     assert cluster["common_lb_config"] == {"healthy_panic_threshold": {"value": 0}}
+    rule = destination_rule("{outlierDetection: {minHealthPercent: 30}}")
+    assert Told("client", rule).cluster()["common_lb_config"] == {"healthy_panic_threshold": {"value": 30}}
 
 
 def test_rules_of_one_host_are_merged_and_the_clients_namespace_comes_first() -> None:
     first = destination_rule("{loadBalancer: {simple: RANDOM}}", "[{name: v1, labels: {version: v1}}]")
     second = destination_rule("{loadBalancer: {simple: ROUND_ROBIN}}", "[{name: v2, labels: {version: v2}}]")
-    it = Told("client", first, second.replace("name: server}", "name: more}"))
+    it = Told("client", second.replace("name: server}", "name: this}"), first)
     assert it.cluster("v2")["lb_policy"] == "RANDOM"
     wide = resource(
         "DestinationRule",
