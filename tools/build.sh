@@ -54,7 +54,7 @@ done
 [[ $others -eq 1 ]] || exit $failed
 
 if ! command -v go >/dev/null; then
-  echo "tools: Go is not installed, so grpcurl, kustomize, istioctl and crdserver cannot be built; their tests will skip." >&2
+  echo "tools: Go is not installed, so grpcurl, kustomize, istioctl, istiod-memory and crdserver cannot be built; their tests will skip." >&2
   exit 1
 fi
 
@@ -77,6 +77,11 @@ build_pilot-discovery() {
   (cd tools/go && CGO_ENABLED=0 go build -mod=readonly -trimpath \
     -ldflags="-s -w -X istio.io/istio/pkg/version.buildVersion=$ISTIOCTL" \
     -o "$bin/pilot-discovery" istio.io/istio/pilot/cmd/pilot-discovery)
+}
+
+# The same control plane in memory: with Kubernetes' resources and the Gateway API, and without a cluster.
+build_istiod-memory() {
+  (cd tools/go && CGO_ENABLED=0 go build -mod=readonly -trimpath -ldflags='-s -w' -o "$bin/istiod-memory" ./istiod-memory)
 }
 
 # Kubernetes' own server for custom resources: schemas, defaults, validation and watch as they are in a cluster.
@@ -142,6 +147,7 @@ for name in "${@:-all}"; do
       build kustomize "$KUSTOMIZE" || failed=1
       build istioctl "$ISTIOCTL" || failed=1
       build pilot-discovery "$ISTIOCTL" || failed=1
+      build istiod-memory "$ISTIOCTL-$(sha256sum tools/go/istiod-memory/main.go | cut -c 1-12)" || failed=1
       build crdserver "$CRDSERVER" || failed=1
       build trainer_crds "$TRAINER_CRDS" || failed=1
       build istio_crds "$ISTIOCTL" || failed=1
@@ -152,6 +158,7 @@ for name in "${@:-all}"; do
     kustomize) build kustomize "$KUSTOMIZE" || failed=1 ;;
     istioctl) build istioctl "$ISTIOCTL" || failed=1 ;;
     pilot-discovery) build pilot-discovery "$ISTIOCTL" || failed=1 ;;
+    istiod-memory) build istiod-memory "$ISTIOCTL-$(sha256sum tools/go/istiod-memory/main.go | cut -c 1-12)" || failed=1 ;;
     crdserver) build crdserver "$CRDSERVER" || failed=1 ;;
     trainer_crds) build trainer_crds "$TRAINER_CRDS" || failed=1 ;;
     istio_crds) build istio_crds "$ISTIOCTL" || failed=1 ;;
@@ -159,7 +166,7 @@ for name in "${@:-all}"; do
     etcd) package etcd-server '/usr/bin/etcd' || failed=1 ;;
     swift | mlflow | model-signing | kserve | mlserver) ;;
     *)
-      echo "tools: no such tool: $name (grpcurl, kustomize, istioctl, pilot-discovery, crdserver, trainer_crds, istio_crds, postgresql, etcd, swift, mlflow, model-signing, kserve, mlserver)" >&2
+      echo "tools: no such tool: $name (grpcurl, kustomize, istioctl, pilot-discovery, istiod-memory, crdserver, trainer_crds, istio_crds, postgresql, etcd, swift, mlflow, model-signing, kserve, mlserver)" >&2
       exit 2
       ;;
   esac

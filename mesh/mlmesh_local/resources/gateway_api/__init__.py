@@ -1,0 +1,1 @@
+"""The Kubernetes Gateway API: read, converted into Istio's own resources, and its statuses told."""

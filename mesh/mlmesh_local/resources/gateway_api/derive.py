@@ -1,0 +1,131 @@
+"""The active resources with those that follow from the Gateway API: what is translated and run.
+
+    derive(resources).specs(VirtualService)
+
+Pure; the last results are kept, because every change of an endpoint asks again.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from mlmesh_local.resources.fields import Fields
+from mlmesh_local.resources.gateway_api.convert import Conversion, Derived, Inputs, convert
+from mlmesh_local.resources.gateway_api.model import (
+    GatewayClass,
+    KubernetesGateway,
+    Namespace,
+    ReferenceGrant,
+    Route,
+    RouteRule,
+)
+from mlmesh_local.resources.gateways import parse_gateway
+from mlmesh_local.resources.model import Service, ServiceEntry
+from mlmesh_local.resources.networking import parse_virtual_service
+from mlmesh_local.resources.problems import At, Problems
+from mlmesh_local.resources.tree import Node
+from mlmesh_local.resources.workload import parse_deployment, parse_service, parse_service_account
+
+if TYPE_CHECKING:
+    from mlmesh_local.resources.resource_set import ResourceSet
+
+DOMAIN = "cluster.local"
+_KEPT_MAX = 8
+_PARSERS: dict[str, Any] = {
+    "VirtualService": parse_virtual_service,
+    "Gateway": parse_gateway,
+    "Deployment": parse_deployment,
+    "Service": parse_service,
+    "ServiceAccount": parse_service_account,
+}
+_kept: OrderedDict[str, ResourceSet] = OrderedDict()
+
+
+def derive(resources: ResourceSet) -> ResourceSet:
+    """A set with everything that follows from its Gateways and routes; itself where nothing does, or already derived.
+
+    Raises InvalidResource for a route that asks for what this mesh cannot do.
+    """
+    from mlmesh_local.resources.resource_set import Resource  # noqa: PLC0415  The set cross-checks what is derived.
+
+    kept = _kept.get(resources.digest)
+    if kept is not None:
+        _kept.move_to_end(resources.digest)
+        return kept
+    if not any(isinstance(resource.spec, KubernetesGateway | Route) for resource in resources):
+        return resources
+    conversion = conversion_of(resources)
+    problems = Problems()
+    made: dict[tuple[str, str, str], list[Resource]] = {}
+    born = {resource.key: resource.born for resource in resources}
+    taken = set(born)
+    for item in conversion.derived:
+        key = (item.meta.kind, item.meta.namespace, item.meta.name)
+        if key in taken:
+            # What a person wrote under that name stays, as it does in a cluster.
+            continue
+        taken.add(key)
+        spec = _parse(item, problems)
+        plain = {"kind": item.kind, "metadata": {"namespace": item.meta.namespace, "name": item.meta.name}}
+        origin = (item.origin.kind, item.origin.namespace, item.origin.name)
+        resource = Resource(spec=spec, plain={**plain, "spec": item.spec}, text="", born=born[origin])
+        made.setdefault(origin, []).append(resource)
+    problems.refuse()
+    result = type(resources).of([one for old in resources for one in (old, *made.get(old.key, ()))])
+    for digest in (resources.digest, result.digest):
+        _kept[digest] = result
+    while len(_kept) > _KEPT_MAX:
+        _kept.popitem(last=False)
+    return result
+
+
+def conversion_of(resources: ResourceSet) -> Conversion:
+    """The conversion itself, with the results that statuses tell."""
+    by_age = sorted(resources, key=lambda one: one.age)
+    routes = [resource.spec for resource in by_age if isinstance(resource.spec, Route)]
+    return convert(
+        Inputs(
+            gateways=resources.specs(KubernetesGateway),
+            classes=resources.specs(GatewayClass),
+            routes=tuple(routes),
+            grants=resources.specs(ReferenceGrant),
+            namespaces=resources.specs(Namespace),
+            services=frozenset((s.meta.namespace, s.meta.name) for s in resources.specs(Service)),
+            entries={(e.meta.namespace, e.meta.name): e.hosts for e in resources.specs(ServiceEntry)},
+            domain=DOMAIN,
+        )
+    )
+
+
+def _parse(item: Derived, problems: Problems) -> Any:
+    origin = item.origin.at
+    at = At(source=origin.source, line=item.meta.at.line, resource=str(item.origin), path="")
+    gateways = tuple(item.spec.get("gateways", ()))
+    document = dict(item.spec)
+    if any("~" in name for name in gateways):
+        # No person can write such a name, so the parser refuses it.
+        document["gateways"] = [f"{item.meta.namespace}/listener"]
+    node = _node(document, at.line)
+    if item.rules and isinstance(node.value, dict):
+        section = next(name for name in ("http", "tls", "tcp") if name in item.spec)
+        rules = [_node(rule_document, rule.at.line) for rule_document, rule in _rules(item, section)]
+        node.value[section] = Node(at.line, list(rules))
+    fields = Fields(node, at, problems)
+    spec = _PARSERS[item.kind](item.meta, fields)
+    fields.done()
+    return replace(spec, gateways=gateways) if gateways else spec
+
+
+def _rules(item: Derived, section: str) -> Iterable[tuple[Any, RouteRule]]:
+    return zip(item.spec[section], item.rules, strict=True)
+
+
+def _node(value: Any, line: int) -> Node:
+    if isinstance(value, dict):
+        return Node(line, {key: _node(inner, line) for key, inner in value.items()})
+    if isinstance(value, list):
+        return Node(line, [_node(inner, line) for inner in value])
+    return Node(line, value)
