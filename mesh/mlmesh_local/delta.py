@@ -154,6 +154,10 @@ class Stream(ABC):
         """Whether Envoy has everything of a type that it needs."""
 
     @abstractmethod
+    def acknowledged(self, type_url: str) -> Mapping[str, str]:
+        """Versions that Envoy has taken, by name."""
+
+    @abstractmethod
     def stale_clusters(self) -> bool:
         """Whether Envoy still has clusters that should go away."""
 
@@ -233,6 +237,15 @@ class DeltaStream(Stream):
         if type_url == SECRET:
             return snapshot.secret_names & self._secrets.keys()
         return self.desired(type_url)
+
+    def acknowledged(self, type_url: str) -> Mapping[str, str]:
+        """Versions that Envoy has taken, by name."""
+        subscription = self._subscriptions.get(type_url)
+        if subscription is None:
+            return {}
+        waiting = subscription.under_way.resources if subscription.under_way else ()
+        under_way = {packed.name for packed in waiting}
+        return {name: version for name, version in subscription.sent.items() if name not in under_way}
 
     def stale_clusters(self) -> bool:
         """Whether Envoy still has clusters that should go away."""

@@ -68,6 +68,17 @@ def build(name: str, value: Mapping[str, Any]) -> Message:
     return message
 
 
+def plain(message: Message) -> Json:
+    """Proto-JSON of a message, fields named as in its file."""
+    found: Json = json_format.MessageToDict(message, preserving_proto_field_name=True, descriptor_pool=pool())
+    return found
+
+
+def plain_bytes(type_url: str, content: bytes) -> Json:
+    """Proto-JSON of a serialized message."""
+    return plain(message_class(type_url.removeprefix(TYPE_PREFIX)).FromString(content))
+
+
 def build_bytes(type_url: str, value: Mapping[str, Any]) -> bytes:
     """Serialized message of a type URL. Equal values give equal bytes, also inside Any."""
     return build(type_url.removeprefix(TYPE_PREFIX), value).SerializeToString(deterministic=True)

@@ -215,6 +215,11 @@ def _with_clusters(assignments: Named, clusters: Named) -> dict[str, Packed]:
     }
 
 
+def pack_one(type_url: str, name: str, value: Json) -> Packed:
+    """One resource of proto-JSON. Raises InvalidMessageError."""
+    return _pack(type_url, name, value)
+
+
 def _pack(type_url: str, name: str, value: Json) -> Packed:
     content = build_bytes(type_url, value)
     return Packed(name=name, version=_version(content), content=content)

@@ -1,11 +1,12 @@
 """What to send on one state-of-the-world ADS stream: what gRPC clients speak, and Envoys that are told to.
 
-The order is that of `delta`: make before break. Clusters and listeners are always sent as a whole, so what is to go away
-later is sent along until then; of the other types only what changed is sent.
+The order is that of `delta`: make before break. Clusters and listeners are always sent as a whole, so what is to go
+away later is sent along until then; of the other types only what changed is sent.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from mlmesh_local.delta import WILDCARDS, Response, Stream
@@ -75,6 +76,14 @@ class WholeStream(Stream):
         return all(
             name in subscription.sent and subscription.sent[name].version == p.version for name, p in wanted.items()
         )
+
+    def acknowledged(self, type_url: str) -> Mapping[str, str]:
+        """Versions that the client has taken, by name."""
+        subscription = self._subscriptions.get(type_url)
+        if subscription is None:
+            return {}
+        under_way = {packed.name for packed in subscription.under_way.resources} if subscription.under_way else set()
+        return {name: packed.version for name, packed in subscription.sent.items() if name not in under_way}
 
     def stale_clusters(self) -> bool:
         """Whether the client still has clusters that should go away."""

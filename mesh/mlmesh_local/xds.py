@@ -1,31 +1,37 @@
-"""The control plane's gRPC side: delta ADS to every Envoy, secrets in-band, acknowledgements to those who wait.
+"""The control plane's gRPC side: ADS to every Envoy and gRPC client, secrets in-band, acknowledgements to who waits.
 
-Attach an `AdsServer` to a grpc.aio server, give it secrets and snapshots by node id, and await acknowledgements.
+Attach an `AdsServer` to a grpc.aio server, give it secrets and snapshots by node id, and await acknowledgements. Envoys
+speak the delta protocol, clients that need no sidecar (see `mlmesh_local.proxyless`) the state-of-the-world one.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
-from typing import Any, cast
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import grpc
 
-from mlmesh_local.delta import DeltaStream, Request, Response
-from mlmesh_local.envoy_types import message_class
+from mlmesh_local import wire
+from mlmesh_local.delta import DeltaStream, Response, Stream
+from mlmesh_local.envoy_types import PUSH_ORDER, SECRET, message_class, plain
 from mlmesh_local.model import NodeStatus, Secret
+from mlmesh_local.proxyless.node import ProxylessNode
+from mlmesh_local.sidecar import TOKEN_HEADER
 from mlmesh_local.snapshot import Named, Snapshot, pack_secrets
-from mlmesh_runtime.errors import InvalidInput, TimedOut
+from mlmesh_local.sotw import WholeStream
+from mlmesh_runtime.errors import InvalidInput, NotFound, TimedOut
 
 logger = logging.getLogger(__name__)
 
-SERVICE = "envoy.service.discovery.v3.AggregatedDiscoveryService"
-METHOD = "DeltaAggregatedResources"
-_REQUEST = "envoy.service.discovery.v3.DeltaDiscoveryRequest"
-_RESPONSE = "envoy.service.discovery.v3.DeltaDiscoveryResponse"
+SERVICE = wire.SERVICE
+METHOD = wire.DELTA_METHOD
 REJECTION_CHARACTERS_MAX = 2000
+GUESTS_MAX = 1000
 
+Context = grpc.aio.ServicerContext[Any, Any]
 Authorize = Callable[[str, Mapping[str, str]], bool]
 """Whether a caller with this metadata may have the configuration, and the private key, of a node."""
 
@@ -41,13 +47,35 @@ class ConfigurationRejectedError(InvalidInput):
         self.rejections = dict(rejections)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SentResource:
+    """One resource as the control plane has it for a node. ``content`` is empty for secrets: they hold private keys."""
+
+    type_url: str
+    name: str
+    version: str
+    size: int
+    content: bytes
+    """Serialized message of the type."""
+    acked: bool
+    """Whether the node runs this version of it."""
+
+
+class Guests(Protocol):
+    """Who makes configuration for clients that come and go by themselves."""
+
+    def snapshot_of(self, node: ProxylessNode) -> Snapshot:
+        """What a client is told now; `AdsServer.update_guests` when that changes."""
+
+
 class _Node:
     """One Envoy: what it shall run, and its stream while it is connected."""
 
     def __init__(self) -> None:
         self.snapshot: Snapshot | None = None
         self.secrets: Named = {}
-        self.stream: DeltaStream | None = None
+        self.stream: Stream | None = None
+        self.guest: ProxylessNode | None = None
         self.wake = asyncio.Event()
         self.acked_version = ""
         self.rejection = ""
@@ -66,21 +94,25 @@ class AdsServer:
 
     def __init__(self, *, authorize: Authorize = lambda _node_id, _metadata: True) -> None:
         self._authorize = authorize
+        self.hosts: Guests | None = None
+        """Who makes configuration for clients without a sidecar; None refuses them."""
+        self._guest_count = 0
         self._nodes: dict[str, _Node] = {}
         self._changed = asyncio.Event()
 
     def attach(self, server: grpc.aio.Server) -> None:
         """Serve ADS on a server that has not started yet."""
-        handler = grpc.stream_stream_rpc_method_handler(
-            self._serve,
-            request_deserializer=message_class(_REQUEST).FromString,
-            response_serializer=lambda message: message.SerializeToString(deterministic=True),
-        )
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler}),))
+        methods = {
+            wire.DELTA_METHOD: _handler(self._serve_delta, wire.DELTA_REQUEST),
+            wire.WHOLE_METHOD: _handler(self._serve_whole, wire.WHOLE_REQUEST),
+        }
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
 
     def update(self, node_id: str, snapshot: Snapshot) -> None:
         """Give a node a configuration, now or when it connects. The same one again changes nothing."""
-        node = self._node(node_id)
+        self._give(self._node(node_id), snapshot)
+
+    def _give(self, node: _Node, snapshot: Snapshot) -> None:
         node.snapshot = snapshot
         node.rejection = ""
         if node.stream is not None:
@@ -96,6 +128,23 @@ class AdsServer:
             node.stream.set_secrets(node.secrets)
             node.rejection = node.stream.rejection
         node.wake.set()
+
+    def update_guests(self, make: Callable[[ProxylessNode], Snapshot]) -> None:
+        """Give every client without a sidecar what is made for it."""
+        for node in self._nodes.values():
+            if node.guest is not None:
+                self._give(node, make(node.guest))
+
+    def guests(self) -> list[tuple[ProxylessNode, NodeStatus]]:
+        """Clients without a sidecar that are connected now, one entry a stream."""
+        return [(node.guest, node.status()) for node in self._nodes.values() if node.guest is not None]
+
+    def sent(self, node_id: str, type_url: str = "") -> tuple[SentResource, ...]:
+        """What a node is told (of a type): by type in the order of sending, then by name. Raises NotFound."""
+        node = self._nodes.get(node_id)
+        if node is None:
+            raise NotFound(f"no proxy has the node id {node_id!r}", reason="WORKLOAD_NOT_FOUND")
+        return tuple(_sent(node, type_url))
 
     def forget(self, node_id: str) -> None:
         """Drop a node that is gone for good. Its stream, if any, is ended."""
@@ -113,7 +162,7 @@ class AdsServer:
 
     def statuses(self) -> dict[str, NodeStatus]:
         """What is known of every node."""
-        return {node_id: node.status() for node_id, node in self._nodes.items()}
+        return {node_id: node.status() for node_id, node in self._nodes.items() if node.guest is None}
 
     async def wait_acked(self, version: str, *, timeout_s: float) -> None:
         """Wait until every connected node that was given this version runs all of it.
@@ -148,10 +197,11 @@ class AdsServer:
 
     def _is_acked(self, version: str) -> bool:
         given = {i: n for i, n in self._nodes.items() if n.stream and n.snapshot and n.snapshot.version == version}
-        rejections = {node_id: node.rejection for node_id, node in given.items() if node.rejection}
+        # A client that refuses keeps what it has and shows it in the status; it does not hold up the mesh.
+        rejections = {node_id: node.rejection for node_id, node in given.items() if node.rejection and not node.guest}
         if rejections:
             raise ConfigurationRejectedError(rejections)
-        return all(node.acked_version == version for node in given.values())
+        return all(node.acked_version == version or node.rejection for node in given.values())
 
     def _late(self, version: str) -> list[str]:
         return [
@@ -173,23 +223,61 @@ class AdsServer:
             node.acked_version = acked
         if stream.rejection and stream.rejection != node.rejection:
             node.rejection = stream.rejection[:REJECTION_CHARACTERS_MAX]
-            logger.warning("Envoy refused configuration: %s", node.rejection)
+            logger.warning("configuration was refused: %s", node.rejection)
         self._notify()
 
     def _notify(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 
-    async def _serve(self, requests: AsyncIterator[Any], context: grpc.aio.ServicerContext[Any, Any]) -> None:
+    async def _serve_delta(self, requests: AsyncIterator[Any], context: Context) -> None:
         first = await anext(aiter(requests), None)
         if first is None:
             return
-        node_id = first.node.id
-        metadata = {str(key): str(value) for key, value in context.invocation_metadata() or ()}
+        await self._check(first.node.id, _metadata(context), context)
+        speaker = Speaker(DeltaStream(), wire.delta_request, wire.delta_response)
+        await self._converse(first.node.id, speaker, first, requests, context)
+
+    async def _serve_whole(self, requests: AsyncIterator[Any], context: Context) -> None:
+        first = await anext(aiter(requests), None)
+        if first is None:
+            return
+        guest = ProxylessNode.of_bootstrap(first.node.id, plain(first.node.metadata))
+        speaker = Speaker(WholeStream(), wire.whole_request, wire.whole_response)
+        if guest is None:
+            await self._check(first.node.id, _metadata(context), context)
+            await self._converse(first.node.id, speaker, first, requests, context)
+            return
+        # gRPC sends no metadata of its own with this call: the token is in the bootstrap's node.
+        await self._check(guest.id, {TOKEN_HEADER: guest.token}, context)
+        if self.hosts is None or sum(node.guest is not None for node in self._nodes.values()) >= GUESTS_MAX:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"at most {GUESTS_MAX} clients without a sidecar")
+            return
+        # A process opens a stream for every target that it dials: they are apart.
+        self._guest_count += 1
+        node_id = f"{guest.id}#{self._guest_count}"
+        node = self._node(node_id)
+        node.guest = guest
+        try:
+            node.snapshot = self.hosts.snapshot_of(guest)
+            await self._converse(node_id, speaker, first, requests, context)
+        finally:
+            self.forget(node_id)
+
+    async def _check(self, node_id: str, metadata: Mapping[str, str], context: Context) -> None:
         if not node_id or not self._authorize(node_id, metadata):
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, "this node is not known")
+
+    async def _converse(
+        self,
+        node_id: str,
+        speaker: Speaker,
+        first: Any,
+        requests: AsyncIterator[Any],
+        context: Context,
+    ) -> None:
         node = self._node(node_id)
-        stream = DeltaStream()
+        stream = speaker.stream
         stream.set_secrets(node.secrets)
         if node.snapshot is not None:
             stream.set_snapshot(node.snapshot)
@@ -197,64 +285,71 @@ class AdsServer:
         node.stream = stream
         node.acked_version = ""
         node.wake.set()
-        stream.receive(_request(first))
-        logger.info("Envoy connected", extra={"node": node_id})
+        stream.receive(speaker.request(first))
+        logger.info("proxy connected", extra={"node": node_id})
         try:
             async with asyncio.TaskGroup() as group:
-                reader = group.create_task(self._read(requests, node, stream))
-                await self._write(context, node, stream, reader)
+                reader = group.create_task(self._read(requests, node, speaker))
+                await self._write(context, node, speaker, reader)
                 reader.cancel()
         finally:
             if node.stream is stream:
                 node.stream = None
             self._notify()
-            logger.info("Envoy disconnected", extra={"node": node_id})
+            logger.info("proxy disconnected", extra={"node": node_id})
 
-    async def _read(self, requests: AsyncIterator[Any], node: _Node, stream: DeltaStream) -> None:
+    async def _read(self, requests: AsyncIterator[Any], node: _Node, speaker: Speaker) -> None:
         async for message in requests:
-            stream.receive(_request(message))
-            if node.stream is stream:
+            speaker.stream.receive(speaker.request(message))
+            if node.stream is speaker.stream:
                 self._note(node)
             node.wake.set()
         node.wake.set()
 
-    async def _write(
-        self,
-        context: grpc.aio.ServicerContext[Any, Any],
-        node: _Node,
-        stream: DeltaStream,
-        reader: asyncio.Task[None],
-    ) -> None:
+    async def _write(self, context: Context, node: _Node, speaker: Speaker, reader: asyncio.Task[None]) -> None:
+        stream: Stream = speaker.stream
         while node.stream is stream and not reader.done():
             node.wake.clear()
             for response in stream.poll():
-                await context.write(_response(response))
+                await context.write(speaker.response(response))
             self._note(node)
             await node.wake.wait()
 
 
-def _request(message: Any) -> Request:
-    error = message.error_detail.message if message.HasField("error_detail") else ""
-    return Request(
-        type_url=message.type_url,
-        subscribe=tuple(name for name in message.resource_names_subscribe if name != "*"),
-        unsubscribe=tuple(message.resource_names_unsubscribe),
-        known=dict(message.initial_resource_versions),
-        nonce=message.response_nonce,
-        error=error or ("refused without a reason" if message.HasField("error_detail") else ""),
+@dataclass(frozen=True, slots=True)
+class Speaker:
+    """A stream with its protocol."""
+
+    stream: Any
+    request: Callable[[Any], Any]
+    response: Callable[[Response], Any]
+
+
+def _handler(serve: Any, request: str) -> Any:
+    return grpc.stream_stream_rpc_method_handler(
+        serve,
+        request_deserializer=message_class(request).FromString,
+        response_serializer=lambda message: message.SerializeToString(deterministic=True),
     )
 
 
-def _response(response: Response) -> Any:
-    message = cast("Any", message_class(_RESPONSE)())
-    message.type_url = response.type_url
-    message.nonce = response.nonce
-    message.system_version_info = response.nonce
-    message.removed_resources.extend(response.removed)
-    for packed in response.resources:
-        resource = message.resources.add()
-        resource.name = packed.name
-        resource.version = packed.version
-        resource.resource.type_url = response.type_url
-        resource.resource.value = packed.content
-    return message
+def _metadata(context: Context) -> dict[str, str]:
+    return {str(key): str(value) for key, value in context.invocation_metadata() or ()}
+
+
+def _sent(node: _Node, only: str) -> Iterator[SentResource]:
+    everything: dict[str, Named] = {**node.snapshot.resources} if node.snapshot else {}
+    everything[SECRET] = node.secrets
+    for type_url in PUSH_ORDER:
+        if only not in ("", type_url):
+            continue
+        had = node.stream.acknowledged(type_url) if node.stream else {}
+        for name, packed in sorted(everything.get(type_url, {}).items()):
+            yield SentResource(
+                type_url=type_url,
+                name=name,
+                version=packed.version,
+                size=len(packed.content),
+                content=b"" if type_url == SECRET else packed.content,
+                acked=had.get(name) == packed.version,
+            )

@@ -28,9 +28,11 @@ from mlmesh_local.envoy_types import CLUSTER, build
 from mlmesh_local.metrics.directory import Directory
 from mlmesh_local.metrics.registry import MeshMetrics
 from mlmesh_local.model import CertificateSecret, ProxyNode, Secret, TrustSecret, World
+from mlmesh_local.proxyless.build import client_of
+from mlmesh_local.proxyless.node import ProxylessNode
 from mlmesh_local.resources import Deployment, Document, ResourceSet, load_resources
 from mlmesh_local.sidecar import TOKEN_HEADER, SidecarPlan, bootstrap, command, find_envoy
-from mlmesh_local.snapshot import build_snapshots
+from mlmesh_local.snapshot import Snapshot, build_snapshots
 from mlmesh_local.translate import View, service_endpoints
 from mlmesh_local.xds import AdsServer
 from tests.support.pki import Authority, Leaf, spiffe
@@ -156,9 +158,15 @@ class EnvoyMesh:
         """Give every sidecar the configuration of the world as it is."""
         for node_id, snapshot in build_snapshots(self.world).items():
             self.ads.update(node_id, snapshot)
+        self.ads.update_guests(self.snapshot_of)
         if self.metrics:
             self.metrics.describe(Directory.of(View(self.world)))
         return self.world.version
+
+    def snapshot_of(self, node: ProxylessNode) -> Snapshot:
+        """What a client without a sidecar is told now."""
+        world = self.world
+        return client_of(View(world), node).snapshot(world.version)
 
     async def apply(self, *texts: str, timeout_s: float = 5.0) -> float:
         """Apply documents; returns the seconds until every sidecar had acknowledged. A refusal changes nothing."""
@@ -288,6 +296,7 @@ class EnvoyMesh:
     async def start_control_plane(self) -> None:
         """Serve ADS, with a state as new, at the address that Envoys know."""
         self.ads = AdsServer(authorize=lambda node, metadata: metadata.get(TOKEN_HEADER) == f"token of {node}")
+        self.ads.hosts = self
         for proxy in self.proxies:
             self.ads.set_secrets(proxy.id, self._secrets(proxy))
         self.push()

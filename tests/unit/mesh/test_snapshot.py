@@ -69,9 +69,10 @@ def test_inconsistencies_are_found() -> None:
     assert consistency(configuration) == [f"the cluster {name} has no endpoints resource"]
     del configuration[CLUSTER][name]
     del configuration[ROUTES]["9090"]
+    configuration[ROUTES]["9000"]["virtual_hosts"][0]["routes"][0]["route"] = {"cluster": "nowhere"}
     assert consistency(configuration) == [
         "a listener needs the route configuration 9090, which there is not",
-        f"the route configuration 9000 sends to the cluster {name}, which there is not",
+        "the route configuration 9000 sends to the cluster nowhere, which there is not",
     ]
 
 
