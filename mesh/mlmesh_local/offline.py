@@ -14,6 +14,7 @@ from typing import Any
 
 from mlmesh_local.addresses import BLOCKS, INSTANCES_MAX, Block, InstanceAddresses
 from mlmesh_local.model import ProxyNode, World
+from mlmesh_local.resources.gateway_api.derive import derive
 from mlmesh_local.resources.model import Deployment
 from mlmesh_local.resources.resource_set import ResourceSet
 from mlmesh_local.translate import service_endpoints
@@ -31,6 +32,7 @@ def offline_world(resources: ResourceSet, *, not_ready: Collection[str] = (), **
 
     Raises InvalidInput when there are more than `PROXIES_MAX` replicas.
     """
+    resources = derive(resources)
     proxies = tuple(offline_proxies(resources))
     ready = [proxy.id for proxy in proxies if proxy.id not in not_ready]
     made: dict[str, Any] = {"resources": resources, "proxies": proxies}
