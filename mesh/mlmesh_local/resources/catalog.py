@@ -122,19 +122,38 @@ def all_services(resources: ResourceSet, domain: str = "cluster.local") -> list[
     deployments = LabelIndex((d.meta.namespace, d.labels, d) for d in resources.specs(Deployment))
     workloads = LabelIndex((w.meta.namespace, w.endpoint.labels, w) for w in resources.specs(WorkloadEntry))
     behind = _Behind(deployments, workloads)
-    aliases: dict[str, list[tuple[str, str]]] = {}
     found: dict[tuple[str, str], CatalogService] = {}
+    targets: dict[tuple[str, str], str] = {}
     for service in resources.specs(Service):
         host = full_host(service.meta.name, service.meta.namespace, domain)
-        found[service.meta.namespace, host] = _of_service(service, host, behind)
+        if service.external_name:
+            targets[service.meta.namespace, host] = service.external_name
+        else:
+            found[service.meta.namespace, host] = _of_service(service, host, behind)
     for entry in resources.specs(ServiceEntry):
         for host in dict.fromkeys(entry.hosts):
             key = (entry.meta.namespace, host)
             new = _of_entry(entry, host, behind)
             found[key] = _joined(found[key], new) if key in found else new
-    if not aliases:
+    if not targets:
         return list(found.values())
+    aliases = _aliases(targets)
     return [dataclasses.replace(one, aliases=tuple(sorted(aliases.get(one.host, ())))) for one in found.values()]
+
+
+def _aliases(targets: Mapping[tuple[str, str], str]) -> dict[str, list[tuple[str, str]]]:
+    """(namespace, host) of the Services that stand for a host, by that host; some stand for one that stands for it."""
+    by_host = {host: target for (_, host), target in targets.items()}
+    found: dict[str, list[tuple[str, str]]] = {}
+    for alias, target in targets.items():
+        seen = {alias[1]}
+        final = target
+        while final in by_host and final not in seen:
+            seen.add(final)
+            final = by_host[final]
+        if final not in by_host:
+            found.setdefault(final, []).append(alias)
+    return found
 
 
 def workloads_of(service: CatalogService, deployments: Iterable[Deployment]) -> tuple[Deployment, ...]:
@@ -170,7 +189,6 @@ def _of_service(service: Service, host: str, behind: _Behind) -> CatalogService:
     ports = tuple(
         CatalogPort(number=port.number, name=port.name, protocol=port.protocol, target=port.target)
         for port in service.ports
-        if port.protocol != "udp"
     )
     accounts = behind.accounts(namespace, service.selector) if service.selector else set()
     more = [name.strip() for name in service.meta.annotations.get(ACCOUNTS, "").split(",")]
@@ -183,6 +201,11 @@ def _of_service(service: Service, host: str, behind: _Behind) -> CatalogService:
         selector=service.selector or None,
         accounts=tuple(sorted(accounts)),
         labels=service.meta.labels,
+        export_to=service.export_to,
+        headless=service.headless,
+        distribution=service.distribution,
+        node_local=service.node_local,
+        not_ready=service.not_ready,
     )
 
 
@@ -222,9 +245,7 @@ def _joined(old: CatalogService, new: CatalogService) -> CatalogService:
     if not old.is_entry:
         return old
     ports = old.ports
-    alike = all(
-        getattr(old, name) == getattr(new, name) for name in ("resolution", "labels", "selector", "export_to")
-    )
+    alike = all(getattr(old, name) == getattr(new, name) for name in ("resolution", "labels", "selector", "export_to"))
     if alike:
         numbers = {port.number for port in old.ports}
         ports = (*old.ports, *(port for port in new.ports if port.number not in numbers))

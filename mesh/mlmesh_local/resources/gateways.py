@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Literal, cast
 
 from mlmesh_local.resources.checked import part
-from mlmesh_local.resources.fields import Fields, is_host, is_ip
+from mlmesh_local.resources.fields import Fields, is_host
 from mlmesh_local.resources.model import (
     Gateway,
     GatewayServer,
     Meta,
     ServerTls,
 )
-from mlmesh_local.resources.networking import export_to
 
 _TCP_LIKE = ("TCP", "TLS", "MONGO", "MYSQL", "REDIS", "UDP")
 _TLS_VERSIONS = ("TLS_AUTO", "TLSV1_2", "TLSV1_3")

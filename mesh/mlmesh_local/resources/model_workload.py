@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mlmesh_local.resources.meta import Meta
+from mlmesh_local.resources.protocols import Protocol
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,24 +83,36 @@ class Deployment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServicePort:
-    """A port of a Service. ``target`` is a number or a container port's name.
-
-    TLS that passes through ("tls", such as the port of a gateway) is no route of the mesh: clients dial it themselves.
-    """
+    """A port of a Service. ``target`` is a number or a container port's name."""
 
     number: int
     name: str
     target: int | str
-    protocol: Literal["grpc", "http2", "http", "tls"]
+    protocol: Protocol
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Service:
-    """A name for the pods that the selector selects."""
+    """A name for the pods that the selector selects.
+
+    Attributes:
+        headless: without a cluster IP.
+        external_name: the host that an ExternalName Service stands for.
+        export_to: who sees it; empty leaves the mesh's default.
+        distribution: nearest endpoints first: of the own zone or of the own node.
+        node_local: only endpoints of the own node; a laptop is one node.
+        not_ready: whether pods that are not ready are called, too.
+    """
 
     meta: Meta
     selector: Mapping[str, str]
     ports: tuple[ServicePort, ...]
+    headless: bool = False
+    external_name: str = ""
+    export_to: tuple[str, ...] = ()
+    distribution: Literal["", "zone", "node"] = ""
+    node_local: bool = False
+    not_ready: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,9 +33,14 @@ from mlmesh_local.resources.security import (
     parse_peer_authentication,
     parse_request_authentication,
 )
+from mlmesh_local.resources.services import parse_service
 from mlmesh_local.resources.telemetry import parse_telemetry
 from mlmesh_local.resources.tree import Node, Tree, parse_yaml
-from mlmesh_local.resources.workload import parse_deployment, parse_service, parse_service_account
+from mlmesh_local.resources.workload import (
+    parse_deployment,
+    parse_pod,
+    parse_service_account,
+)
 
 DEFAULT_NAMESPACE = "mlmesh"
 DOCUMENT_BYTES_MAX = 4 * 1024 * 1024
@@ -114,6 +119,8 @@ _KINDS: tuple[_Kind, ...] = (
         group="", kind="Namespace", versions=("v1",), parse=parse_namespace, body=True, cluster_scoped=True
     ),
     _Kind(group="apps", kind="Deployment", versions=("v1",), parse=parse_deployment),
+    _Kind(group="apps", kind="StatefulSet", versions=("v1",), parse=parse_deployment),
+    _Kind(group="", kind="Pod", versions=("v1",), parse=parse_pod),
     _Kind(group="", kind="Service", versions=("v1",), parse=parse_service),
     _Kind(group="", kind="ServiceAccount", versions=("v1",), parse=parse_service_account, body=True),
     _Kind(group="", kind="ConfigMap", versions=("v1",), parse=parse_mesh_config, body=True, only=is_mesh_config),

@@ -18,7 +18,7 @@ S = TypeVar("S")
 Key = tuple[str, str, str]
 Age = tuple[bool, str, int, str, str]
 
-WORKLOAD_KINDS = frozenset({"Deployment", "Service", "ServiceAccount"})
+WORKLOAD_KINDS = frozenset({"Deployment", "Pod", "Service", "ServiceAccount", "StatefulSet"})
 """Kubernetes kinds; applying with `prune` never removes them."""
 
 

@@ -1,4 +1,4 @@
-"""Deployment, Service and ServiceAccount: the part of Kubernetes' API that a laptop can run.
+"""Deployment, StatefulSet, Pod and ServiceAccount: the part of Kubernetes' API that a laptop can run.
 
 What only a cluster can do (scheduling, resources, security contexts, volumes) is read and ignored by name; what would
 change what runs (init containers, values from ConfigMaps) is refused.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from mlmesh_local.resources.balancing import REGION, SUBZONE, ZONE
 from mlmesh_local.resources.checked import part
 from mlmesh_local.resources.fields import Fields
 from mlmesh_local.resources.model import (
@@ -17,16 +18,15 @@ from mlmesh_local.resources.model import (
     EnvironmentVariable,
     Meta,
     Probe,
-    Service,
     ServiceAccount,
-    ServicePort,
 )
+from mlmesh_local.resources.services import port_or_name
 
 REPLICAS_MAX = 100
 # fmt: off
 _CLUSTER_ONLY_POD = (
     "affinity", "automountServiceAccountToken", "dnsConfig", "dnsPolicy", "enableServiceLinks", "hostAliases",
-    "hostname", "imagePullSecrets", "nodeName", "nodeSelector", "os", "overhead", "preemptionPolicy", "priority",
+    "hostname", "imagePullSecrets", "nodeName", "os", "overhead", "preemptionPolicy", "priority",
     "priorityClassName", "readinessGates", "resourceClaims", "resources", "restartPolicy", "runtimeClassName",
     "schedulerName", "schedulingGates", "securityContext", "setHostnameAsFQDN", "shareProcessNamespace",
     "subdomain", "tolerations", "topologySpreadConstraints", "volumes",
@@ -39,20 +39,17 @@ _FIELD_PATHS = (
     "metadata.name", "metadata.namespace", "metadata.uid", "spec.nodeName", "spec.serviceAccountName",
     "status.podIP", "status.hostIP",
 )
+_CLUSTER_ONLY = (
+    "strategy", "minReadySeconds", "revisionHistoryLimit", "paused", "progressDeadlineSeconds", "serviceName",
+    "podManagementPolicy", "updateStrategy", "volumeClaimTemplates", "persistentVolumeClaimRetentionPolicy", "ordinals",
+)
 # fmt: on
-_PROTOCOLS: dict[str, Literal["grpc", "http2", "http"]] = {
-    "grpc": "grpc",
-    "grpc-web": "http",
-    "http2": "http2",
-    "http": "http",
-    # Kubernetes' standard names, https://kubernetes.io/docs/concepts/services-networking/service/#application-protocol
-    "kubernetes.io/h2c": "http2",
-}
+_TOPOLOGY = (REGION, ZONE, SUBZONE, "kubernetes.io/hostname")
 
 
 def parse_deployment(meta: Meta, spec: Fields) -> Deployment:
-    """Read a Deployment's spec."""
-    spec.ignored("strategy", "minReadySeconds", "revisionHistoryLimit", "paused", "progressDeadlineSeconds")
+    """Read the spec of a Deployment or StatefulSet, which on a laptop are the same."""
+    spec.ignored(*_CLUSTER_ONLY)
     replicas = spec.integer("replicas", low=0, high=REPLICAS_MAX)
     with spec.message("selector") as inner:
         inner.unsupported("matchExpressions")
@@ -66,6 +63,7 @@ def parse_deployment(meta: Meta, spec: Fields) -> Deployment:
             annotations = dict(metadata.text_map("annotations"))
         with template.message("spec") as pod:
             service_account, grace_s, containers = _pod(pod)
+            labels = {**_topology(pod), **labels}
     for key, value in selected.items():
         if labels.get(key) != value:
             spec.refuse("selector", f'selects "{key}: {value}", which the template\'s labels do not have')
@@ -78,6 +76,26 @@ def parse_deployment(meta: Meta, spec: Fields) -> Deployment:
         containers=containers,
         termination_grace_s=grace_s,
     )
+
+
+def parse_pod(meta: Meta, spec: Fields) -> Deployment:
+    """Read a Pod's spec: a workload of one replica."""
+    topology = _topology(spec)
+    service_account, grace_s, containers = _pod(spec)
+    return Deployment(
+        meta=meta,
+        replicas=1,
+        labels={**topology, **meta.labels},
+        annotations=meta.annotations,
+        service_account=service_account,
+        containers=containers,
+        termination_grace_s=grace_s,
+    )
+
+
+def _topology(pod: Fields) -> dict[str, str]:
+    """Labels of the node that a pod asks for: where it runs. Kubernetes copies them to the pod."""
+    return {label: value for label, value in pod.text_map("nodeSelector").items() if label in _TOPOLOGY}
 
 
 def _pod(pod: Fields) -> tuple[str, int, tuple[Container, ...]]:
@@ -186,74 +204,6 @@ def _probe(fields: Fields) -> Probe:
         failure_threshold=fields.integer("failureThreshold", low=1, high=10000) or 3,
         success_threshold=fields.integer("successThreshold", low=1, high=10000) or 1,
     )
-
-
-def port_or_name(fields: Fields, name: str) -> int | str:
-    """A port's number, or the name of a container port."""
-    node = fields.raw(name)
-    if node is None:
-        fields.required(name)
-        return 0
-    if isinstance(node.value, str):
-        return int(node.value) if node.value.isdigit() else node.value
-    return fields.port(name)
-
-
-def parse_service(meta: Meta, spec: Fields) -> Service:
-    """Read a Service's spec."""
-    spec.ignored(
-        "internalTrafficPolicy", "externalTrafficPolicy", "ipFamilies", "ipFamilyPolicy", "healthCheckNodePort"
-    )
-    spec.ignored("allocateLoadBalancerNodePorts", "loadBalancerClass", "loadBalancerIP", "loadBalancerSourceRanges")
-    spec.ignored("clusterIPs", "trafficDistribution")
-    spec.unsupported("externalName", "externalIPs", "sessionAffinityConfig", "publishNotReadyAddresses")
-    spec.choice("type", ("ClusterIP", "LoadBalancer", "NodePort"), "ClusterIP", unsupported=("ExternalName",))
-    spec.choice("sessionAffinity", ("None",), "None", unsupported=("ClientIP",))
-    if spec.text("clusterIP") == "None":
-        spec.refuse("clusterIP", "not supported: headless services; endpoints come from the control plane")
-    ports: list[ServicePort] = []
-    for item in spec.messages("ports"):
-        with item:
-            ports.append(_service_port(item))
-    numbers = [port.number for port in ports]
-    for number in sorted({number for number in numbers if numbers.count(number) > 1}):
-        spec.refuse("ports", f"the port {number} occurs twice")
-    if not ports:
-        spec.problems.add(spec.at, '"ports" needs at least one port')
-    return Service(meta=meta, selector=spec.text_map("selector"), ports=tuple(ports))
-
-
-def _service_port(fields: Fields) -> ServicePort:
-    fields.ignored("nodePort")
-    fields.choice("protocol", ("TCP",), "TCP", unsupported=("UDP", "SCTP"))
-    number = fields.port("port", required=True)
-    name = fields.text("name")
-    application = fields.text("appProtocol")
-    target: int | str = port_or_name(fields, "targetPort") if fields.has("targetPort") else number
-    fields.ignored("targetPort")
-    return ServicePort(number=number, name=name, target=target, protocol=_port_protocol(fields, name, application))
-
-
-def _port_protocol(fields: Fields, name: str, application: str) -> Literal["grpc", "http2", "http", "tls"]:
-    """Istio's rule: appProtocol, else the port name up to its first hyphen.
-
-    https://istio.io/latest/docs/ops/configuration/traffic-management/protocol-selection/
-    """
-    if application:
-        protocol = _PROTOCOLS.get(application.lower())
-        if protocol is None:
-            fields.refuse("appProtocol", f'not supported: "{application}"; use one of {", ".join(_PROTOCOLS)}')
-        return protocol or "http"
-    for prefix in sorted(_PROTOCOLS, key=len, reverse=True):
-        if name.lower() == prefix or name.lower().startswith(f"{prefix}-"):
-            return _PROTOCOLS[prefix]
-    if name.lower().split("-")[0] in {"https", "tls"}:
-        return "tls"
-    where = "name" if fields.has("name") else "port"
-    fields.refuse(
-        where, "not supported: a port of unknown protocol; name it grpc-…, http2-… or http-…, or set appProtocol"
-    )
-    return "http"
 
 
 def parse_service_account(meta: Meta, body: Fields) -> ServiceAccount:

@@ -21,7 +21,7 @@ def clusters(view: View, proxy: ProxyNode) -> dict[str, Json]:
     """CDS."""
     result = outbound_clusters(view, proxy)
     for port, protocol in inbound_ports(view, proxy).items():
-        cluster = inbound_cluster(proxy, port, http2=protocol != "http")
+        cluster = inbound_cluster(view, proxy, port, protocol)
         result[cluster["name"]] = cluster
     return result
 

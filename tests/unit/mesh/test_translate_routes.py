@@ -193,6 +193,17 @@ RETRIES = {
             },
         },
     },
+    "{attempts: 1, retryRemoteLocalities: true}": {
+        "num_retries": 1,
+        "retry_priority": {
+            "name": "envoy.retry_priorities.previous_priorities",
+            "typed_config": {
+                "@type": "type.googleapis.com/"
+                "envoy.extensions.retry.priority.previous_priorities.v3.PreviousPrioritiesConfig",
+                "update_frequency": 2,
+            },
+        },
+    },
 }
 
 
@@ -278,7 +289,7 @@ def test_a_destination_without_port_takes_the_listeners() -> None:
 def test_hash_load_balancing_is_on_the_route_and_keeps_its_host_on_retries() -> None:
     rule = destination_rule("{loadBalancer: {consistentHash: {httpHeaderName: X-User}}}")
     it = Told("client", rule, virtual_service(f"[{{{TO_SERVER}}}]"))
-    assert it.action()["hash_policy"] == [{"header": {"header_name": "x-user"}}]
+    assert it.action()["hash_policy"] == [{"header": {"header_name": "X-User"}}]
     assert it.action()["retry_policy"]["retry_host_predicate"] == []
     assert it.cluster()["lb_policy"] == "RING_HASH"
 
