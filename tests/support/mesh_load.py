@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import grpc
 
-from tests.support.envoy_mesh import EnvoyMesh
+from tests.support.envoy_mesh import Answer, EnvoyMesh
 
 
 class Outcomes:
@@ -46,19 +46,26 @@ class Outcomes:
 
 
 @contextlib.asynccontextmanager
-async def under_load(mesh: EnvoyMesh, *, callers: int = 4, client: str = "client-0") -> AsyncIterator[Outcomes]:
-    """Calls without pause by several callers while the block runs."""
+async def under_load(
+    mesh: EnvoyMesh,
+    *,
+    callers: int = 4,
+    client: str = "client-0",
+    call: Callable[[], Awaitable[Answer]] | None = None,
+) -> AsyncIterator[Outcomes]:
+    """Calls without pause by several callers while the block runs; ``call`` is how, by default a plain one."""
     outcomes = Outcomes(callers)
     stop = asyncio.Event()
 
-    async def call(caller: int) -> None:
+    async def run(caller: int) -> None:
         while not stop.is_set():
             began = time.perf_counter()
-            outcomes.add(caller, began, (await mesh.call(client)).code)
+            answer = await (call() if call else mesh.call(client))
+            outcomes.add(caller, began, answer.code)
 
     async with asyncio.TaskGroup() as group:
         for caller in range(callers):
-            group.create_task(call(caller))
+            group.create_task(run(caller))
         try:
             yield outcomes
         finally:

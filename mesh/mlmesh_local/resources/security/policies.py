@@ -25,6 +25,7 @@ RULES_MAX = 512
 SOURCES_MAX = 512
 # Go's strconv.ParseBool.
 _TRUE = frozenset({"1", "t", "T", "TRUE", "true", "True"})
+_FALSE = frozenset({"0", "f", "F", "FALSE", "false", "False"})
 
 
 def parse_authorization_policy(meta: Meta, spec: Fields) -> AuthorizationPolicy:
@@ -60,11 +61,14 @@ def _provider(spec: Fields, action: PolicyAction) -> str:
 
 
 def _dry_run(meta: Meta, spec: Fields, action: PolicyAction) -> bool:
-    dry = meta.annotations.get(DRY_RUN, "") in _TRUE
-    if dry and action == "CUSTOM":
-        message = f"the annotation {DRY_RUN} is not supported with action CUSTOM: Istio 1.31 denies what such a policy"
-        spec.problems.add(spec.at, f"{message} matches instead of trying it (pilot/pkg/security/authz/builder)")
-    return dry
+    text = meta.annotations.get(DRY_RUN)
+    if text is None:
+        return False
+    if action not in ("ALLOW", "DENY"):
+        spec.problems.add(spec.at, f"the annotation {DRY_RUN} goes with action ALLOW or DENY only, not with {action}")
+    elif text not in _TRUE | _FALSE:
+        spec.problems.add(spec.at, f'the annotation {DRY_RUN} must be "true" or "false", not "{text}"')
+    return text in _TRUE
 
 
 def _items(fields: Fields, name: str, most: int = 0) -> Iterator[Fields]:
