@@ -20,6 +20,7 @@ from mlmesh_cli.commands.engines import engines_app
 from mlmesh_cli.commands.infer import infer
 from mlmesh_cli.commands.jobs import jobs_app
 from mlmesh_cli.commands.lifecycle import down, init, status, up
+from mlmesh_cli.commands.metrics import metrics
 from mlmesh_cli.commands.models import models_app
 from mlmesh_cli.commands.optimize import optimize
 from mlmesh_cli.commands.quota import quota_app
@@ -81,6 +82,7 @@ app.command(rich_help_panel=_WORK)(infer)
 app.add_typer(quota_app, name="quota", rich_help_panel=_WORK)
 app.add_typer(audit_app, name="audit", rich_help_panel=_LOOK)
 app.command(rich_help_panel=_LOOK)(routes)
+app.command(rich_help_panel=_LOOK)(metrics)
 app.command(rich_help_panel=_LOOK)(translate)
 app.add_typer(streams_app, name="streams", rich_help_panel=_LOOK)
 app.add_typer(traces_app, name="traces", rich_help_panel=_LOOK)

@@ -19,6 +19,9 @@ ADS_PORT = 15010
 # Bound, never listened on: who holds it owns the block. The kernel frees it when the process dies, however it dies.
 CLAIM_PORT = 15011
 OTLP_PORT = 4317
+ALS_PORT = 15013
+# Where Istio's control plane has its own metrics.
+METRICS_PORT = 15014
 ADMIN_PORT = 15000
 BLOCKS = range(64, 192)
 INSTANCES_MAX = 250
@@ -44,6 +47,16 @@ class Block:
     def otlp(self) -> str:
         """``host:port`` of the trace collector."""
         return f"{self.control}:{OTLP_PORT}"
+
+    @property
+    def als(self) -> str:
+        """``host:port`` of the access log service, which makes Istio's metrics."""
+        return f"{self.control}:{ALS_PORT}"
+
+    @property
+    def metrics(self) -> str:
+        """``host:port`` at which Prometheus can scrape the mesh."""
+        return f"{self.control}:{METRICS_PORT}"
 
     def instance(self, number: int) -> InstanceAddresses:
         """Addresses of instance 1..250."""
@@ -98,7 +111,7 @@ def claim(preference: str) -> Claim:
         holder = _bind(block.control, CLAIM_PORT, reuse=False)
         if holder is None:
             continue
-        if all(is_free(block.control, port) for port in (ADS_PORT, OTLP_PORT)):
+        if all(is_free(block.control, port) for port in (ADS_PORT, OTLP_PORT, ALS_PORT, METRICS_PORT)):
             return Claim(block, holder)
         holder.close()
     raise NotReady(f"all {len(BLOCKS)} loopback blocks 127.{BLOCKS.start}-{BLOCKS.stop - 1}.0.0/16 are in use")

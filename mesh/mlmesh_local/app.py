@@ -21,6 +21,7 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc
 
 from mlmesh.local.v1 import local_pb2, local_pb2_grpc
 from mlmesh_local import addresses
+from mlmesh_local.access_logs import AccessLogs
 from mlmesh_local.certificates import Certificates
 from mlmesh_local.changes import Changes
 from mlmesh_local.chaos.faults import Faults
@@ -31,6 +32,9 @@ from mlmesh_local.guardian import guard
 from mlmesh_local.instance import SidecarSetup
 from mlmesh_local.instances import Folders
 from mlmesh_local.mesh import Mesh, SupervisorTraffic
+from mlmesh_local.metering import Metering
+from mlmesh_local.metrics import endpoint
+from mlmesh_local.metrics.exposition import CONTENT_TYPE
 from mlmesh_local.options import Options
 from mlmesh_local.pki import Authority
 from mlmesh_local.poller import StatsPoller
@@ -99,10 +103,13 @@ async def _run(start: Start, block: addresses.Block, report: Report) -> None:
     token = _tokens(secrets.token_bytes(32))
     traces = TraceStore(state.traces, clock_ns=time.time_ns)
     executor = BoundedExecutor("traces", workers_max=1)
+    metering = Metering()
     try:
         async with (
             _control_plane(block, token) as ads,
             _collector(block, traces, executor),
+            _plain_server(block.als, AccessLogs(metering.metrics).attach),
+            endpoint.serve(block.metrics, metering.page, content_type=CONTENT_TYPE),
             asyncio.TaskGroup() as instances_group,
         ):
             guardian = instances_group.create_task(guard(state.path))
@@ -112,6 +119,7 @@ async def _run(start: Start, block: addresses.Block, report: Report) -> None:
                 ads=ads,
                 traces=traces,
                 executor=executor,
+                metering=metering,
                 changes=changes,
                 group=instances_group,
                 token=token,
@@ -124,6 +132,7 @@ async def _run(start: Start, block: addresses.Block, report: Report) -> None:
                         mesh.rotate_logs(),
                         mesh.certificates.run(),
                         mesh.stats.run(),
+                        mesh.metering.run(),
                         mesh.faults.run(),
                     )
                 ]
@@ -153,6 +162,7 @@ def _build(
     ads: AdsServer,
     traces: TraceStore,
     executor: BoundedExecutor,
+    metering: Metering,
     changes: Changes,
     group: asyncio.TaskGroup,
     token: Token,
@@ -182,14 +192,18 @@ def _build(
         gateway_address=start.gateway_address,
         instances=lambda: supervisor.instances,
         detour=faults.detour,
+        describe=metering.describe,
     )
-    stats = StatsPoller(lambda: list(supervisor.instances.values()), changed=changes.notify)
+    stats = StatsPoller(
+        lambda: list(supervisor.instances.values()), changed=changes.notify, dropped=metering.metrics.lost
+    )
     supervisor.traffic = SupervisorTraffic(configuration, stats)
     return Mesh(
         supervisor=supervisor,
         configuration=configuration,
         certificates=certificates,
         stats=stats,
+        metering=metering,
         traces=traces,
         trace_executor=executor,
         changes=changes,

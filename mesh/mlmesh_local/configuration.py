@@ -56,6 +56,7 @@ class Configuration:
         gateway_address: str,
         instances: Callable[[], Mapping[str, Instance]],
         detour: Callable[[Endpoint], Endpoint] = lambda endpoint: endpoint,
+        describe: Callable[[World], None] = lambda _world: None,
     ) -> None:
         self.resources = resources
         self.world = World(resources=resources, otlp_address=block.otlp)
@@ -66,6 +67,7 @@ class Configuration:
         self._gateway_address = gateway_address
         self._instances = instances
         self._detour = detour
+        self._describe = describe
         self._known: set[str] = set()
         self._turn = asyncio.Lock()
 
@@ -73,6 +75,11 @@ class Configuration:
     def version(self) -> str:
         """Version of what was pushed last."""
         return self.world.version
+
+    @property
+    def metrics_address(self) -> str:
+        """``host:port`` at which Prometheus can scrape the mesh."""
+        return self._block.metrics
 
     @property
     def workloads(self) -> list[Workload]:
@@ -168,6 +175,7 @@ class Configuration:
             proxies=proxies,
             endpoints=tuple(map(self._detour, endpoints)),
             otlp_address=self._block.otlp,
+            als_address=self._block.als,
         )
 
     def _proxy(self, plan: InstancePlan, resources: ResourceSet) -> ProxyNode:
@@ -195,6 +203,8 @@ class Configuration:
 
     def _push(self, world: World, snapshots: Mapping[str, Snapshot]) -> None:
         self.world = world
+        # Before sidecars act on it: what they then report is to be understood.
+        self._describe(world)
         instances = self._instances()
         for proxy in world.proxies:
             if proxy.id in instances:

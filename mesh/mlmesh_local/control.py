@@ -16,6 +16,7 @@ from mlmesh.local.v1 import local_pb2, local_pb2_grpc
 from mlmesh_local import messages
 from mlmesh_local.chaos.faults import DURATION_MAX_S, Part
 from mlmesh_local.mesh import Mesh
+from mlmesh_local.metrics.queries import HISTORY_S, unknown_labels
 from mlmesh_local.pki import LEAF_TTL
 from mlmesh_local.resources.parse import DEFAULT_NAMESPACE, Document
 from mlmesh_local.routes import list_routes
@@ -30,6 +31,8 @@ WATCH_INTERVAL_S = 1.0
 # A burst of changes is one message: nobody reads faster.
 WATCH_PAUSE_S = 0.1
 TRACES_PAGE = 20
+METRICS_BY = ("source_workload", "destination_service_name", "destination_workload")
+GROUPS_MAX = 1000
 FAULT_S = 30.0
 
 
@@ -99,6 +102,20 @@ class LocalMeshServicer(local_pb2_grpc.LocalMeshServiceServicer):
         observed = await self._mesh.stats.observed(_seconds(request, "share_window", SHARE_WINDOW_S))
         routes = list_routes(self._mesh.resources, request.host)
         return local_pb2.ListRoutesResponse(routes=[messages.route(item, observed) for item in routes])
+
+    async def GetMetrics(self, request: local_pb2.GetMetricsRequest, context: Context) -> local_pb2.GetMetricsResponse:
+        """Rates, errors and latencies by labels."""
+        window_s = _seconds(request, "window", SHARE_WINDOW_S, most=HISTORY_S)
+        by = tuple(request.by) or METRICS_BY
+        unknown = unknown_labels([*by, *request.where])
+        if unknown:
+            raise InvalidInput(f"{unknown[0]} is not a label of istio_requests_total", field="by")
+        where = {"reporter": "destination", **request.where}
+        covered_s, rows = self._mesh.metering.history.query(window_s, by=by, where=where)
+        return local_pb2.GetMetricsResponse(
+            groups=[messages.call_group(row, covered_s) for row in rows[:GROUPS_MAX]],
+            window=messages.duration(round(covered_s * 1e9)),
+        )
 
     async def ListTraces(self, request: local_pb2.ListTracesRequest, context: Context) -> local_pb2.ListTracesResponse:
         """Traces, newest first."""

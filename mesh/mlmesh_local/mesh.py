@@ -17,6 +17,7 @@ from mlmesh_local.changes import Changes
 from mlmesh_local.chaos.faults import Faults
 from mlmesh_local.configuration import ApplyOutcome, Configuration, gateways_of
 from mlmesh_local.instance import Instance
+from mlmesh_local.metering import Metering
 from mlmesh_local.pki import Certificate, Clock
 from mlmesh_local.poller import StatsPoller
 from mlmesh_local.process import rotate
@@ -52,6 +53,7 @@ class Mesh:
         configuration: Configuration,
         certificates: Certificates,
         stats: StatsPoller,
+        metering: Metering,
         traces: TraceStore,
         trace_executor: BoundedExecutor,
         changes: Changes,
@@ -65,6 +67,7 @@ class Mesh:
         self.configuration = configuration
         self.certificates = certificates
         self.stats = stats
+        self.metering = metering
         self.traces = traces
         self.trace_executor = trace_executor
         self.changes = changes

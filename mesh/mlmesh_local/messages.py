@@ -15,6 +15,7 @@ from mlmesh_local.chaos.faults import ActiveFault
 from mlmesh_local.configuration import ApplyOutcome
 from mlmesh_local.instance import Instance, State
 from mlmesh_local.mesh import Mesh
+from mlmesh_local.metrics.queries import Row
 from mlmesh_local.routes import Route, configured_shares
 from mlmesh_local.stats import Counts, Destination
 from mlmesh_local.traces import Span, TraceSummary
@@ -51,6 +52,7 @@ def mesh_status(mesh: Mesh, observed: Mapping[Destination, Counts]) -> local_pb2
         supervisor_pid=mesh.pid,
         ca_expire_time=timestamp(mesh.certificates.authority.expire_time),
         ready=mesh.ready,
+        metrics_address=mesh.configuration.metrics_address,
     )
 
 
@@ -149,6 +151,23 @@ def disturbance(fault: local_pb2.NetworkFault) -> Disturbance:
         cut=fault.cut,
         blackhole=_BLACKHOLES.get(fault.blackhole, Blackhole.NONE),
         corrupt=fault.corrupt_percent / 100,
+    )
+
+
+def call_group(row: Row, covered_s: float) -> local_pb2.CallGroup:
+    """Calls of one group."""
+    return local_pb2.CallGroup(
+        labels=row.labels,
+        requests=row.requests,
+        rate=row.requests / covered_s,
+        share=row.share,
+        errors=row.errors,
+        statuses=row.statuses,
+        p50=duration(round(row.quantile_ms(0.5) * 1e6)),
+        p90=duration(round(row.quantile_ms(0.9) * 1e6)),
+        p99=duration(round(row.quantile_ms(0.99) * 1e6)),
+        request_messages=row.messages_received,
+        response_messages=row.messages_sent,
     )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 
 from mlmesh_local import sidecar
 from mlmesh_local.instance import Instance
-from mlmesh_local.stats import STATS_REQUEST, Counts, Destination, Traffic, parse_counters
+from mlmesh_local.stats import STATS_REQUEST, Counts, Destination, Traffic, parse_counters, parse_dropped
 from mlmesh_runtime.errors import MeshError
 
 logger = logging.getLogger(__name__)
@@ -22,9 +22,17 @@ FRESH_S = 0.05
 class StatsPoller:
     """Observed traffic of all sidecars."""
 
-    def __init__(self, instances: Callable[[], Iterable[Instance]], *, changed: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        instances: Callable[[], Iterable[Instance]],
+        *,
+        changed: Callable[[], None],
+        dropped: Callable[[int], None] = lambda _entries: None,
+    ) -> None:
         self._instances = instances
         self._changed = changed
+        self._dropped = dropped
+        self._dropped_before: dict[str, int] = {}
         self._traffic = Traffic()
         self._generation: dict[str, int] = {}
         self._polled_s = 0.0
@@ -62,11 +70,15 @@ class StatsPoller:
         if not process:
             return
         try:
-            counters = parse_counters(await sidecar.admin(instance.plan.addresses.admin, STATS_REQUEST))
+            body = await sidecar.admin(instance.plan.addresses.admin, STATS_REQUEST)
+            counters, dropped = parse_counters(body), parse_dropped(body)
         except (MeshError, ValueError) as error:
             logger.debug("no statistics", extra={"instance": instance.name, "reason": str(error)})
             return
         if self._generation.get(instance.name) != process:
             self._traffic.restarted(instance.name)
             self._generation[instance.name] = process
+            self._dropped_before.pop(instance.name, None)
+        self._dropped(dropped - self._dropped_before.get(instance.name, 0))
+        self._dropped_before[instance.name] = dropped
         self._traffic.record(instance.name, counters)

@@ -13,8 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 HISTORY_S = 600.0
-# Only what is read: clusters of the outbound direction and the gRPC filter's counters.
-STATS_REQUEST = "/stats?format=json&type=Counters&usedonly&filter=%5Ecluster%5C.outbound%5C%7C.*%5C.grpc%5C."
+# Only what is read: clusters of the outbound direction and the gRPC filter's counters, reports that were dropped.
+STATS_REQUEST = (
+    "/stats?format=json&type=Counters&usedonly"
+    "&filter=%5Ecluster%5C.outbound%5C%7C.*%5C.grpc%5C.%7C%5Eaccess_logs%5C..*%5C.logs_dropped%24"
+)
 _COUNTER = re.compile(r"^cluster\.outbound\|(\d+)\|([^|]*)\|(.+?)\.grpc\.(?:.*\.)?(total|success|failure)$")
 
 
@@ -63,6 +66,12 @@ def parse_counters(body: bytes) -> dict[Destination, Counts]:
         destination: Counts(requests=total, failures=max(0, total - successes.get(destination, 0)))
         for destination, total in requests.items()
     }
+
+
+def parse_dropped(body: bytes) -> int:
+    """Reports of requests that an Envoy dropped because it could not send them fast enough."""
+    found = json.loads(body).get("stats", ())
+    return sum(int(item["value"]) for item in found if item.get("name", "").endswith(".logs_dropped"))
 
 
 @dataclass(slots=True)

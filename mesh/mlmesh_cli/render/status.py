@@ -117,6 +117,8 @@ def status_view(status: pb.MeshStatus, now: datetime) -> RenderableType:
     if status.shares:
         parts.append(shares_table(status.shares))
     parts += [Text(f"gateway {g.gateway} listens on {g.address} ({g.tls_mode})") for g in status.gateways]
+    if status.metrics_address:
+        parts.append(Text(f"Istio's metrics for Prometheus at http://{status.metrics_address}/metrics"))
     return Group(*parts)
 
 

@@ -4,7 +4,7 @@
     metrics = MeshMetrics(clock=time.monotonic)
     metrics.directory = directory
     metrics.http("client-0", "outbound", call)       # mlmesh_local.access_logs does this for every entry
-    text = exposition(metrics)                       # what Prometheus scrapes
+    text = "".join(exposition(metrics))              # what Prometheus scrapes
 
 Names, labels and their values are those of Istio's stats filter, which the Envoy of the laptop does not have:
 https://istio.io/latest/docs/reference/config/metrics/. Pure: no sockets, no gRPC.

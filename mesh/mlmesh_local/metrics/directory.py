@@ -70,7 +70,11 @@ class Directory:
         }
         return cls(
             nodes=nodes,
-            addresses={proxy.pod_address: nodes[proxy.id] for proxy in world.proxies},
+            # Where a fault is between them, calls go to another address than the pod's.
+            addresses={
+                **{each.address: nodes[each.instance] for each in world.endpoints if each.instance in nodes},
+                **{proxy.pod_address: nodes[proxy.id] for proxy in world.proxies},
+            },
             identities={identity: next(iter(found)) for identity, found in by_identity.items() if len(found) == 1},
             services=services,
             own=_own_services(view, services),

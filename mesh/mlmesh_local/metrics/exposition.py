@@ -7,13 +7,20 @@ from collections.abc import Iterator, Mapping
 from mlmesh_local.metrics.names import BUCKETS, OWN, STANDARD
 from mlmesh_local.metrics.registry import Distribution, MeshMetrics, Sample, samples
 
+PIECE_LINES = 500
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _BOUNDS = (*(f"{bound:g}" if bound < 1e6 else str(int(bound)) for bound in BUCKETS), "+Inf")
 
 
-def exposition(metrics: MeshMetrics) -> str:
-    """The text of a scrape."""
-    return "\n".join([*_lines(metrics), ""])
+def exposition(metrics: MeshMetrics) -> Iterator[str]:
+    """The text of a scrape, piece by piece: that of many label sets takes a while."""
+    piece: list[str] = []
+    for line in _lines(metrics):
+        piece.append(line)
+        if len(piece) >= PIECE_LINES:
+            yield "\n".join([*piece, ""])
+            piece.clear()
+    yield "\n".join([*piece, ""])
 
 
 def _lines(metrics: MeshMetrics) -> Iterator[str]:

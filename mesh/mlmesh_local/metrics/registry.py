@@ -12,7 +12,7 @@ from mlmesh_local.metrics.labels import peer_labels, security_policy
 from mlmesh_local.metrics.names import BUCKETS, STANDARD, Metric
 from mlmesh_local.metrics.overrides import PLAIN, Plan, Plans, Tags
 
-SERIES_MAX = 10_000
+SERIES_MAX = 2_000
 """Most label sets; what would need another one is dropped and counted."""
 STREAMS_MAX = 20_000
 """Most open streams and connections whose counts are followed while they run."""
@@ -125,6 +125,10 @@ class MeshMetrics:
     def refused(self, entries: int) -> None:
         """Entries came from nobody who is known."""
         self.dropped["unknown_proxy"] += entries
+
+    def lost(self, entries: int) -> None:
+        """An Envoy dropped entries because it could not send them fast enough."""
+        self.dropped["envoy"] += entries
 
     def http(self, call: HttpCall) -> None:
         """Count a request, or what an open one has sent so far."""

@@ -37,7 +37,7 @@ _ALL = list(_commands(typer.main.get_command(app)))
 def test_every_command_of_the_issue_is_here() -> None:
     names = {path[0] for path, _ in _ALL}
     assert names == {
-        "init", "up", "down", "status", "apply", "demo", "train",
+        "metrics", "init", "up", "down", "status", "apply", "demo", "train",
         "studies", "jobs", "models", "datasets", "infer", "routes", "traces", "certs",
         "quota", "audit", "optimize", "streams", "engines", "translate",
     }  # fmt: skip
