@@ -26,8 +26,9 @@ from mlmesh_local.resources.gateways import parse_gateway
 from mlmesh_local.resources.model import Service, ServiceEntry
 from mlmesh_local.resources.networking import parse_virtual_service
 from mlmesh_local.resources.problems import At, Problems
+from mlmesh_local.resources.services import parse_service
 from mlmesh_local.resources.tree import Node
-from mlmesh_local.resources.workload import parse_deployment, parse_service, parse_service_account
+from mlmesh_local.resources.workload import parse_deployment, parse_service_account
 
 if TYPE_CHECKING:
     from mlmesh_local.resources.resource_set import ResourceSet
@@ -84,7 +85,8 @@ def derive(resources: ResourceSet) -> ResourceSet:
 
 def conversion_of(resources: ResourceSet) -> Conversion:
     """The conversion itself, with the results that statuses tell."""
-    by_age = sorted(resources, key=lambda one: one.age)
+    # Of one age, the Gateway API takes them by namespace and name.
+    by_age = sorted(resources, key=lambda one: (one.age[:3], one.spec.meta.namespace, one.spec.meta.name))
     routes = [resource.spec for resource in by_age if isinstance(resource.spec, Route)]
     return convert(
         Inputs(
@@ -103,11 +105,10 @@ def conversion_of(resources: ResourceSet) -> Conversion:
 def _parse(item: Derived, problems: Problems) -> Any:
     origin = item.origin.at
     at = At(source=origin.source, line=item.meta.at.line, resource=str(item.origin), path="")
-    gateways = tuple(item.spec.get("gateways", ()))
     document = dict(item.spec)
-    if any("~" in name for name in gateways):
-        # No person can write such a name, so the parser refuses it.
-        document["gateways"] = [f"{item.meta.namespace}/listener"]
+    if item.kind == "VirtualService":
+        # No person can write its gateways, nor server names that are none of its hosts: the parser would refuse them.
+        document.update(hosts=["*"], gateways=[f"{item.meta.namespace}/listener"])
     node = _node(document, at.line)
     if item.rules and isinstance(node.value, dict):
         section = next(name for name in ("http", "tls", "tcp") if name in item.spec)
@@ -116,7 +117,9 @@ def _parse(item: Derived, problems: Problems) -> Any:
     fields = Fields(node, at, problems)
     spec = _PARSERS[item.kind](item.meta, fields)
     fields.done()
-    return replace(spec, gateways=gateways) if gateways else spec
+    if item.kind == "VirtualService":
+        return replace(spec, hosts=tuple(item.spec["hosts"]), gateways=tuple(item.spec["gateways"]))
+    return spec
 
 
 def _rules(item: Derived, section: str) -> Iterable[tuple[Any, RouteRule]]:

@@ -69,7 +69,9 @@ def gateway_services(gateway: KubernetesGateway, domain: str) -> tuple[tuple[str
     hosts = [address.value for address in gateway.addresses if address.type == "Hostname"]
     full = tuple(host if "." in host else f"{host}.{namespace}.svc.{domain}" for host in hosts)
     if skipped:
-        return full, Fault(reason="UnsupportedAddress", message=f"only Hostname is supported, ignoring {skipped}")
+        return full, Fault(
+            reason="UnsupportedAddress", message=f"only Hostname is supported, ignoring [{' '.join(skipped)}]"
+        )
     return full, None
 
 
