@@ -103,6 +103,8 @@ def _convert(
     tls, fault = _tls(gateway, listener, around)
     hosts = _hosts(gateway, listener, labels)
     accepted = _protocol_fault(listener.protocol)
+    if accepted is None and fault is not None and fault.reason == "RefNotPermitted":
+        accepted = Fault(reason="NoValidCACertificate", message=fault.message)
     server: dict[str, Any] | None = {
         "port": {"name": "default", "number": listener.port, "protocol": listener.protocol},
         "hosts": hosts,
