@@ -36,8 +36,14 @@ class Accepted:
     why: str
     where: tuple[tuple[str, ...], ...]
     fields: tuple[str, ...] = ()
+    refused: bool = False
     ours: Any = field(default=None)
     theirs: Any = field(default=None)
+
+    @property
+    def compared(self) -> bool:
+        """Whether the table of cases meets it; others show in behaviour only."""
+        return bool(self.where) or self.refused
 
     def covers(self, mismatch: Mismatch) -> bool:
         """Whether a mismatch is this difference."""
@@ -58,6 +64,7 @@ def accepted(path: Path = DIFFERENCES) -> list[Accepted]:
             why=item["why"],
             where=tuple(tuple(part.strip() for part in text.split(" / ")) for text in item.get("where", [])),
             fields=tuple(item.get("fields", [])),
+            refused=item.get("refused", False),
             ours=item.get("ours"),
             theirs=item.get("theirs"),
         )

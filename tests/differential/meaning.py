@@ -30,6 +30,20 @@ _CAPTURE_CHAINS = (
 )
 _CAPTURE_LISTENERS = ("virtualInbound", "virtualOutbound")
 _CAPTURE_CLUSTERS = ("PassthroughCluster", "InboundPassthroughCluster")
+# What Envoy does when nothing is said.
+_MANAGER_DEFAULTS: dict[str, Any] = {
+    "codec_type": "AUTO",
+    "http2_protocol_options": {},
+    "http_protocol_options": {},
+    "path_with_escaped_slashes_action": "KEEP_UNCHANGED",
+    "request_id_extension": {
+        "typed_config": {
+            "@type": "type.googleapis.com/envoy.extensions.request_id.uuid.v3.UuidRequestIdConfig",
+            "use_request_id_for_trace_sampling": True,
+        }
+    },
+    "use_remote_address": False,
+}
 _ISTIO_ALPN = {"istio", "istio-peer-exchange", "istio-http/1.0", "istio-http/1.1", "istio-h2"}
 
 
@@ -163,6 +177,12 @@ class _Meaning:
             for key, value in config.items()
             if key not in ("@type", "rds", "route_config", "http_filters", "stat_prefix", "config_source")
         }
+        for key, value in _MANAGER_DEFAULTS.items():
+            if result.get(key) == value:
+                del result[key]
+        if "provider" not in result.get("tracing", {}):
+            # Nobody to report to: tags and shares of what is not reported.
+            result.pop("tracing", None)
         result["filters"] = self._filters(config.get("http_filters", []), overrides)
         result["hosts"] = self._hosts(table or {})
         return result

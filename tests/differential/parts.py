@@ -30,8 +30,12 @@ def cluster_meaning(cluster: Json, side: Side) -> Json:
     dropped = (*_CLUSTER_DROPPED, *(_INBOUND_DROPPED if inbound else ()))
     result = {key: value for key, value in cluster.items() if key not in dropped}
     options = cluster.get("typed_extension_protocol_options", {}).get(_HTTP_OPTIONS)
-    if options:
-        result["http"] = {key: value for key, value in options.items() if key != "@type"}
+    http = {key: value for key, value in (options or {}).items() if key != "@type"}
+    if http.get("explicit_http_config") == {"http_protocol_options": {}}:
+        # HTTP/1.1 is what a cluster without options speaks.
+        del http["explicit_http_config"]
+    if http:
+        result["http"] = http
     for threshold in result.get("circuit_breakers", {}).get("thresholds", []):
         # Statistics of what is left; Istio has them by an environment variable.
         threshold.pop("track_remaining", None)
@@ -45,6 +49,8 @@ def cluster_meaning(cluster: Json, side: Side) -> Json:
     for match in result.pop("transport_socket_matches", []):
         key = "mesh" if match.get("match", {}).get("tlsMode") == "istio" else "other"
         result["tls"][key] = tls_meaning(match["transport_socket"], side)
+    if result.get("common_lb_config") == {}:
+        del result["common_lb_config"]
     panic = result.get("common_lb_config", {}).get("healthy_panic_threshold")
     if panic == {}:
         result["common_lb_config"]["healthy_panic_threshold"] = {"value": 0}
@@ -63,11 +69,20 @@ def tls_meaning(socket: Json | None, side: Side) -> Json | None:
     if short(config.get("@type", "")) == "RawBuffer":
         return {"wrapped": wrapped}
     common = config.pop("common_tls_context", {})
+    server = short(config.get("@type", "")) == "DownstreamTlsContext"
+    if config.get("require_client_certificate") is False:
+        del config["require_client_certificate"]
     result: Json = {key: value for key, value in config.items() if key != "@type"}
     if wrapped:
         result["wrapped"] = wrapped
     result["alpn"] = common.get("alpn_protocols", [])
-    result["params"] = dict(common.get("tls_params", {}))
+    params = dict(common.get("tls_params", {}))
+    if params.get("tls_minimum_protocol_version") == "TLSv1_2":
+        # Envoy's own least version; its highest one is 1.3 for servers, 1.2 for clients.
+        del params["tls_minimum_protocol_version"]
+    if server and params.get("tls_maximum_protocol_version") == "TLSv1_3":
+        del params["tls_maximum_protocol_version"]
+    result["params"] = params
     certificates = [_sds(item) for item in common.get("tls_certificate_sds_secret_configs", [])]
     certificates += common.get("tls_certificates", [])
     if certificates:
@@ -136,6 +151,11 @@ def endpoints_meaning(assignment: Json) -> Json:
                 "health": item.get("health_status", "HEALTHY"),
             }
         groups[key] = {"weight": group.get("load_balancing_weight", 1), "endpoints": endpoints}
+    for priority in {key.split(" ")[0] for key in groups}:
+        alone = [group for key, group in groups.items() if key.split(" ")[0] == priority]
+        if len(alone) == 1:
+            # A weight counts among several only.
+            alone[0].pop("weight")
     policy = assignment.get("policy")
     return {"groups": groups, **({"policy": policy} if policy else {})}
 

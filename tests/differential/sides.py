@@ -8,15 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mlmesh_local.envoy_types import build, typed  # noqa: F401  (typed is used by callers)
+
+import yaml
+
+from mlmesh_local.envoy_types import CLUSTER
 from mlmesh_local.istiod.client import Resources, subscribed
-from mlmesh_local.istiod.objects import OWNED, SERVICES, cluster
+from mlmesh_local.istiod.marker import cluster_name, marker, take
+from mlmesh_local.istiod.objects import ENVOY_FILTERS, OWNED, ROOT_NAMESPACE, cluster
 from mlmesh_local.istiod.process import Istiod
 from mlmesh_local.translate import View, translate
-from tests.differential.worlds import Member, our_world
+from tests.differential.worlds import LOADER, Member, our_world
 
-MARKER_NAMESPACE = "zz-marker"
-MARKER_PORT = 65535
 WAIT_S = 15.0
 
 
@@ -45,46 +47,41 @@ class Theirs:
         """End it."""
         await self.istiod.stop()
 
-    async def give(self, documents: Sequence[dict[str, Any]], found: Sequence[Member]) -> str:
-        """Make this the cluster; returns the cluster name of a marker that the next push has."""
+    def give(self, documents: Sequence[dict[str, Any]], found: Sequence[Member]) -> int:
+        """Make this the cluster; returns the number of the marker that the next push has."""
         objects = cluster(documents, [member.pod for member in found])
         number = next(self._numbers)
-        marker = {
-            "apiVersion": "v1",
-            "kind": "Service",
-            "metadata": {"name": f"m{number}", "namespace": MARKER_NAMESPACE},
-            "spec": {
-                "type": "ClusterIP",
-                "clusterIP": "10.255.255.254",
-                "ports": [{"name": "grpc", "port": MARKER_PORT}],
-            },
-        }
-        for metadata in (marker["metadata"],):
-            metadata["creationTimestamp"] = "2026-01-01T00:00:00Z"  # type: ignore[index]
-        objects[SERVICES].append(marker)
+        objects[ENVOY_FILTERS].append(marker(number, root_namespace(documents)))
         self.istiod.store.replace(objects, OWNED)
-        return f"outbound|{MARKER_PORT}||m{number}.{MARKER_NAMESPACE}.svc.cluster.local"
+        return number
 
     async def ask(
         self, documents: Sequence[dict[str, Any]], found: Sequence[Member], names: Sequence[str]
     ) -> dict[str, Resources]:
-        """What Istio sends to proxies."""
-        marker = await self.give(documents, found)
+        """What Istio sends to proxies.
+
+        Istio reads every kind on a stream of its own. What comes a little later than the marker, on another stream, is
+        in the same push; whoever finds a difference asks again nevertheless.
+        """
+        number = self.give(documents, found)
         chosen = [member for member in found if member.name in names]
-        answers = await asyncio.gather(*(self._one(member, marker) for member in chosen))
+        answers = await asyncio.gather(*(self._one(member, number) for member in chosen))
         return dict(zip((member.name for member in chosen), answers, strict=True))
 
-    async def _one(self, member: Member, marker: str) -> Resources:
+    async def _one(self, member: Member, number: int) -> Resources:
         async with subscribed(self.istiod.address, member.node()) as subscription:
             async with asyncio.timeout(WAIT_S):
                 await subscription.wait(timeout_s=WAIT_S)
-                while not any(marker in found for found in subscription.resources.values()):
+                while cluster_name(number) not in subscription.resources[CLUSTER]:
                     await subscription.wait(after=subscription.answers, timeout_s=WAIT_S)
-        for found in subscription.resources.values():
-            for name in [
-                name
-                for name in found
-                if MARKER_NAMESPACE in name or name in (str(MARKER_PORT), f"0.0.0.0_{MARKER_PORT}")
-            ]:
-                del found[name]
+        take(subscription.resources)
         return subscription.resources
+
+
+def root_namespace(documents: Sequence[dict[str, Any]]) -> str:
+    """The root namespace that MeshConfig names."""
+    for document in documents:
+        if document.get("kind") == "ConfigMap" and document["metadata"].get("namespace") == ROOT_NAMESPACE:
+            settings = yaml.load(document["data"].get("mesh", ""), Loader=LOADER) or {}
+            return str(settings.get("rootNamespace", ROOT_NAMESPACE))
+    return ROOT_NAMESPACE

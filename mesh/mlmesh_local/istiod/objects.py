@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from mlmesh_local.istiod.defaults import defaulted
 from mlmesh_local.istiod.store import Object, Resource
 
 NODE = "laptop"
@@ -98,6 +99,7 @@ KINDS: Final[Mapping[Resource, str]] = {
 }
 """Kind of every resource that is asked for."""
 
+ENVOY_FILTERS: Final = CUSTOM["networking.istio.io", "EnvoyFilter"]
 OWNED: Final = (NAMESPACES, NODES, SERVICE_ACCOUNTS, PODS, SERVICES, SLICES, CONFIG_MAPS, SECRETS, *CUSTOM.values())
 """Resources whose objects `cluster` makes, in an order in which a reader needs them."""
 
@@ -128,7 +130,7 @@ def cluster(documents: Sequence[Object], pods: Iterable[Pod]) -> dict[Resource, 
         resource = CUSTOM.get((group, kind)) or _CORE.get((group, kind))
         if resource is None:
             continue
-        item = _dated(document, seconds)
+        item = _dated(defaulted(group, document), seconds)
         seconds += 1
         if kind not in _CLUSTER_SCOPED:
             item["metadata"].setdefault("namespace", "mlmesh")

@@ -1,0 +1,48 @@
+"""Our translation and Istio's control plane mean the same for every case of the table."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from tests.differential.compare import accepted
+from tests.differential.suite import Outcome, run, write
+from tests.differential.table import Case, cases
+from tests.support import tools
+
+TABLE = list(cases())
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+    """Every case, run in bulk by one control plane."""
+    program = tools.require("pilot-discovery")
+    found = asyncio.run(run(program, tmp_path_factory.mktemp("istiod"), TABLE))
+    write(found, accepted())
+    return {outcome.case.id: outcome for outcome in found}
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in TABLE])
+def test_means_the_same(outcomes: dict[str, Outcome], case: Case) -> None:
+    outcome = outcomes[case.id]
+    assert not outcome.error
+    if case.refused:
+        assert outcome.refusal, "is taken now: take it out of differences.yaml"
+        return
+    assert not outcome.refusal
+    assert not outcome.left, "\n".join(str(mismatch) for mismatch in outcome.left[:20])
+
+
+def test_names_are_unique() -> None:
+    names = [case.id for case in TABLE]
+    assert len(names) == len(set(names))
+    assert len(names) >= 150
+
+
+def test_every_accepted_difference_is_needed(outcomes: dict[str, Outcome]) -> None:
+    """The list stays short: an entry that no case meets is taken out."""
+    met = {key for outcome in outcomes.values() for key in outcome.used}
+    met |= {outcome.case.refused for outcome in outcomes.values() if outcome.refusal}
+    assert not {item.id for item in accepted() if item.compared} - met
