@@ -7,15 +7,33 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from mlmesh_local.resources.checked import part
 from mlmesh_local.resources.fields import Fields
+from mlmesh_local.resources.http_actions import parse_retries
 from mlmesh_local.resources.mesh_hosts import HostSettings, host_settings
 from mlmesh_local.resources.meta import Meta
+from mlmesh_local.resources.model_routes import Retries
 from mlmesh_local.resources.model_security import ExternalAuthorizer
 from mlmesh_local.resources.problems import At
 from mlmesh_local.resources.providers import parse_authorizers
+from mlmesh_local.resources.proxies import ProxySettings, proxy_settings
 from mlmesh_local.resources.tree import Node, parse_yaml
 
 ROOT_NAMESPACE = "istio-system"
+# What Istio knows and the laptop mesh has no use for: ports and means of capture, Istio's own parts, other installs.
+# fmt: off
+_OF_AN_INSTALL = (
+    "certificates", "configSources", "disableEnvoyListenerLog", "discoverySelectors", "enablePrometheusMerge",
+    "ingressClass", "ingressControllerMode", "ingressSelector", "ingressService", "protocolDetectionTimeout",
+    "proxyHttpPort", "proxyInboundListenPort", "proxyListenPort", "serviceSettings", "verifyCertificateAtClient",
+)
+_UNSUPPORTED = (
+    "ca", "caCertificates", "enableEnvoyAccessLogService", "hboneIdleTimeout", "inboundClusterStatName",
+    "inboundTrafficPolicy", "meshMTLS", "outboundClusterStatName", "serviceEntryVisibility", "serviceScopeConfigs",
+    "tlsDefaults",
+)
+# fmt: on
+_NORMALIZATION = ("DEFAULT", "NONE", "BASE", "MERGE_SLASHES", "DECODE_AND_MERGE_SLASHES")
 NAME = "istio"
 
 
@@ -23,14 +41,18 @@ NAME = "istio"
 class MeshConfig:
     """Settings of the mesh. Defaults are Istio's (pkg/config/mesh/mesh.go).
 
-    ``trust_domain`` empty leaves that of the running mesh.
+    ``trust_domain`` empty leaves that of the running mesh, ``root_namespace`` empty "istio-system".
     """
 
     meta: Meta
     trust_domain: str = ""
     trust_domain_aliases: tuple[str, ...] = ()
     enable_auto_mtls: bool = True
+    root_namespace: str = ""
     hosts: HostSettings = field(default_factory=HostSettings)
+    proxies: ProxySettings = field(default_factory=ProxySettings)
+    default_http_retry_policy: Retries | None = None
+    path_normalization: str = "DEFAULT"
     authorizers: tuple[ExternalAuthorizer, ...] = ()
 
 
@@ -60,11 +82,21 @@ def _inner(node: Node | None, place: At) -> Node:
 
 def _settings(meta: Meta, fields: Fields) -> MeshConfig:
     with fields:
+        fields.ignored(*_OF_AN_INSTALL)
+        fields.unsupported(*_UNSUPPORTED)
         return MeshConfig(
             meta=meta,
             trust_domain=fields.text("trustDomain"),
             trust_domain_aliases=fields.texts("trustDomainAliases"),
             enable_auto_mtls=fields.boolean("enableAutoMtls", default=True),
+            root_namespace=fields.name("rootNamespace"),
             hosts=host_settings(fields),
+            proxies=part(fields, "defaultConfig", proxy_settings) or ProxySettings(),
+            default_http_retry_policy=part(fields, "defaultHttpRetryPolicy", parse_retries),
+            path_normalization=part(fields, "pathNormalization", _normalization) or "DEFAULT",
             authorizers=parse_authorizers(fields),
         )
+
+
+def _normalization(fields: Fields) -> str:
+    return fields.choice("normalization", _NORMALIZATION, "DEFAULT")

@@ -76,6 +76,7 @@ from mlmesh_local.resources.model_security import (
     RequestBody,
     Values,
 )
+from mlmesh_local.resources.model_sidecars import EgressHost, EgressListener, IngressListener, ProxyConfig, Sidecar
 from mlmesh_local.resources.model_workload import (
     Container,
     ContainerPort,
@@ -93,6 +94,8 @@ Spec = (
     | Gateway
     | ServiceEntry
     | WorkloadEntry
+    | Sidecar
+    | ProxyConfig
     | PeerAuthentication
     | AuthorizationPolicy
     | RequestAuthentication
@@ -122,6 +125,8 @@ __all__ = [
     "Deployment",
     "Destination",
     "DestinationRule",
+    "EgressHost",
+    "EgressListener",
     "EntryEndpoint",
     "EntryPort",
     "EnvironmentVariable",
@@ -140,6 +145,7 @@ __all__ = [
     "HttpMatch",
     "HttpRoute",
     "HttpRule",
+    "IngressListener",
     "JwtRule",
     "KubernetesGateway",
     "LoadBalancer",
@@ -156,6 +162,7 @@ __all__ = [
     "PolicyAction",
     "PolicyRule",
     "Probe",
+    "ProxyConfig",
     "ReferenceGrant",
     "RequestAuthentication",
     "RequestBody",
@@ -168,14 +175,15 @@ __all__ = [
     "ServiceAccount",
     "ServiceEntry",
     "ServicePort",
+    "Sidecar",
     "Spec",
     "StringMatch",
     "Subset",
-    "TcpRoute",
-    "TlsRoute",
     "TcpKeepalive",
+    "TcpRoute",
     "Telemetry",
     "TlsMode",
+    "TlsRoute",
     "Tracing",
     "TrafficPolicy",
     "Tunnel",

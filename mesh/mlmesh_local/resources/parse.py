@@ -27,7 +27,9 @@ from mlmesh_local.resources.mesh_config import is_mesh_config, parse_mesh_config
 from mlmesh_local.resources.model import Meta, Spec
 from mlmesh_local.resources.networking import parse_virtual_service
 from mlmesh_local.resources.problems import At, InvalidResource, Problem, Problems, did_you_mean
+from mlmesh_local.resources.proxies import parse_proxy_config
 from mlmesh_local.resources.resource_set import Resource, ResourceSet
+from mlmesh_local.resources.scopes import parse_sidecar
 from mlmesh_local.resources.security import (
     parse_authorization_policy,
     parse_peer_authentication,
@@ -86,6 +88,8 @@ _KINDS: tuple[_Kind, ...] = (
     _Kind(group="networking.istio.io", kind="Gateway", versions=_NETWORKING, parse=parse_gateway),
     _Kind(group="networking.istio.io", kind="ServiceEntry", versions=_NETWORKING, parse=parse_service_entry),
     _Kind(group="networking.istio.io", kind="WorkloadEntry", versions=_NETWORKING, parse=parse_workload_entry),
+    _Kind(group="networking.istio.io", kind="Sidecar", versions=_NETWORKING, parse=parse_sidecar),
+    _Kind(group="networking.istio.io", kind="ProxyConfig", versions=("v1beta1",), parse=parse_proxy_config),
     _Kind(group="networking.istio.io", kind="EnvoyFilter", versions=("v1alpha3",), parse=parse_envoy_filter),
     _Kind(group="security.istio.io", kind="PeerAuthentication", versions=_SECURITY, parse=parse_peer_authentication),
     _Kind(group="security.istio.io", kind="AuthorizationPolicy", versions=_SECURITY, parse=parse_authorization_policy),

@@ -27,14 +27,16 @@ from mlmesh_local.resources.model import (
     MeshConfig,
     MtlsMode,
     PeerAuthentication,
+    Sidecar,
     Telemetry,
     TrafficPolicy,
     VirtualService,
 )
-from mlmesh_local.resources.names import exported_to
+from mlmesh_local.resources.names import MESH_GATEWAY
 from mlmesh_local.resources.rules import RuleIndex, chosen, effective_policy, load_balancer_of
 from mlmesh_local.translate.endpoints import EndpointIndex, excluded_ports, service_endpoints
 from mlmesh_local.translate.names import address
+from mlmesh_local.translate.scopes import Egress, Scope, Scopes
 
 Client = ProxyNode | str
 """Who calls: a proxy, or any workload of a namespace."""
@@ -53,6 +55,9 @@ class View:
         """Settings of the mesh; None leaves Istio's defaults."""
         self.settings = self.mesh_config.hosts if self.mesh_config else HostSettings()
         """Settings of the mesh about hosts."""
+        own_root = self.mesh_config.root_namespace if self.mesh_config else ""
+        self.root_namespace = own_root or world.root_namespace
+        """Where what is for the whole mesh lives."""
         self._all = all_services(self.resources, world.domain)
         self.services: dict[str, CatalogService] = {}
         """Services by host, in the order of hosts; what a proxy sees is `services_seen_by`."""
@@ -62,13 +67,23 @@ class View:
         self._rules = RuleIndex(
             self.resources.specs(DestinationRule),
             domain=world.domain,
-            root_namespace=world.root_namespace,
+            root_namespace=self.root_namespace,
             default_export=self.settings.destination_rule_export,
         )
         self._candidates: dict[tuple[str, str, str], tuple[HostPolicy, ...]] = {}
-        self._seen: dict[str, dict[str, CatalogService]] = {}
         self._authentications = self.resources.specs(PeerAuthentication)
-        self._virtual_services = VirtualServices(self.resources.specs(VirtualService), domain=world.domain)
+        self._virtual_services = VirtualServices(
+            self.resources.specs(VirtualService),
+            domain=world.domain,
+            default_export_to=self.settings.virtual_service_export,
+        )
+        self._scopes = Scopes(
+            self._all,
+            self._virtual_services,
+            self.resources.specs(Sidecar),
+            root_namespace=self.root_namespace,
+            default_export=self.settings.service_export,
+        )
         self._endpoints = EndpointIndex(self.resources, world.endpoints, self._all)
 
     @property
@@ -88,23 +103,32 @@ class View:
         """Services that a client may call, by host."""
         return tuple(self._visible(client).values())
 
+    def services_by_age(self) -> tuple[str, ...]:
+        """Hosts of services, those that have been there longest first."""
+        return tuple(service.host for service in self._all)
+
     def service_seen_by(self, client: Client, host: str) -> CatalogService | None:
         """The service that a client means by a full host."""
         return self._visible(client).get(host)
 
-    def _visible(self, client: Client) -> dict[str, CatalogService]:
-        namespace = client if isinstance(client, str) else client.namespace
-        if namespace not in self._seen:
-            found: dict[str, CatalogService] = {}
-            for service in self._all:
-                if not exported_to(service.export_to or self.settings.service_export, service.namespace, namespace):
-                    continue
-                known = found.get(service.host)
-                # Of entries of one host the own namespace's counts; a Kubernetes Service is never replaced.
-                if known is None or (known.is_entry and known.namespace != namespace == service.namespace):
-                    found[service.host] = service
-            self._seen[namespace] = dict(sorted(found.items()))
-        return self._seen[namespace]
+    def _visible(self, client: Client) -> Mapping[str, CatalogService]:
+        return self.scope(client).services
+
+    def scope(self, client: Client) -> Scope:
+        """What a client knows, and on which listeners. A namespace stands for workloads that no selector selects."""
+        if isinstance(client, str):
+            return self._scopes.of_sidecar(client, {})
+        if client.kind == "gateway":
+            return self._scopes.of_gateway(client.namespace)
+        return self._scopes.of_sidecar(client.namespace, client.labels)
+
+    def outbound_ports(self, proxy: ProxyNode) -> tuple[int, ...]:
+        """Ports on which a sidecar's application may call, in order."""
+        return self.scope(proxy).ports()
+
+    def egress(self, proxy: ProxyNode, port: int, bind: str = "") -> Egress | None:
+        """What the listener of a port knows; 0 with a bind is the one on that unix socket. None: there is none."""
+        return self.scope(proxy).egress_for(port, bind)
 
     def policy(self, service: CatalogService, client: Client, *, inbound: bool = False) -> HostPolicy:
         """What DestinationRules say of a client's calls of a service, or (`inbound`) of the calls that it takes."""
@@ -174,6 +198,8 @@ class View:
 
     def virtual_services(self, gateway: str, client: Client) -> tuple[BoundService, ...]:
         """VirtualServices bound to a gateway, with their full hosts, in Istio's order."""
+        if gateway == MESH_GATEWAY:
+            return tuple((one, one.hosts) for one in self.scope(client).virtual_services())
         namespace = client if isinstance(client, str) else client.namespace
         return tuple((one, one.hosts) for one in self._virtual_services.bound(gateway, namespace))
 
@@ -186,10 +212,9 @@ class View:
         filters = [
             one
             for one in self.resources.specs(EnvoyFilter)
-            if one.meta.namespace in (self.world.root_namespace, proxy.namespace)
-            and selects(one.selector, proxy.labels)
+            if one.meta.namespace in (self.root_namespace, proxy.namespace) and selects(one.selector, proxy.labels)
         ]
-        filters.sort(key=lambda one: (one.meta.namespace != self.world.root_namespace, one.priority))
+        filters.sort(key=lambda one: (one.meta.namespace != self.root_namespace, one.priority))
         return tuple(
             patch
             for one in filters
@@ -201,11 +226,14 @@ class View:
 
     def mtls_mode(self, namespace: str, labels: Mapping[str, str], port: int) -> MtlsMode:
         """Mode of a workload's port: workload over namespace over mesh; in one scope the oldest; PERMISSIVE if none."""
-        workload = self._authentication(namespace, lambda a: bool(a.selector) and selects(a.selector, labels))
+        workload: PeerAuthentication | None = None
+        if namespace != self.root_namespace:
+            # Istio knows no policies of single workloads there (pilot/pkg/security/authn/policy_applier.go).
+            workload = self._authentication(namespace, lambda a: bool(a.selector) and selects(a.selector, labels))
         scopes = (
             workload,
             self._authentication(namespace, lambda a: not a.selector),
-            self._authentication(self.world.root_namespace, lambda a: not a.selector),
+            self._authentication(self.root_namespace, lambda a: not a.selector),
         )
         if workload is not None:
             for number, mode in workload.ports:
@@ -223,7 +251,7 @@ class View:
         return (
             *[t for t in own if t.selector and selects(t.selector, proxy.labels)][:1],
             *[t for t in own if not t.selector][:1],
-            *[t for t in everything if t.meta.namespace == self.world.root_namespace and not t.selector][:1],
+            *[t for t in everything if t.meta.namespace == self.root_namespace and not t.selector][:1],
         )
 
 

@@ -1,0 +1,72 @@
+"""What Sidecar and ProxyConfig say, as values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from mlmesh_local.resources.meta import Meta
+from mlmesh_local.resources.model_hosts import ConnectionPool
+from mlmesh_local.resources.model_routes import Destination
+from mlmesh_local.resources.protocols import Protocol
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IngressListener:
+    """Where a workload takes calls. ``endpoint`` is where its application does: "127.0.0.1:8080", "unix:///path" or
+    empty for the same port."""
+
+    port: int
+    name: str
+    protocol: Protocol
+    endpoint: str = ""
+    pool: ConnectionPool | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EgressHost:
+    """Hosts that are imported, or (``excluded``) left out: "*" is every namespace, a host may be a wildcard."""
+
+    namespace: str
+    host: str
+    excluded: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EgressListener:
+    """Which hosts a workload calls on a port: None on all ports that no other listener has, 0 on a unix socket.
+
+    ``bind`` is an address, or "unix:///path"; empty leaves the mesh's own.
+    """
+
+    hosts: tuple[EgressHost, ...]
+    port: int | None = None
+    name: str = ""
+    protocol: Protocol = "unknown"
+    bind: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sidecar:
+    """What the sidecars of a namespace (of the whole mesh, in the root namespace) know, and where they listen.
+
+    ``selector`` None: of all workloads that no other Sidecar selects. ``outbound`` empty leaves the mesh's setting.
+    """
+
+    meta: Meta
+    selector: Mapping[str, str] | None = None
+    ingress: tuple[IngressListener, ...] = ()
+    egress: tuple[EgressListener, ...] = ()
+    pool: ConnectionPool | None = None
+    outbound: Literal["", "ALLOW_ANY", "REGISTRY_ONLY"] = ""
+    egress_proxy: Destination | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProxyConfig:
+    """How the proxies of a scope run: ``concurrency`` worker threads, 0 for one a core, None for the default."""
+
+    meta: Meta
+    selector: Mapping[str, str] | None = None
+    concurrency: int | None = None
