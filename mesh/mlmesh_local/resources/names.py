@@ -14,8 +14,17 @@ def full_host(host: str, namespace: str, domain: str) -> str:
 
 
 def full_gateway(name: str, namespace: str) -> str:
-    """ "{namespace}/{name}" of a gateway that a VirtualService names; "mesh" stays."""
-    return name if name == MESH_GATEWAY or "/" in name else f"{namespace}/{name}"
+    """ "{namespace}/{name}" of a gateway that a VirtualService names; "mesh" stays.
+
+    Of the form "name.namespace", once the only one, what follows the namespace does not count.
+    """
+    if name == MESH_GATEWAY:
+        return name
+    scope, slash, rest = name.partition("/")
+    if slash:
+        return f"{namespace}/{rest}" if scope == "." else name
+    short, dot, rest = name.partition(".")
+    return f"{rest.partition('.')[0]}/{short}" if dot else f"{namespace}/{name}"
 
 
 def exported_to(targets: tuple[str, ...], namespace: str, client_namespace: str) -> bool:

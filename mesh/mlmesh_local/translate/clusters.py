@@ -12,11 +12,11 @@ from mlmesh_local.envoy_types import Json, typed
 from mlmesh_local.model import Endpoint, ProxyNode
 from mlmesh_local.resources.catalog import CatalogPort, CatalogService
 from mlmesh_local.resources.model import TrafficPolicy
-from mlmesh_local.resources.protocols import Protocol
 from mlmesh_local.resources.rules import HostPolicy, effective_policy, load_balancer_of, port_policy
 from mlmesh_local.translate import names, tls
 from mlmesh_local.translate.balancers import LocalityChoice, apply_load_balancer, locality_choice, locality_config
 from mlmesh_local.translate.endpoints import by_locality
+from mlmesh_local.translate.inbound import Inbound
 from mlmesh_local.translate.localities import Group, balanced, groups, locality_of, located
 from mlmesh_local.translate.names import ADS, address, seconds
 from mlmesh_local.translate.pools import (
@@ -289,22 +289,32 @@ def dns_cache() -> Json:
     return {"name": names.DNS_CACHE, "dns_lookup_family": "V4_ONLY"}
 
 
-def inbound_cluster(view: View, proxy: ProxyNode, port: int, protocol: Protocol) -> Json:
-    """Cluster of the application behind a sidecar. Bounds of connections are those that callers have."""
-    name = names.inbound_cluster(port)
+def inbound_clusters(view: View, proxy: ProxyNode) -> dict[str, Json]:
+    """A cluster for each port of the application behind a sidecar."""
+    found = [_inbound_cluster(view, proxy, inbound) for inbound in view.inbound(proxy)]
+    return {cluster["name"]: cluster for cluster in found}
+
+
+def _inbound_cluster(view: View, proxy: ProxyNode, inbound: Inbound) -> Json:
+    """Bounds of connections are those that callers have, too."""
+    name = names.inbound_cluster(inbound.port)
     settings = view.settings
-    pool = view.inbound_pool(proxy, port)
+    pool = view.inbound_pool(proxy, inbound)
     cluster: Json = {
         "name": name,
         "type": "STATIC",
         "circuit_breakers": {"thresholds": [threshold(pool)]},
         "load_assignment": {
             "cluster_name": name,
-            "endpoints": [{"lb_endpoints": [{"endpoint": {"address": view.application(proxy, port)}}]}],
+            "endpoints": [{"lb_endpoints": [{"endpoint": {"address": inbound.application(proxy)}}]}],
         },
     }
     apply_connections(cluster, pool, settings.connect_timeout_s, settings.tcp_keepalive)
-    apply_http_options(cluster, http_options(pool, protocol, outbound=False))
+    apply_http_options(cluster, http_options(pool, inbound.protocol, outbound=False))
+    if inbound.service is not None:
+        service = inbound.service
+        about = [{"host": service.host, "name": service.name, "namespace": service.namespace}]
+        cluster["metadata"] = {"filter_metadata": {"istio": {"services": about}}}
     return cluster
 
 

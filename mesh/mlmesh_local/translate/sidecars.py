@@ -4,26 +4,24 @@ from __future__ import annotations
 
 from mlmesh_local.envoy_types import Json
 from mlmesh_local.model import ProxyNode
-from mlmesh_local.resources.catalog import MESH_GATEWAY, selects
+from mlmesh_local.resources.catalog import MESH_GATEWAY
+from mlmesh_local.resources.protocols import Protocol, is_http
 from mlmesh_local.translate import names
 from mlmesh_local.translate.authorization import authorization, authorization_extensions
-from mlmesh_local.translate.clusters import inbound_cluster, outbound_clusters, outbound_endpoints
+from mlmesh_local.translate.clusters import inbound_clusters, outbound_clusters, outbound_endpoints
 from mlmesh_local.translate.jwt import jwt_extensions
+from mlmesh_local.translate.layer4 import layer4_services
 from mlmesh_local.translate.listeners import inbound_listener, outbound_listener
 from mlmesh_local.translate.matches import ANYTHING
 from mlmesh_local.translate.observation import observation, route_tracing
 from mlmesh_local.translate.routes import Frame
-from mlmesh_local.translate.view import View, excluded_ports
+from mlmesh_local.translate.view import View
 from mlmesh_local.translate.virtual_hosts import outbound_virtual_hosts, route_configuration
 
 
 def clusters(view: View, proxy: ProxyNode) -> dict[str, Json]:
     """CDS."""
-    result = outbound_clusters(view, proxy)
-    for port, protocol in inbound_ports(view, proxy).items():
-        cluster = inbound_cluster(view, proxy, port, protocol)
-        result[cluster["name"]] = cluster
-    return result
+    return outbound_clusters(view, proxy) | inbound_clusters(view, proxy)
 
 
 def endpoints(view: View, proxy: ProxyNode) -> dict[str, Json]:
@@ -40,8 +38,8 @@ def listeners(view: View, proxy: ProxyNode) -> dict[str, Json]:
     """LDS."""
     found = [outbound_listener(view, proxy, port) for port in _outbound_ports(view, proxy)]
     found += [
-        inbound_listener(view, proxy, port, view.mtls_mode(proxy.namespace, proxy.labels, port))
-        for port in inbound_ports(view, proxy)
+        inbound_listener(view, proxy, port, protocol, view.mtls_mode(proxy.namespace, proxy.labels, port))
+        for port, protocol in inbound_ports(view, proxy).items()
     ]
     return {listener["name"]: listener for listener in found}
 
@@ -50,11 +48,17 @@ def routes(view: View, proxy: ProxyNode) -> dict[str, Json]:
     """RDS."""
     seen = observation(view, proxy)
     tracing = route_tracing(seen, configured=bool(view.world.otlp_address))
-    found = [_outbound_routes(view, proxy, port, tracing) for port in _outbound_ports(view, proxy)]
+    found = [
+        _outbound_routes(view, proxy, port, tracing)
+        for port in _outbound_ports(view, proxy)
+        if layer4_services(view, proxy, port)[1]
+    ]
     checks = authorization(view, proxy)
     for port, protocol in inbound_ports(view, proxy).items():
+        if not is_http(protocol) and protocol != "unknown":
+            continue
         configuration = _inbound_routes(view, proxy, port, tracing)
-        if protocol != "grpc":
+        if protocol not in ("grpc", "grpc-web"):
             # Istio's default for what does not stream.
             (host,) = configuration["virtual_hosts"]
             host["routes"][0]["route"]["retry_policy"] = {"retry_on": "reset-before-request", "num_retries": 2}
@@ -64,25 +68,13 @@ def routes(view: View, proxy: ProxyNode) -> dict[str, Json]:
     return {configuration["name"]: configuration for configuration in found}
 
 
-def inbound_ports(view: View, proxy: ProxyNode) -> dict[int, str]:
-    """Container ports on which the sidecar takes calls, with their protocols: "grpc", "http2" or "http"."""
-    excluded = excluded_ports(view.resources, proxy)
-    ports: dict[int, str] = {}
-    for service in view.services.values():
-        if service.is_entry or not service.selector or service.namespace != proxy.namespace:
-            continue
-        if not selects(service.selector, proxy.labels):
-            continue
-        for port in service.ports:
-            number = port.target if isinstance(port.target, int) else proxy.container_ports.get(port.target, 0)
-            if number and number not in excluded:
-                ports.setdefault(number, port.protocol)
-    return dict(sorted(ports.items()))
+def inbound_ports(view: View, proxy: ProxyNode) -> dict[int, Protocol]:
+    """Container ports on which the sidecar takes calls, with their protocols."""
+    return {inbound.port: inbound.protocol for inbound in view.inbound(proxy)}
 
 
-def _outbound_ports(view: View, proxy: ProxyNode) -> list[int]:
-    services = view.services_seen_by(proxy.namespace)
-    return sorted({port.number for service in services for port in service.ports})
+def _outbound_ports(view: View, proxy: ProxyNode) -> tuple[int, ...]:
+    return view.outbound_ports(proxy)
 
 
 def _outbound_routes(view: View, proxy: ProxyNode, port: int, tracing: Json | None) -> Json:
@@ -92,11 +84,11 @@ def _outbound_routes(view: View, proxy: ProxyNode, port: int, tracing: Json | No
 
 def _inbound_routes(view: View, proxy: ProxyNode, port: int, tracing: Json | None) -> Json:
     name = names.inbound_cluster(port)
-    host = _own_host(view, proxy, port)
+    host, number = _own_service(view, proxy, port)
     route: Json = {
         "name": "default",
         "match": dict(ANYTHING),
-        "decorator": {"operation": f"{host}:{port}/*"},
+        "decorator": {"operation": f"{host}:{number}/*"},
         "route": {
             "cluster": name,
             "timeout": "0s",
@@ -107,13 +99,14 @@ def _inbound_routes(view: View, proxy: ProxyNode, port: int, tracing: Json | Non
         route["tracing"] = tracing
     return {
         "name": name,
-        "virtual_hosts": [{"name": f"inbound|http|{port}", "domains": ["*"], "routes": [route]}],
+        "virtual_hosts": [{"name": f"inbound|http|{number}", "domains": ["*"], "routes": [route]}],
         "validate_clusters": False,
     }
 
 
-def _own_host(view: View, proxy: ProxyNode, port: int) -> str:
-    for service in view.services.values():
-        if service.selector and service.namespace == proxy.namespace and selects(service.selector, proxy.labels):
-            return service.host
-    return f"{proxy.id}:{port}"
+def _own_service(view: View, proxy: ProxyNode, port: int) -> tuple[str, int]:
+    """Host and port of the service behind which a container port is; those of the proxy where there is none."""
+    for inbound in view.inbound(proxy):
+        if inbound.port == port:
+            return inbound.host, inbound.service_port
+    return proxy.id, port

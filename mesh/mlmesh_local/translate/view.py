@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from mlmesh_local.envoy_types import Json
 from mlmesh_local.model import Endpoint, ProxyNode, World, spiffe_id
 from mlmesh_local.resources.catalog import (
     CatalogService,
@@ -35,7 +34,7 @@ from mlmesh_local.resources.model import (
 from mlmesh_local.resources.names import MESH_GATEWAY
 from mlmesh_local.resources.rules import RuleIndex, chosen, effective_policy, load_balancer_of
 from mlmesh_local.translate.endpoints import EndpointIndex, excluded_ports, service_endpoints
-from mlmesh_local.translate.names import address
+from mlmesh_local.translate.inbound import Inbound, InboundIndex
 from mlmesh_local.translate.scopes import Egress, Scope, Scopes
 
 Client = ProxyNode | str
@@ -84,6 +83,8 @@ class View:
             root_namespace=self.root_namespace,
             default_export=self.settings.service_export,
         )
+        self._inbound = InboundIndex(self.resources, self._all)
+        self._inbound_of: dict[str, tuple[Inbound, ...]] = {}
         self._endpoints = EndpointIndex(self.resources, world.endpoints, self._all)
 
     @property
@@ -161,24 +162,19 @@ class View:
         """Whether sidecars use mutual TLS by themselves where the other side takes it."""
         return self.mesh_config is None or self.mesh_config.enable_auto_mtls
 
-    def inbound_pool(self, proxy: ProxyNode, port: int) -> ConnectionPool | None:
-        """Bounds of the connections that a proxy makes to its application: those of calls of its service."""
-        for service in self._all:
-            if service.selector is None or service.namespace != proxy.namespace:
-                continue
-            if not selects(service.selector, proxy.labels):
-                continue
-            for each in service.ports:
-                target = each.target if isinstance(each.target, int) else proxy.container_ports.get(each.target, 0)
-                if target == port:
-                    policy = self.policy(service, proxy, inbound=True)
-                    found = effective_policy(policy, "", each.number, self.settings.default_policy)
-                    return found.connection_pool if found else None
-        return None
+    def inbound(self, proxy: ProxyNode) -> tuple[Inbound, ...]:
+        """Ports on which a workload is called, in order."""
+        if proxy.id not in self._inbound_of:
+            self._inbound_of[proxy.id] = self._inbound.of(proxy, self.scope(proxy).sidecar)
+        return self._inbound_of[proxy.id]
 
-    def application(self, proxy: ProxyNode, port: int) -> Json:
-        """Where the application behind a proxy listens, as Envoy's Address."""
-        return address(proxy.application_address, port)
+    def inbound_pool(self, proxy: ProxyNode, inbound: Inbound) -> ConnectionPool | None:
+        """Bounds of connections to the application: the Sidecar's, else those of calls of its service."""
+        if inbound.pool is not None or inbound.service is None:
+            return inbound.pool
+        rules = self.policy(inbound.service, proxy, inbound=True)
+        found = effective_policy(rules, "", inbound.service_port, self.settings.default_policy)
+        return found.connection_pool if found else None
 
     def destination(
         self, destination: Destination, namespace: str, listener_port: int, client: Client = ""
