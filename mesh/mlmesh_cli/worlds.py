@@ -7,10 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from google.protobuf.json_format import MessageToDict
+
+from mlmesh.local.v1 import local_pb2, local_pb2_grpc
+from mlmesh_cli.connection import CONTROL_DEADLINE_S, Connection
 from mlmesh_cli.defaults import choose_folders
+from mlmesh_cli.errors import usage_error
 from mlmesh_local.addresses import BLOCKS, Block
 from mlmesh_local.model import World
 from mlmesh_local.offline import offline_world
+from mlmesh_local.picture import Placed, resources_of, world_of
 from mlmesh_local.reading import read_paths
 from mlmesh_local.resources import Document, ResourceSet, load_resources
 
@@ -21,6 +27,42 @@ class Seen:
 
     world: World
     notes: tuple[str, ...] = ()
+
+
+def split_target(text: str) -> tuple[str, int]:
+    """Host and port of HOST[:PORT]; the port is 0 where there is none. Raises CliError for another port."""
+    host, colon, port = text.rpartition(":")
+    if not colon:
+        return text, 0
+    if not port.isdigit() or not 0 < int(port) < 65536:
+        raise usage_error(f'"{text}" is not HOST[:PORT]', "such as inference:9000")
+    return host, int(port)
+
+
+def pairs(texts: Sequence[str], option: str) -> dict[str, str]:
+    """NAME=VALUE texts. Raises CliError for what is none; several values of one name are joined as in HTTP."""
+    result: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise usage_error(f'{option} takes NAME=VALUE, not "{text}"', f"such as {option} x-user=ada")
+        result[name] = f"{result[name]},{value}" if name in result else value
+    return result
+
+
+async def live_world(control: local_pb2_grpc.LocalMeshServiceAsyncStub) -> Seen:
+    """The world that runs, with its resources on the lines of the files that they came from."""
+    response = await control.GetWorld(local_pb2.GetWorldRequest(), timeout=CONTROL_DEADLINE_S)
+    resources = resources_of(Placed(source=d.source, line=d.line, text=d.yaml) for d in response.documents)
+    return Seen(world=world_of(resources, MessageToDict(response.world)))
+
+
+async def look(state_dir: Path, paths: Sequence[Path] | None) -> Seen:
+    """The world that files would make, or the one that runs where none are named."""
+    if paths is not None:
+        return files_world(paths)
+    async with Connection.from_environment(state_dir) as connection:
+        return await live_world(await connection.control())
 
 
 def read_files(paths: Sequence[Path]) -> tuple[tuple[Document, ...], tuple[str, ...]]:

@@ -14,13 +14,15 @@ from mlmesh_local.certificates import Certificates, ServerCredential
 from mlmesh_local.instance import Instance
 from mlmesh_local.instances import InstancePlan
 from mlmesh_local.model import Endpoint, NodeStatus, ProxyNode, World
+from mlmesh_local.resources.gateway_api.derive import derive
+from mlmesh_local.resources.gateway_api.serving import gateways_serving
 from mlmesh_local.resources.model import Deployment, Gateway
 from mlmesh_local.resources.parse import Document, load_resources
 from mlmesh_local.resources.resource_set import Applied, Change, ResourceSet
 from mlmesh_local.snapshot import Snapshot, build_snapshots
 from mlmesh_local.translate import service_endpoints
 from mlmesh_local.workloads import Workload, workload_of
-from mlmesh_local.xds import AdsServer, ConfigurationRejectedError
+from mlmesh_local.xds import AdsServer, ConfigurationRejectedError, SentResource
 from mlmesh_runtime.errors import MeshError, TimedOut
 
 logger = logging.getLogger(__name__)
@@ -84,11 +86,15 @@ class Configuration:
     @property
     def workloads(self) -> list[Workload]:
         """What the active Deployments ask to run."""
-        return [workload_of(deployment) for deployment in self.resources.specs(Deployment)]
+        return [workload_of(deployment) for deployment in derive(self.resources).specs(Deployment)]
 
     def node_status(self) -> Mapping[str, NodeStatus]:
         """What the control plane knows of each Envoy."""
         return self._ads.statuses()
+
+    def sent(self, node_id: str) -> tuple[SentResource, ...]:
+        """What an Envoy was told, and what of it it runs."""
+        return self._ads.sent(node_id)
 
     def refresh(self) -> None:
         """Push what follows from the instances as they are now, if it differs from what was pushed."""
@@ -114,7 +120,7 @@ class Configuration:
             )
 
     async def _activate(self, applied: Applied, *, dry_run: bool, timeout_s: float) -> ApplyOutcome:
-        for deployment in applied.resources.specs(Deployment):
+        for deployment in derive(applied.resources).specs(Deployment):
             workload_of(deployment)
         world = self._world(applied.resources)
         snapshots = build_snapshots(world)
@@ -165,7 +171,8 @@ class Configuration:
             ack_latency_s=latency_s,
         )
 
-    def _world(self, resources: ResourceSet) -> World:
+    def _world(self, active: ResourceSet) -> World:
+        resources = derive(active)
         instances = self._instances()
         proxies = tuple(self._proxy(instances[name].plan, resources) for name in sorted(instances))
         ready = {name for name, instance in instances.items() if instance.ready}
@@ -236,13 +243,8 @@ class Configuration:
 
 
 def gateways_of(resources: ResourceSet, plan: InstancePlan) -> list[Gateway]:
-    """Gateway resources that select an instance."""
-    labels = plan.workload.labels
-    return [
-        gateway
-        for gateway in resources.specs(Gateway)
-        if all(labels.get(key) == value for key, value in gateway.selector.items())
-    ]
+    """Gateway resources that an instance serves, those of the Gateway API among them."""
+    return list(gateways_serving(derive(resources), plan.workload.namespace, plan.workload.labels))
 
 
 def _ip_only(addresses: Iterable[str]) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ import grpc
 from google.protobuf.duration_pb2 import Duration
 
 from mlmesh.local.v1 import local_pb2, local_pb2_grpc
-from mlmesh_local import messages
+from mlmesh_local import looking, messages
 from mlmesh_local.chaos.faults import DURATION_MAX_S, Part
 from mlmesh_local.mesh import Mesh
 from mlmesh_local.metrics.queries import HISTORY_S, unknown_labels
@@ -96,6 +96,16 @@ class LocalMeshServicer(local_pb2_grpc.LocalMeshServiceServicer):
                 for item in self._mesh.resources.listed(request.kind)
             ]
         )
+
+    async def GetWorld(self, request: local_pb2.GetWorldRequest, context: Context) -> local_pb2.GetWorldResponse:
+        """What configuration is made from."""
+        return looking.world(self._mesh.configuration)
+
+    async def GetConfigDump(
+        self, request: local_pb2.GetConfigDumpRequest, context: Context
+    ) -> local_pb2.GetConfigDumpResponse:
+        """What sidecars were told."""
+        return looking.config_dump(self._mesh, request)
 
     async def ListRoutes(self, request: local_pb2.ListRoutesRequest, context: Context) -> local_pb2.ListRoutesResponse:
         """Routes with their shares."""
