@@ -37,6 +37,7 @@ class Accepted:
     where: tuple[tuple[str, ...], ...]
     fields: tuple[str, ...] = ()
     refused: bool = False
+    extra: tuple[str, ...] = ()
     ours: Any = field(default=None)
     theirs: Any = field(default=None)
 
@@ -48,6 +49,8 @@ class Accepted:
     def covers(self, mismatch: Mismatch) -> bool:
         """Whether a mismatch is this difference."""
         if self.ours is not None and mismatch.ours != self.ours:
+            return False
+        if self.extra and not _is_longer(mismatch.ours, mismatch.theirs, self.extra):
             return False
         if self.theirs is not None and mismatch.theirs != self.theirs:
             return False
@@ -65,6 +68,7 @@ def accepted(path: Path = DIFFERENCES) -> list[Accepted]:
             where=tuple(tuple(part.strip() for part in text.split(" / ")) for text in item.get("where", [])),
             fields=tuple(item.get("fields", [])),
             refused=item.get("refused", False),
+            extra=tuple(item.get("extra", [])),
             ours=item.get("ours"),
             theirs=item.get("theirs"),
         )
@@ -102,6 +106,13 @@ def sort_out(found: Sequence[Mismatch], listed: Sequence[Accepted]) -> tuple[lis
         else:
             used[cover.id] = used.get(cover.id, 0) + 1
     return left, used
+
+
+def _is_longer(ours: Any, theirs: Any, extra: Sequence[str]) -> bool:
+    """Whether our list is theirs with more in it, or what is more is alone at its place."""
+    if isinstance(ours, list) and isinstance(theirs, list):
+        return [item for item in ours if item not in extra] == theirs
+    return bool(theirs == MISSING)
 
 
 def _fits(pattern: Sequence[str], path: Sequence[str]) -> bool:

@@ -44,7 +44,6 @@ _MANAGER_DEFAULTS: dict[str, Any] = {
     },
     "use_remote_address": False,
 }
-_ISTIO_ALPN = {"istio", "istio-peer-exchange", "istio-http/1.0", "istio-http/1.1", "istio-h2"}
 
 
 def meaning(resources: Resources, side: Side) -> Tree:
@@ -114,7 +113,7 @@ class _Meaning:
             entry = into.setdefault(str(port), {"chains": {}})
             if "ProxyProtocol" in inspectors:
                 entry["proxy_protocol"] = True
-            entry["chains"][_kind(match)] = self._chain(chain, listener)
+            entry["chains"][_kind(chain, match)] = self._chain(chain, listener)
 
     # Outbound
 
@@ -274,17 +273,17 @@ def _chains(listener: Json) -> list[Json]:
     return [*listener.get("filter_chains", []), *([default] if default else [])]
 
 
-def _kind(match: Json) -> str:
+def _kind(chain: Json, match: Json) -> str:
     """What a chain of an inbound port takes."""
     protocols = set(match.get("application_protocols", []))
-    transport = match.get("transport_protocol", "")
-    if transport == "raw_buffer":
-        return "plain" + (" http" if protocols else "")
-    if transport == "tls" and not protocols:
+    if "transport_socket" in chain:
+        # With protocols of HTTP only where the port's protocol is found out.
+        only_http = protocols and not {"istio", "istio-peer-exchange"} & protocols
+        only_tcp = protocols and not {"istio-h2"} & protocols
+        return "mesh tls" + (" http" if only_http else "") + (" tcp" if only_tcp else "")
+    if match.get("transport_protocol") == "tls":
         return "other tls"
-    if protocols & _ISTIO_ALPN or transport == "tls":
-        return "mesh tls" + ("" if {"istio"} <= protocols or not protocols else " http")
-    return "any"
+    return "plain" + (" http" if protocols else "")
 
 
 def _target(chain: Json) -> str:

@@ -134,8 +134,10 @@ class KubernetesApi:
                 return 404, _status(404, "NotFound", f"{target.resource.plural} {target.name} is not there")
             return 200, _shown(found, target, _partial(request))
         if request.method in {"PUT", "PATCH"} and target.part == "status" and found is not None:
-            status = json.loads(request.body).get("status", {})
-            return 200, _shown(self.store.put(target.resource, {**found, "status": status}), target, partial=False)
+            written = json.loads(request.body)
+            if isinstance(written, dict):
+                found = self.store.put(target.resource, {**found, "status": written.get("status", {})})
+            return 200, _shown(found, target, partial=False)
         return 403, _status(403, "Forbidden", "this API takes statuses only")
 
     async def _watch(self, request: _Request, target: _Target, writer: asyncio.StreamWriter) -> None:

@@ -36,6 +36,8 @@ ENVIRONMENT: Mapping[str, str] = {
     "PILOT_ENABLE_ALPN_FILTER": "false",
     "PILOT_DISABLE_MX_ALPN": "true",
     "PILOT_ENABLE_TELEMETRY_LABEL": "false",
+    # Addresses made up for hosts serve capture only.
+    "PILOT_ENABLE_IP_AUTOALLOCATE": "false",
     "PILOT_ENABLE_AMBIENT": "false",
     "PILOT_ENABLE_GATEWAY_API_DEPLOYMENT_CONTROLLER": "false",
     "PILOT_ENABLE_GATEWAY_API_GATEWAYCLASS_CONTROLLER": "false",
