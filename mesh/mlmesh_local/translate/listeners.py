@@ -1,4 +1,7 @@
-"""Listeners, filter chains and connection managers. They depend on ports and TLS, never on routes or policies."""
+"""Listeners, filter chains and connection managers. They depend on ports and TLS, never on routes or policies.
+
+What is forwarded below HTTP is the exception: routes of connections are filter chains, in Istio too.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,19 @@ from typing import Final, Literal
 from mlmesh_local.envoy_types import Json, typed
 from mlmesh_local.model import ProxyNode
 from mlmesh_local.resources.model import FilterPatch, MtlsMode
+from mlmesh_local.resources.protocols import Protocol, is_http
 from mlmesh_local.translate import tls
-from mlmesh_local.translate.authorization import authorization_filters
+from mlmesh_local.translate.authorization import authorization_filters, network_checks
 from mlmesh_local.translate.jwt import jwt_filter
+from mlmesh_local.translate.layer4 import layer4_services, network_logs, outbound_chains
 from mlmesh_local.translate.names import ADS, address, filter_of, inbound_cluster
 from mlmesh_local.translate.observation import access_logging, manager_tracing
-from mlmesh_local.translate.route_actions import CORS_FILTER, FAULT_FILTER
+from mlmesh_local.translate.route_actions import CORS_FILTER, FAULT_FILTER, STATE_FILTER
 from mlmesh_local.translate.view import View
 
 Role = Literal["inbound", "outbound", "gateway"]
+# Name of a chain, what it takes, its filters, whether with mutual TLS.
+_Row = tuple[str, Json, list[Json], bool]
 _CONTEXTS: Final = {"inbound": "SIDECAR_INBOUND", "outbound": "SIDECAR_OUTBOUND", "gateway": "GATEWAY"}
 
 _MANAGER = "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager"
@@ -24,9 +31,27 @@ _FAULT = "envoy.extensions.filters.http.fault.v3.HTTPFault"
 _CORS = "envoy.extensions.filters.http.cors.v3.Cors"
 _ROUTER = "envoy.extensions.filters.http.router.v3.Router"
 _TCP_PROXY = "envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy"
-_INSPECTOR = "envoy.extensions.filters.listener.tls_inspector.v3.TlsInspector"
-# What Istio's clients offer first; other TLS is the application's own.
-_ISTIO_ALPN = ["istio-http/1.0", "istio-http/1.1", "istio-h2", "istio-peer-exchange", "istio"]
+_HTTP_INSPECTOR = "envoy.extensions.filters.listener.http_inspector.v3.HttpInspector"
+_TLS_INSPECTOR = "envoy.extensions.filters.listener.tls_inspector.v3.TlsInspector"
+_SET_STATE = "envoy.extensions.filters.http.set_filter_state.v3.Config"
+TLS_INSPECTOR: Final[Json] = {"name": "envoy.filters.listener.tls_inspector", "typed_config": typed(_TLS_INSPECTOR)}
+HTTP_INSPECTOR: Final[Json] = {"name": "envoy.filters.listener.http_inspector", "typed_config": typed(_HTTP_INSPECTOR)}
+# What Istio's clients offer: of requests, of connections; other TLS is the application's own.
+_REQUEST_ALPN = ["istio-http/1.0", "istio-http/1.1", "istio-h2"]
+_CONNECTION_ALPN = ["istio-peer-exchange", "istio"]
+_ISTIO_ALPN = [*_REQUEST_ALPN, *_CONNECTION_ALPN]
+_PLAIN_HTTP: Final[Json] = {"transport_protocol": "raw_buffer", "application_protocols": ["http/1.1", "h2c"]}
+_TLS: Final[Json] = {"transport_protocol": "tls"}
+_RAW: Final[Json] = {"transport_protocol": "raw_buffer"}
+_NORMALIZATIONS: Final[dict[str, Json]] = {
+    "NONE": {"normalize_path": False},
+    "MERGE_SLASHES": {"normalize_path": True, "merge_slashes": True},
+    "DECODE_AND_MERGE_SLASHES": {
+        "normalize_path": True,
+        "merge_slashes": True,
+        "path_with_escaped_slashes_action": "UNESCAPE_AND_FORWARD",
+    },
+}
 
 
 def manager(view: View, proxy: ProxyNode, role: Role, route_name: str, stat_prefix: str, *, port: int) -> Json:
@@ -36,14 +61,16 @@ def manager(view: View, proxy: ProxyNode, role: Role, route_name: str, stat_pref
         "codec_type": "AUTO",
         "rds": {"config_source": ADS, "route_config_name": route_name},
         "http_filters": _patched(_filters(role), view.patches(proxy, _CONTEXTS[role], port)),
-        "server_name": "istio-envoy",
-        "normalize_path": True,
+        **_NORMALIZATIONS.get(getattr(view.mesh_config, "path_normalization", ""), {"normalize_path": True}),
         "stream_idle_timeout": "0s",
+        "proxy_100_continue": True,
         "upgrade_configs": [{"upgrade_type": "websocket"}],
     }
     if role == "gateway":
         config["use_remote_address"] = True
     if role != "outbound":
+        # Istio leaves Envoy's own name on the way out.
+        config["server_name"] = "istio-envoy"
         # Behind this, the last element of x-forwarded-client-cert is who called; a gateway drops what clients sent.
         config["forward_client_cert_details"] = "SANITIZE_SET" if role == "gateway" else "APPEND_FORWARD"
         config["set_current_client_cert_details"] = {
@@ -72,6 +99,8 @@ def _filters(role: Role) -> list[Json]:
         filter_of("envoy.filters.http.grpc_stats", _GRPC_STATS, stats),
         filter_of(FAULT_FILTER, _FAULT),
         filter_of(CORS_FILTER, _CORS),
+        # Routes of ports without a declared protocol tell the other side that it is HTTP.
+        *([filter_of(STATE_FILTER, _SET_STATE)] if role == "outbound" else []),
         # Last: faults are injected before it, so it does not retry them.
         filter_of("envoy.filters.http.router", _ROUTER),
     ]
@@ -95,43 +124,107 @@ def _patched(filters: list[Json], patches: tuple[FilterPatch, ...]) -> list[Json
 
 
 def outbound_listener(view: View, proxy: ProxyNode, port: int) -> Json:
-    """Where a sidecar's application dials to call services on a port; routed by authority."""
+    """Where a sidecar's application dials to call services on a port.
+
+    Requests are routed by authority, connections with TLS by server name; of services of other connections the oldest
+    has the port.
+    """
     name = f"{proxy.outbound_address}_{port}"
-    return {
+    listener: Json = {
         "name": name,
         "address": address(proxy.outbound_address, port),
         "traffic_direction": "OUTBOUND",
-        "filter_chains": [{"filters": [manager(view, proxy, "outbound", str(port), f"outbound_{name}", port=port)]}],
+    }
+    services, requests = layer4_services(view, proxy, port)
+    http = [manager(view, proxy, "outbound", str(port), f"outbound_{name}", port=port)] if requests else []
+    if not services:
+        return {**listener, "filter_chains": [{"filters": http}]}
+    found = outbound_chains(view, proxy, port, services)
+    chains = [chain.envoy() for chain in found if not chain.takes_all]
+    others = [chain.envoy() for chain in found if chain.takes_all]
+    inspectors = [TLS_INSPECTOR] if any(chain.server_names for chain in found) else []
+    if http:
+        chains.append({"filter_chain_match": _PLAIN_HTTP, "filters": http})
+        inspectors.append(HTTP_INSPECTOR)
+    if chains and others:
+        listener["default_filter_chain"] = others[0]
+    return {
+        **listener,
+        "continue_on_listener_filters_timeout": True,
+        "listener_filters_timeout": "0s",
+        "listener_filters": inspectors,
+        "filter_chains": chains or others,
     }
 
 
-def inbound_listener(view: View, proxy: ProxyNode, port: int, mode: MtlsMode) -> Json:
-    """Where a sidecar takes calls for one of its container ports."""
+def inbound_listener(view: View, proxy: ProxyNode, port: int, protocol: Protocol, mode: MtlsMode) -> Json:
+    """Where a sidecar takes calls for one of its container ports: Istio's chains for the protocol and the mode."""
     name = f"{proxy.pod_address}_{port}"
     listener: Json = {
         "name": name,
         "address": address(proxy.pod_address, port),
         "traffic_direction": "INBOUND",
     }
-    http = [manager(view, proxy, "inbound", inbound_cluster(port), f"inbound_{name}", port=port)]
-    secure: Json = {"name": "mtls", "filters": http, "transport_socket": tls.mesh_server(view.world.trust_domain)}
-    if mode == "STRICT":
-        return {**listener, "filter_chains": [secure]}
-    plain: Json = {"name": "plaintext", "filters": http}
-    if mode == "DISABLE":
-        return {**listener, "filter_chains": [plain]}
-    secure["filter_chain_match"] = {"transport_protocol": "tls", "application_protocols": _ISTIO_ALPN}
-    plain["filter_chain_match"] = {"transport_protocol": "raw_buffer"}
-    own_tls: Json = {
-        "name": "tls-of-the-application",
-        "filter_chain_match": {"transport_protocol": "tls"},
-        "filters": [
-            filter_of(
-                "envoy.filters.network.tcp_proxy",
-                _TCP_PROXY,
-                {"stat_prefix": f"inbound_{name}", "cluster": inbound_cluster(port)},
-            )
-        ],
+    chains = _inbound_chains(view, proxy, port, protocol, mode)
+    found = [chain.get("filter_chain_match", {}) for chain in chains]
+    inspectors = [TLS_INSPECTOR] if mode != "DISABLE" else []
+    if any("http/1.1" in match.get("application_protocols", ()) for match in found):
+        inspectors.append(HTTP_INSPECTOR)
+    listener["filter_chains"] = chains
+    if not inspectors:
+        return listener
+    return {
+        **listener,
+        "continue_on_listener_filters_timeout": True,
+        "listener_filters_timeout": "0s",
+        "listener_filters": inspectors,
     }
-    inspector = {"name": "envoy.filters.listener.tls_inspector", "typed_config": typed(_INSPECTOR)}
-    return {**listener, "listener_filters": [inspector], "filter_chains": [secure, own_tls, plain]}
+
+
+def _inbound_chains(view: View, proxy: ProxyNode, port: int, protocol: Protocol, mode: MtlsMode) -> list[Json]:
+    name = f"{proxy.pod_address}_{port}"
+    http = [manager(view, proxy, "inbound", inbound_cluster(port), f"inbound_{name}", port=port)]
+    tcp = [] if is_http(protocol) else _inbound_connection(view, proxy, port)
+    secure = tls.mesh_server(view.trust_domain)
+    strict: list[_Row]
+    plain: list[_Row]
+    mixed: list[_Row]
+    if is_http(protocol):
+        strict = [("mtls", _TLS, http, True)]
+        plain = [("plaintext", _RAW, http, False)]
+        mixed = [("mtls", {**_TLS, "application_protocols": _ISTIO_ALPN}, http, True), *plain]
+    elif protocol == "unknown":
+        of_requests: _Row = ("mtls-http", {**_TLS, "application_protocols": _REQUEST_ALPN}, http, True)
+        strict = [of_requests, ("mtls", _TLS, tcp, True)]
+        plain = [("plaintext-http", _PLAIN_HTTP, http, False), ("plaintext", _RAW, tcp, False)]
+        mixed = [
+            of_requests,
+            ("mtls", {**_TLS, "application_protocols": _CONNECTION_ALPN}, tcp, True),
+            ("tls-of-the-application", _TLS, tcp, False),
+            *plain,
+        ]
+    else:
+        strict = [("mtls", _TLS, tcp, True)]
+        plain = [("plaintext", _RAW, tcp, False)]
+        mixed = [
+            ("mtls", {**_TLS, "application_protocols": _ISTIO_ALPN}, tcp, True),
+            ("tls-of-the-application", _TLS, tcp, False),
+            *plain,
+        ]
+    rows = strict if mode == "STRICT" else plain if mode == "DISABLE" else mixed
+    return [
+        {
+            "name": chain,
+            "filter_chain_match": match,
+            "filters": filters,
+            **({"transport_socket": secure} if mutual else {}),
+        }
+        for chain, match, filters, mutual in rows
+    ]
+
+
+def _inbound_connection(view: View, proxy: ProxyNode, port: int) -> list[Json]:
+    """Filters of connections to the application."""
+    cluster = inbound_cluster(port)
+    config: Json = {"stat_prefix": cluster, "cluster": cluster, **network_logs(view, proxy, "inbound")}
+    return [*network_checks(view, proxy), filter_of("envoy.filters.network.tcp_proxy", _TCP_PROXY, config)]

@@ -15,6 +15,7 @@ from mlmesh_local.translate.names import fraction, seconds
 
 FAULT_FILTER = "envoy.filters.http.fault"
 CORS_FILTER = "envoy.filters.http.cors"
+STATE_FILTER = "envoy.filters.http.set_filter_state"
 # pilot/pkg/networking/core/route/retry/retry.go
 DEFAULT_RETRY_ON = "connect-failure,refused-stream,unavailable,cancelled,retriable-status-codes"
 _PREVIOUS_HOSTS: Json = {
@@ -87,9 +88,8 @@ def hash_policy(key: HashKey) -> Json:
         cookie["ttl"] = seconds(key.cookie_ttl_s)
     if key.cookie_path:
         cookie["path"] = key.cookie_path
-    attributes: tuple[tuple[str, str], ...] = getattr(key, "cookie_attributes", ())
-    if attributes:
-        cookie["attributes"] = [{"name": name, "value": value} for name, value in attributes]
+    if key.cookie_attributes:
+        cookie["attributes"] = [{"name": name, "value": value} for name, value in key.cookie_attributes]
     return {"cookie": cookie}
 
 
@@ -174,6 +174,18 @@ def cors_config(cors: Cors) -> Json:
     if cors.credentials is not None:
         result["allow_credentials"] = cors.credentials
     return typed("envoy.extensions.filters.http.cors.v3.CorsPolicy", result)
+
+
+def request_marker() -> Json:
+    """Configuration that makes mutual TLS of a request tell the other sidecar that HTTP is inside.
+
+    Where no protocol is declared, that is how it knows; Istio's own Envoy has a filter for it.
+    """
+    alpn: Json = {
+        "object_key": "envoy.network.application_protocols",
+        "format_string": {"text_format_source": {"inline_string": "istio-h2,istio"}},
+    }
+    return typed("envoy.extensions.filters.http.set_filter_state.v3.Config", {"on_request_headers": [alpn]})
 
 
 def apply_headers(target: Json, edits: HeaderEdits | None) -> str:

@@ -75,10 +75,10 @@ class Frame:
 
     def hash_key(self, destination: Destination) -> HashKey | None:
         """What consistent hashing of a destination looks at, by Istio's order; None where it does not hash."""
-        service = self.view.services.get(destination.host)
+        service = self.view.service_seen_by(self.proxy, destination.host)
         if service is None:
             return None
-        policy = self.view.policy(service, self.proxy.namespace)
+        policy = self.view.policy(service, self.proxy)
         subset = policy.subset(destination.subset) if destination.subset else None
         return (
             _key_of_port(subset.policy if subset else None, destination.port)
@@ -118,20 +118,19 @@ def rule_routes(frame: Frame, service: VirtualService) -> list[Json]:
     return routes
 
 
-def default_route(frame: Frame, host: str, port: int) -> Json:
+def default_route(frame: Frame, service: CatalogService, port: int) -> Json:
     """The route of a service that no VirtualService speaks of."""
-    service = frame.view.services[host]
-    action: Json = {"cluster": names.outbound_cluster(port, "", host), **timeouts(None)}
+    action: Json = {"cluster": names.outbound_cluster(port, "", service.host), **timeouts(None)}
     # Only routes of VirtualServices keep retries of hashed calls on their host, in Istio too.
     retries = retry_policy(frame.default_retries, hashed=False)
     if retries:
         action["retry_policy"] = retries
-    policy: HostPolicy = frame.view.policy(service, frame.proxy.namespace)
+    policy: HostPolicy = frame.view.policy(service, frame.proxy)
     key = _key_of_port(policy.policy, port) or _key(policy.policy)
     if key:
         action["hash_policy"] = [hash_policy(key)]
     route: Json = {"name": "default", "match": dict(ANYTHING), "route": action}
-    return _observed(frame, route, f"{host}:{port}/*")
+    return _observed(frame, route, f"{service.host}:{port}/*")
 
 
 def _route(frame: Frame, service: VirtualService, rule: HttpRule, match: HttpMatch | None) -> Json:

@@ -13,15 +13,20 @@ from mlmesh_local.model import ProxyNode
 from mlmesh_local.resources.catalog import MESH_GATEWAY, CatalogService, best_match
 from mlmesh_local.resources.domains import host_covers, hosts_overlap, is_ip
 from mlmesh_local.resources.model_routes import VirtualService
+from mlmesh_local.resources.protocols import is_http
 from mlmesh_local.translate.matches import ANYTHING, unique
+from mlmesh_local.translate.route_actions import STATE_FILTER, request_marker
 from mlmesh_local.translate.routes import GATEWAY_SEMANTICS, Frame, default_route, rule_routes
 from mlmesh_local.translate.view import View
 
 DIRECT_RESPONSE_BYTES_MAX = 1024 * 1024
 """Istio's bound of the body of a direct response; Envoy's own is 4 KiB."""
 
-_HTTP_LIKE = frozenset({"grpc", "grpc-web", "http", "http2", "http-proxy", "unknown"})
 _WEB_PORT = 80
+
+
+# Host, domains, which of them are short, service.
+_Member = tuple[str, list[str], list[str], CatalogService | None]
 
 
 @dataclass(slots=True)
@@ -47,9 +52,9 @@ def route_configuration(name: str, virtual_hosts: list[Json]) -> Json:
 def outbound_virtual_hosts(frame: Frame) -> list[Json]:
     """Virtual hosts of a port, by name; the last takes what no service has."""
     port = frame.listener_port
-    seen = frame.view.services_seen_by(frame.proxy.namespace)
+    seen = frame.view.services_seen_by(frame.proxy)
     here = {service.host: service for service in seen if service.port(port) is not None}
-    bound = [service for service, _ in frame.view.virtual_services(MESH_GATEWAY, frame.proxy.namespace)]
+    bound = [service for service, _ in frame.view.virtual_services(MESH_GATEWAY, frame.proxy)]
     owners = _owners(bound, seen)
     groups: list[_Group] = []
     ruled: set[str] = set()
@@ -62,7 +67,7 @@ def outbound_virtual_hosts(frame: Frame) -> list[Json]:
             groups.append(group)
             ruled.update(service.host for service in group.services)
     groups += [
-        _Group(routes=[default_route(frame, host, port)], services=[service])
+        _Group(routes=[default_route(frame, service, port)], services=[service])
         for host, service in here.items()
         if host not in ruled and _routed(service, port)
     ]
@@ -71,7 +76,7 @@ def outbound_virtual_hosts(frame: Frame) -> list[Json]:
 
 def _routed(service: CatalogService, port: int) -> bool:
     described = service.port(port)
-    return described is not None and described.protocol in _HTTP_LIKE
+    return described is not None and (is_http(described.protocol) or described.protocol == "unknown")
 
 
 def _owners(bound: Iterable[VirtualService], seen: Iterable[CatalogService]) -> dict[str, VirtualService]:
@@ -125,9 +130,11 @@ def _built(frame: Frame, groups: list[_Group]) -> list[Json]:
     taken_domains: set[str] = {"*"}
     found: list[Json] = []
     for group in groups:
-        members: list[tuple[str, list[str], list[str]]] = [(host, [bracketed(host)], []) for host in group.hosts]
-        members += [(service.host, *service_domains(frame.view, service, frame.proxy)) for service in group.services]
-        for host, domains, short in members:
+        members: list[_Member] = [(host, [bracketed(host)], [], None) for host in group.hosts]
+        members += [
+            (service.host, *service_domains(frame.view, service, frame.proxy), service) for service in group.services
+        ]
+        for host, domains, short, service in members:
             name = f"{bracketed(host)}:{port}"
             if name in taken_names:
                 continue
@@ -140,15 +147,21 @@ def _built(frame: Frame, groups: list[_Group]) -> list[Json]:
             ]
             taken_domains.update(domain.lower() for domain in kept)
             if kept:
-                found.append(
-                    {
-                        "name": name,
-                        "domains": kept,
-                        "routes": group.routes,
-                        "include_request_attempt_count": True,
-                    }
-                )
+                found.append(_virtual_host(name, kept, group.routes, service, port))
     return found
+
+
+def _virtual_host(name: str, domains: list[str], routes: list[Json], service: CatalogService | None, port: int) -> Json:
+    result: Json = {
+        "name": name,
+        "domains": domains,
+        "routes": routes,
+        "include_request_attempt_count": True,
+    }
+    described = service.port(port) if service else None
+    if described is not None and described.protocol == "unknown":
+        result["typed_per_filter_config"] = {STATE_FILTER: request_marker()}
+    return result
 
 
 def service_domains(view: View, service: CatalogService, proxy: ProxyNode) -> tuple[list[str], list[str]]:
@@ -158,18 +171,19 @@ def service_domains(view: View, service: CatalogService, proxy: ProxyNode) -> tu
     """
     domains: list[str] = []
     short: list[str] = []
-    for host in (service.host, *(alias for _, alias in getattr(service, "aliases", ()))):
-        alternatives = _alternatives(host, proxy.namespace, view.world.domain)
-        domains += [bracketed(host), *alternatives]
-        short += alternatives
-    if getattr(service, "headless", False) and not service.is_entry:
+    for host in (service.host, *(alias for _, alias in service.aliases)):
+        other = alternatives(host, proxy.namespace, view.world.domain)
+        domains += [bracketed(host), *other]
+        short += other
+    if service.headless and not service.is_entry:
         # Each pod of a headless Service has a name of its own below that of the Service.
         domains += [f"*.{domain}" for domain in domains]
-    domains += [bracketed(address) for address in getattr(service, "addresses", ()) if "/" not in address]
+    domains += [bracketed(address) for address in service.addresses if "/" not in address]
     return domains, short
 
 
-def _alternatives(host: str, namespace: str, domain: str) -> list[str]:
+def alternatives(host: str, namespace: str, domain: str) -> list[str]:
+    """The other names of a host: with the dot that ends it, and short ones that a namespace's clients may use."""
     if is_ip(host):
         return []
     found = [f"{host}."]

@@ -388,7 +388,8 @@ def test_ports_of_pass_through_tls_are_no_routes() -> None:
 
 def test_inbound_routes_leave_time_to_the_caller_and_retry_only_what_does_not_stream() -> None:
     it = Told("server-v1")
-    grpc, plain = (it.rules(f"inbound|http|{port}", f"inbound|{port}||")[0]["route"] for port in (8000, 9090))
+    ports = {9000: 8000, 9090: 9090}
+    grpc, plain = (it.rules(f"inbound|http|{p}", f"inbound|{target}||")[0]["route"] for p, target in ports.items())
     assert grpc["timeout"] == "0s"
     assert grpc["max_stream_duration"] == {"max_stream_duration": "0s", "grpc_timeout_header_max": "0s"}
     assert "retry_policy" not in grpc
