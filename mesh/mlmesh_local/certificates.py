@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -44,11 +44,15 @@ class ServerCredential:
 class _Held:
     proxy: ProxyNode
     credentials: tuple[ServerCredential, ...]
+    trust_domain: str
     leaf: Certificate
     servers: dict[str, Certificate] = field(default_factory=dict)
 
     def rotate_at(self) -> float:
         return min(held.rotate_at().timestamp() for held in (self.leaf, *self.servers.values()))
+
+    def is_of(self, authority: Authority) -> bool:
+        return all(authority.is_signer(held) for held in (self.leaf, *self.servers.values()))
 
 
 class Certificates:
@@ -66,12 +70,21 @@ class Certificates:
         held = self._held.get(node_id)
         return held.leaf if held else None
 
-    def provide(self, proxy: ProxyNode, credentials: tuple[ServerCredential, ...]) -> None:
-        """Give a node its certificates; what it holds already is kept when it still fits."""
+    @property
+    def nodes(self) -> Collection[str]:
+        """Who holds certificates."""
+        return self._held.keys()
+
+    def provide(self, proxy: ProxyNode, credentials: tuple[ServerCredential, ...], *, trust_domain: str = "") -> None:
+        """Give a node its certificates; what it holds already is kept when it still fits.
+
+        ``trust_domain`` is that of the mesh's settings; empty is the issuer's own.
+        """
         held = self._held.get(proxy.id)
-        if held and held.credentials == credentials and held.proxy.service_account == proxy.service_account:
+        identity = proxy.identity(trust_domain or self.authority.trust_domain)
+        if held and held.credentials == credentials and held.leaf.identity == identity:
             return
-        self._issue(proxy, credentials)
+        self._issue(proxy, credentials, trust_domain)
 
     def forget(self, node_id: str) -> None:
         """The node is gone."""
@@ -80,9 +93,23 @@ class Certificates:
     def rotate(self) -> int:
         """New certificates for everybody now; gives how many nodes got one."""
         for held in list(self._held.values()):
-            self._issue(held.proxy, held.credentials)
+            self._issue(held.proxy, held.credentials, held.trust_domain)
         self._changed()
         return len(self._held)
+
+    def rotate_foreign(self) -> int:
+        """New certificates for those whose own is not of the root that signs now; gives how many."""
+        foreign = [held for held in self._held.values() if not held.is_of(self.authority)]
+        for held in foreign:
+            self._issue(held.proxy, held.credentials, held.trust_domain)
+        self._changed()
+        return len(foreign)
+
+    def redistribute(self) -> None:
+        """Give everybody the roots that are trusted now, with the certificates that they have."""
+        for held in self._held.values():
+            self._give(held)
+        self._changed()
 
     async def run(self) -> None:
         """Replace certificates at half of their life, for ever."""
@@ -95,26 +122,30 @@ class Certificates:
         now = self._clock().timestamp()
         due = [held for held in self._held.values() if held.rotate_at() <= now]
         for held in due:
-            self._issue(held.proxy, held.credentials)
+            self._issue(held.proxy, held.credentials, held.trust_domain)
         if due:
             logger.info("certificates rotated", extra={"count": len(due)})
             self._changed()
         return len(due)
 
-    def _issue(self, proxy: ProxyNode, credentials: tuple[ServerCredential, ...]) -> None:
+    def _issue(self, proxy: ProxyNode, credentials: tuple[ServerCredential, ...], trust_domain: str) -> None:
         held = _Held(
             proxy=proxy,
             credentials=credentials,
-            leaf=self.authority.issue(proxy.service_account, proxy.namespace),
+            trust_domain=trust_domain,
+            leaf=self.authority.issue(proxy.service_account, proxy.namespace, trust_domain=trust_domain),
             servers={item.name: self.authority.issue_server(item.hosts, item.addresses) for item in credentials},
         )
+        self._held[proxy.id] = held
+        self._give(held)
+
+    def _give(self, held: _Held) -> None:
         roots = TrustSecret(roots=self.authority.bundle_pem.encode())
         secrets: dict[str, Secret] = {WORKLOAD_SECRET: _secret(held.leaf), TRUST_SECRET: roots}
         for name, certificate in held.servers.items():
             secrets[credential_secret(name)] = _secret(certificate)
             secrets[f"{credential_secret(name)}-cacert"] = roots
-        self._held[proxy.id] = held
-        self._sink.set_secrets(proxy.id, secrets)
+        self._sink.set_secrets(held.proxy.id, secrets)
 
 
 def _secret(certificate: Certificate) -> CertificateSecret:

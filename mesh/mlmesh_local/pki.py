@@ -13,13 +13,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Literal
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from mlmesh_runtime.errors import Corrupt, InvalidInput
+from mlmesh_runtime.errors import Corrupt, InvalidInput, WrongState
 
 TRUST_DOMAIN = "cluster.local"
 LEAF_TTL = timedelta(hours=24)
@@ -29,6 +31,8 @@ SKEW = timedelta(seconds=60)
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
 Clock = Callable[[], datetime]
+Phase = Literal["IDLE", "DISTRIBUTING", "RETIRING"]
+"""How far the replacement of a root is: none, a new one is made known, the old one is no longer used."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,18 +63,23 @@ def spiffe_id(service_account: str, namespace: str, *, trust_domain: str = TRUST
 class Authority:
     """A certificate authority kept in a folder of mode 0700, its files 0600.
 
-    ``root.pem`` and ``root-key.pem`` are the active root; ``retired/*.pem`` are roots that no longer sign but are still
-    trusted, so that a new root can be introduced while certificates of the old one are in use.
+    ``root.pem`` and ``root-key.pem`` are the active root. A root is replaced in three steps, between which others must
+    learn of it, and the files are the state: what was begun before a restart goes on after it.
+
+    1. `prepare_root`: ``next/`` has a new root. It is trusted and does not sign.
+    2. `promote_root`: it signs. The one before is in ``retired/``: still trusted, and its key is gone.
+    3. `retire_roots`: only the active root is trusted.
     """
 
     def __init__(self, folder: Path, *, clock: Clock, trust_domain: str = TRUST_DOMAIN) -> None:
         self._folder = folder
         self._clock = clock
         self.trust_domain = trust_domain
-        _private_folder(folder)
-        _private_folder(folder / "retired")
+        for each in (folder, folder / "retired", folder / "next"):
+            _private_folder(each)
         if not (folder / "root.pem").exists():
-            self._write_root()
+            self._write_root(folder)
+        self._finish_promotion()
         self._read_root()
 
     @property
@@ -79,21 +88,69 @@ class Authority:
         return self._root.not_valid_after_utc
 
     @property
+    def phase(self) -> Phase:
+        """How far the replacement of the root is."""
+        if self._next() is not None:
+            return "DISTRIBUTING"
+        return "RETIRING" if self._retired() else "IDLE"
+
+    @property
+    def roots(self) -> tuple[x509.Certificate, ...]:
+        """Every root that is trusted now, the active one first."""
+        upcoming = self._next()
+        return (self._root, *((upcoming,) if upcoming else ()), *(r for r in self._retired() if r != self._root))
+
+    @property
     def bundle_pem(self) -> str:
         """Every root that is trusted now, the active one first."""
-        roots = [self._root]
-        for path in sorted((self._folder / "retired").glob("*.pem")):
-            retired = x509.load_pem_x509_certificate(path.read_bytes())
-            if retired.not_valid_after_utc > self._clock():
-                roots.append(retired)
-        return "".join(_pem(root) for root in roots)
+        return "".join(_pem(root) for root in self.roots)
 
-    def issue(self, service_account: str, namespace: str = "mlmesh", ttl: timedelta = LEAF_TTL) -> Certificate:
-        """A new key and a certificate for a ServiceAccount, for client and server use."""
-        identity = spiffe_id(service_account, namespace, trust_domain=self.trust_domain)
+    @property
+    def sequence(self) -> int:
+        """Number of this bundle: each change of it has a higher one."""
+        try:
+            return int((self._folder / "sequence").read_text())
+        except (FileNotFoundError, ValueError):
+            return 1
+
+    def is_signer(self, certificate: Certificate) -> bool:
+        """Whether the active root signed a certificate."""
+        leaf = x509.load_pem_x509_certificate(certificate.chain_pem.encode())
+        try:
+            leaf.verify_directly_issued_by(self._root)
+        except (ValueError, TypeError, InvalidSignature):
+            return False
+        return True
+
+    def issue(
+        self, service_account: str, namespace: str = "mlmesh", ttl: timedelta = LEAF_TTL, *, trust_domain: str = ""
+    ) -> Certificate:
+        """A new key and a certificate for a ServiceAccount, for client and server use.
+
+        ``trust_domain`` is that of the mesh's settings; empty is the authority's own.
+        """
+        identity = spiffe_id(service_account, namespace, trust_domain=trust_domain or self.trust_domain)
         names = x509.SubjectAlternativeName([x509.UniformResourceIdentifier(identity)])
         # Critical because the subject is empty (RFC 5280, 4.1.2.6).
         return self._sign(x509.Name([]), names, critical=True, identity=identity, ttl=ttl)
+
+    def lend(self, service_account: str, namespace: str, ttl: timedelta, *, trust_domain: str = "") -> Certificate:
+        """A certificate for a tool outside of the mesh. As long as it is valid, the root that signed it is trusted."""
+        certificate = self.issue(service_account, namespace, ttl, trust_domain=trust_domain)
+        until = max(certificate.not_after, self._lent("lent-until") or certificate.not_after)
+        write_private(self._folder / "lent-until", f"{until.isoformat()}\n")
+        return certificate
+
+    @property
+    def lent_until(self) -> datetime | None:
+        """When the last certificate expires that a retired root signed for a tool; None when there is none."""
+        return self._lent("retired/lent-until")
+
+    def _lent(self, name: str) -> datetime | None:
+        try:
+            return datetime.fromisoformat((self._folder / name).read_text().strip())
+        except (FileNotFoundError, ValueError):
+            return None
 
     def issue_server(
         self, hosts: Sequence[str], addresses: Sequence[str] = (), ttl: timedelta = LEAF_TTL
@@ -106,15 +163,56 @@ class Authority:
         subject = x509.Name([x509.NameAttribute(NameOID.ORGANIZATION_NAME, "mlmesh gateway")])
         return self._sign(subject, x509.SubjectAlternativeName(entries), critical=False, identity="", ttl=ttl)
 
-    def rotate_root(self) -> None:
-        """Sign with a new root from now on; the old one stays in the bundle until it expires.
+    def prepare_root(self) -> None:
+        """Step 1: make a new root, to be trusted before it signs. Nothing happens when there is one already."""
+        if self._next() is None:
+            self._write_root(self._folder / "next")
+            self._count()
 
-        Push the new bundle to every sidecar before the first certificate of the new root is used.
-        """
-        retired = self._folder / "retired" / f"{_serial(self._root)}.pem"
-        write_private(retired, _pem(self._root))
-        self._write_root()
+    def promote_root(self) -> None:
+        """Step 2: sign with the prepared root. Raises WrongState when there is none."""
+        if self._next() is None:
+            raise WrongState("there is no prepared root to sign with; prepare one first", reason="NO_NEXT_ROOT")
+        write_private(self._folder / "retired" / f"{_serial(self._root)}.pem", _pem(self._root))
+        if (self._folder / "lent-until").exists():
+            (self._folder / "lent-until").replace(self._folder / "retired" / "lent-until")
+        (self._folder / "next" / "root.pem").replace(self._folder / "root.pem")
+        self._finish_promotion()
         self._read_root()
+
+    def retire_roots(self) -> int:
+        """Step 3: trust only the root that signs. Gives how many are trusted no more."""
+        found = list((self._folder / "retired").glob("*.pem"))
+        if found:
+            self._count()
+        for path in found:
+            path.unlink()
+        (self._folder / "retired" / "lent-until").unlink(missing_ok=True)
+        return len(found)
+
+    def _finish_promotion(self) -> None:
+        """A crash may have come between the two files of a root: its key is still where it was prepared."""
+        key = self._folder / "next" / "root-key.pem"
+        if key.exists() and not (self._folder / "next" / "root.pem").exists():
+            if _belong_together(self._folder / "root.pem", key):
+                key.replace(self._folder / "root-key.pem")
+            else:
+                # It was written, and the certificate was not: nobody has heard of it.
+                key.unlink()
+
+    def _next(self) -> x509.Certificate | None:
+        try:
+            return x509.load_pem_x509_certificate((self._folder / "next" / "root.pem").read_bytes())
+        except FileNotFoundError:
+            return None
+
+    def _retired(self) -> tuple[x509.Certificate, ...]:
+        paths = sorted((self._folder / "retired").glob("*.pem"))
+        found = (x509.load_pem_x509_certificate(path.read_bytes()) for path in paths)
+        return tuple(root for root in found if root.not_valid_after_utc > self._clock())
+
+    def _count(self) -> None:
+        write_private(self._folder / "sequence", f"{self.sequence + 1}\n")
 
     def _sign(
         self, subject: x509.Name, names: x509.SubjectAlternativeName, *, critical: bool, identity: str, ttl: timedelta
@@ -154,7 +252,7 @@ class Authority:
             not_after=end,
         )
 
-    def _write_root(self) -> None:
+    def _write_root(self, folder: Path) -> None:
         now = self._clock().replace(microsecond=0)
         key = ec.generate_private_key(ec.SECP256R1())
         name = x509.Name(
@@ -177,8 +275,8 @@ class Authority:
             .sign(key, hashes.SHA256())
         )
         # The key first: a root without its key could never sign and would be found at the next start.
-        write_private(self._folder / "root-key.pem", _key_pem(key))
-        write_private(self._folder / "root.pem", _pem(root))
+        write_private(folder / "root-key.pem", _key_pem(key))
+        write_private(folder / "root.pem", _pem(root))
 
     def _read_root(self) -> None:
         try:
@@ -189,6 +287,16 @@ class Authority:
         if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != self._root.public_key():
             raise Corrupt(f"root.pem and root-key.pem in {self._folder} do not belong together; delete the folder")
         self._key = key
+
+
+def _belong_together(root: Path, key: Path) -> bool:
+    certificate = x509.load_pem_x509_certificate(root.read_bytes())
+    loaded = serialization.load_pem_private_key(key.read_bytes(), password=None)
+    return loaded.public_key().public_bytes(
+        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+    ) == certificate.public_key().public_bytes(
+        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
 
 
 def _leaf_usage() -> x509.KeyUsage:

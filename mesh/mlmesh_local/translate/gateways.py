@@ -90,7 +90,7 @@ def _listener(view: View, proxy: ProxyNode, port: int, served: list[Served]) -> 
             "filters": [manager(view, proxy, "gateway", route_name, f"outbound_{name}", port=port)],
         }
         if server.tls:
-            chain["transport_socket"] = tls.gateway_server(server.tls, view.world.trust_domain)
+            chain["transport_socket"] = tls.gateway_server(server.tls, view.trust_domains)
             named = [] if "*" in server.hosts or len(served) == 1 else list(server.hosts)
             if named:
                 chain["filter_chain_match"] = {"server_names": named}

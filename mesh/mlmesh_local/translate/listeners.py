@@ -185,7 +185,7 @@ def _inbound_chains(view: View, proxy: ProxyNode, port: int, protocol: Protocol,
     name = f"{proxy.pod_address}_{port}"
     http = [manager(view, proxy, "inbound", inbound_cluster(port), f"inbound_{name}", port=port)]
     tcp = [] if is_http(protocol) else _inbound_connection(view, proxy, port)
-    secure = tls.mesh_server(view.trust_domain)
+    secure = tls.mesh_server(view.trust_domains)
     strict: list[_Row]
     plain: list[_Row]
     mixed: list[_Row]

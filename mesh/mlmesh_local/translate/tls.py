@@ -13,6 +13,19 @@ RAW_BUFFER: Json = {
 }
 SYSTEM_ROOTS = "/etc/ssl/certs/ca-certificates.crt"
 _MINIMUM: Json = {"tls_minimum_protocol_version": "TLSv1_2"}
+# pilot/pkg/security/authn/utils/utils.go
+_MESH_PARAMETERS: Json = {
+    "tls_minimum_protocol_version": "TLSv1_2",
+    "tls_maximum_protocol_version": "TLSv1_3",
+    "cipher_suites": [
+        "ECDHE-ECDSA-AES256-GCM-SHA384",
+        "ECDHE-RSA-AES256-GCM-SHA384",
+        "ECDHE-ECDSA-AES128-GCM-SHA256",
+        "ECDHE-RSA-AES128-GCM-SHA256",
+        "AES256-GCM-SHA384",
+        "AES128-GCM-SHA256",
+    ],
+}
 _VERSIONS = {"TLS_AUTO": "TLS_AUTO", "TLSV1_2": "TLSv1_2", "TLSV1_3": "TLSv1_3"}
 # Istio lists istio-peer-exchange first; Envoy without that extension would then choose HTTP/1.
 SERVER_ALPN = ["h2", "http/1.1"]
@@ -48,22 +61,22 @@ def mesh_client(identities: tuple[str, ...], trust_domain: str, server_name: str
     )
 
 
-def mesh_server(trust_domain: str) -> Json:
-    """Transport socket of a sidecar's inbound connection: a certificate of this trust domain is demanded.
+def mesh_server(trust_domains: tuple[str, ...]) -> Json:
+    """Transport socket of a sidecar's inbound connection: a certificate of these trust domains is demanded.
 
-    One authority may sign for several trust domains: without the check of the name every one of them would be let in.
+    ``trust_domains`` are the mesh's own and its aliases. One authority may sign for several: without the check of the
+    name every one of them would be let in.
     """
+    sans = [_uri("prefix", f"spiffe://{domain}/") for domain in trust_domains]
     return _downstream(
         {
             "require_client_certificate": True,
             "common_tls_context": {
-                "tls_params": _MINIMUM,
+                "tls_params": _MESH_PARAMETERS,
                 "alpn_protocols": SERVER_ALPN,
                 "tls_certificate_sds_secret_configs": [_secret(WORKLOAD_SECRET)],
                 "combined_validation_context": {
-                    "default_validation_context": {
-                        "match_typed_subject_alt_names": [_uri("prefix", f"spiffe://{trust_domain}/")]
-                    },
+                    "default_validation_context": {"match_typed_subject_alt_names": sans},
                     "validation_context_sds_secret_config": _secret(TRUST_SECRET),
                 },
             },
@@ -71,10 +84,10 @@ def mesh_server(trust_domain: str) -> Json:
     )
 
 
-def gateway_server(tls: ServerTls, trust_domain: str) -> Json:
+def gateway_server(tls: ServerTls, trust_domains: tuple[str, ...]) -> Json:
     """Transport socket of a gateway's server. The certificate is the secret "kubernetes://{credentialName}"."""
     if tls.mode == "ISTIO_MUTUAL":
-        return mesh_server(trust_domain)
+        return mesh_server(trust_domains)
     params = {"tls_minimum_protocol_version": _VERSIONS[tls.min_version]}
     if tls.max_version != "TLS_AUTO":
         params["tls_maximum_protocol_version"] = _VERSIONS[tls.max_version]

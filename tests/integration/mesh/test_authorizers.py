@@ -71,8 +71,8 @@ HTTP = provider(
     "by-http",
     "envoyExtAuthzHttp",
     PORTS["http"],
-    ", pathPrefix: /check, includeRequestHeadersInCheck: [x-ext-authz], includeAdditionalHeadersInCheck: {x-extra: '1'},"
-    " headersToUpstreamOnAllow: [x-checked], headersToDownstreamOnDeny: [x-reason]",
+    ", pathPrefix: /check, includeRequestHeadersInCheck: [x-ext-authz],"
+    " includeAdditionalHeadersInCheck: {x-extra: '1'}, headersToUpstreamOnAllow: [x-checked], headersToDownstreamOnDeny: [x-reason]",
 )
 
 

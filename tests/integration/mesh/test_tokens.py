@@ -81,7 +81,7 @@ def forgeries() -> dict[str, str]:
     """Tokens that must not pass, each because of one thing only (RFC 8725)."""
     good = {"aud": "mlmesh"}
     token = TRUSTED.token(**good)
-    head, body, signature = token.split(".")
+    head, body, _ = token.split(".")
     return {
         "algorithm none": TRUSTED.token(alg="none", **good),
         "algorithm None": TRUSTED.token(alg="None", **good),

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import base64
+import json
 import stat
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -7,9 +9,11 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding
 
+from mlmesh_local.bundles import spiffe_bundle
 from mlmesh_local.pki import Authority, Certificate
-from mlmesh_runtime.errors import Corrupt, InvalidInput
+from mlmesh_runtime.errors import Corrupt, InvalidInput, WrongState
 
 NOW = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
 
@@ -76,16 +80,87 @@ def test_the_root_is_kept_over_a_restart(tmp_path: Path) -> None:
     assert authority(tmp_path).bundle_pem == authority(tmp_path).bundle_pem
 
 
-def test_a_new_root_overlaps_with_the_old_one_until_that_expires(tmp_path: Path) -> None:
+def test_a_new_root_is_trusted_before_it_signs_and_the_old_one_after(tmp_path: Path) -> None:
     mesh = authority(tmp_path)
     before = mesh.issue("registry", "mlmesh")
-    mesh.rotate_root()
+    (old,) = mesh.roots
+    assert (mesh.phase, mesh.sequence) == ("IDLE", 1)
+
+    mesh.prepare_root()
+    between = mesh.issue("registry", "mlmesh")
+    assert (mesh.phase, mesh.sequence) == ("DISTRIBUTING", 2)
+    assert roots(between.bundle_pem)[0] == old
+    assert len(roots(between.bundle_pem)) == 2
+    leaf(between).verify_directly_issued_by(old)
+
+    mesh.promote_root()
     after = mesh.issue("registry", "mlmesh")
-    new, old = roots(after.bundle_pem)
+    new = roots(after.bundle_pem)[0]
+    assert (mesh.phase, roots(after.bundle_pem)) == ("RETIRING", [new, old])
     leaf(after).verify_directly_issued_by(new)
-    leaf(before).verify_directly_issued_by(old)
-    assert len(roots(authority(tmp_path, NOW + timedelta(days=3649)).bundle_pem)) == 2
-    assert len(roots(authority(tmp_path, NOW + timedelta(days=3651)).bundle_pem)) == 1
+    assert mesh.is_signer(after)
+    assert not mesh.is_signer(before)
+
+    assert mesh.retire_roots() == 1
+    assert (mesh.phase, mesh.sequence, mesh.roots) == ("IDLE", 3, (new,))
+
+
+def test_what_was_begun_goes_on_after_a_restart(tmp_path: Path) -> None:
+    authority(tmp_path).prepare_root()
+    known = authority(tmp_path)
+    assert known.phase == "DISTRIBUTING"
+    known.prepare_root()
+    assert authority(tmp_path).roots == known.roots
+    known.promote_root()
+    assert authority(tmp_path).phase == "RETIRING"
+    assert len(authority(tmp_path, NOW + timedelta(days=3651)).roots) == 1
+
+
+@pytest.mark.parametrize("written", ["key", "root"])
+def test_a_crash_while_a_root_is_made_or_promoted_loses_nothing(tmp_path: Path, written: str) -> None:
+    mesh = authority(tmp_path)
+    (old,) = mesh.roots
+    mesh.prepare_root()
+    folder = tmp_path / "ca"
+    if written == "key":
+        (folder / "next" / "root.pem").unlink()
+    else:
+        (folder / "next" / "root.pem").replace(folder / "root.pem")
+    again = authority(tmp_path)
+    assert again.phase == "IDLE"
+    assert (again.roots == (old,)) is (written == "key")
+    assert again.is_signer(again.issue("registry", "mlmesh"))
+    assert list((folder / "next").iterdir()) == []
+
+
+def test_a_root_that_was_not_prepared_cannot_sign(tmp_path: Path) -> None:
+    with pytest.raises(WrongState):
+        authority(tmp_path).promote_root()
+
+
+def test_an_old_root_is_needed_while_tools_have_certificates_of_it(tmp_path: Path) -> None:
+    mesh = authority(tmp_path)
+    mesh.lend("operator", "mlmesh", timedelta(hours=3))
+    mesh.lend("operator", "mlmesh", timedelta(hours=1))
+    assert mesh.lent_until is None
+    mesh.prepare_root()
+    mesh.promote_root()
+    mesh.lend("operator", "mlmesh", timedelta(hours=24))
+    assert authority(tmp_path).lent_until == NOW + timedelta(hours=3)
+    mesh.retire_roots()
+    assert mesh.lent_until is None
+
+
+def test_the_bundle_as_others_read_it(tmp_path: Path) -> None:
+    mesh = authority(tmp_path)
+    mesh.prepare_root()
+    bundle = json.loads(spiffe_bundle(mesh.roots, mesh.sequence))
+    assert (bundle["spiffe_sequence"], len(bundle["keys"])) == (2, 2)
+    for key, root in zip(bundle["keys"], mesh.roots, strict=True):
+        assert (key["use"], key["kty"], key["crv"]) == ("x509-svid", "EC", "P-256")
+        assert base64.b64decode(key["x5c"][0]) == root.public_bytes(Encoding.DER)
+        numbers = root.public_key().public_numbers()  # type: ignore[union-attr]
+        assert int.from_bytes(base64.urlsafe_b64decode(key["x"] + "="), "big") == numbers.x  # type: ignore[union-attr]
 
 
 def test_an_expired_root_does_not_sign(tmp_path: Path) -> None:

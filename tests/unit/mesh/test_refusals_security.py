@@ -128,7 +128,7 @@ REFUSED: dict[str, tuple[str, bool]] = {
     '"x y" is not a header name': (tokens("{issuer: a, outputClaimToHeaders: [{header: x y, claim: a}]}"), True),
     'outputClaimToHeaders[0]: "claim" is required': (tokens("{issuer: a, outputClaimToHeaders: [{header: x}]}"), True),
     "must be at least 0.001 s": (tokens("{issuer: a, timeout: 1us}"), True),
-    '(did you mean "jwksUri"?)': (tokens("{issuer: a, jwksURI: 'http://a'}"), True),
+    'jwksURI: unknown field (did you mean': (tokens("{issuer: a, jwksURI: 'http://a'}"), True),
     # PeerAuthentication
     '(did you mean "STRICT"?)': (resource("PeerAuthentication", "{mtls: {mode: STRIKT}}"), True),
     "portLevelMtls: must have at least one port": (
@@ -257,20 +257,22 @@ metadata: {{name: istio, namespace: istio-system}}
 data:
   mesh: |
     extensionProviders:
-    - {provider}
+    - {{{provider}}}
 """
 
 
+GRPC = "envoyExtAuthzGrpc: {service: a.local, port: 1%s}"
+HTTP = "envoyExtAuthzHttp: {service: a.local, port: 1%s}"
 PROVIDERS = {
-    "the name": "{name: Upper, envoyExtAuthzGrpc: {service: a.local, port: 1}}",
-    '"service" is required': "{name: a, envoyExtAuthzGrpc: {port: 1}}",
-    '"port" is required': "{name: a, envoyExtAuthzGrpc: {service: a.local}}",
-    "is not [NAMESPACE/]HOST": "{name: a, envoyExtAuthzHttp: {service: a/b/c, port: 1}}",
-    'must begin with "/"': "{name: a, envoyExtAuthzHttp: {service: a.local, port: 1, pathPrefix: check}}",
-    "is not an HTTP status": "{name: a, envoyExtAuthzHttp: {service: a.local, port: 1, statusOnError: '299'}}",
-    '"*" is not a header name': "{name: a, envoyExtAuthzHttp: {service: a.local, port: 1, headersToUpstreamOnAllow: ['*']}}",
-    '"maxRequestBytes" is required': "{name: a, envoyExtAuthzGrpc: {service: a.local, port: 1, includeRequestBodyInCheck: {}}}",
-    "pathPrefix: unknown field": "{name: a, envoyExtAuthzGrpc: {service: a.local, port: 1, pathPrefix: /}}",
+    "the name": f"name: Upper, {GRPC % ''}",
+    '"service" is required': "name: a, envoyExtAuthzGrpc: {port: 1}",
+    '"port" is required': "name: a, envoyExtAuthzGrpc: {service: a.local}",
+    "is not [NAMESPACE/]HOST": "name: a, envoyExtAuthzHttp: {service: a/b/c, port: 1}",
+    'must begin with "/"': f"name: a, {HTTP % ', pathPrefix: check'}",
+    "is not an HTTP status": f"name: a, {HTTP % ', statusOnError: 299'}".replace("299", "'299'"),
+    '"*" is not a header name': f"name: a, {HTTP % ', headersToUpstreamOnAllow: [{}]'}".replace("{}", "'*'"),
+    '"maxRequestBytes" is required': f"name: a, {GRPC % ', includeRequestBodyInCheck: {}'}",
+    "pathPrefix: unknown field": f"name: a, {GRPC % ', pathPrefix: /'}",
 }
 
 
