@@ -12,6 +12,7 @@ from mlmesh_local.metrics.queries import TICK_S, History
 from mlmesh_local.metrics.registry import MeshMetrics
 from mlmesh_local.model import World
 from mlmesh_local.translate import View
+from mlmesh_local.translate.metric_plans import plans_of
 
 SWEEP_TICKS = 30
 
@@ -26,7 +27,7 @@ class Metering:
     def describe(self, world: World) -> None:
         """Take labels, and what Telemetry says of metrics, from a world that is about to be active."""
         view = View(world)
-        self.metrics.describe(Directory.of(view))
+        self.metrics.describe(Directory.of(view), plans_of(view))
 
     def page(self) -> Iterable[str]:
         """What Prometheus scrapes."""

@@ -14,8 +14,10 @@ from mlmesh_local.resources.mesh_hosts import HostSettings, host_settings
 from mlmesh_local.resources.meta import Meta
 from mlmesh_local.resources.model_routes import Retries
 from mlmesh_local.resources.model_security import ExternalAuthorizer
+from mlmesh_local.resources.model_telemetry import TelemetrySettings
 from mlmesh_local.resources.problems import At
 from mlmesh_local.resources.providers import parse_authorizers
+from mlmesh_local.resources.telemetry_providers import telemetry_settings
 from mlmesh_local.resources.proxies import ProxySettings, proxy_settings
 from mlmesh_local.resources.tree import Node, parse_yaml
 
@@ -54,6 +56,7 @@ class MeshConfig:
     default_http_retry_policy: Retries | None = None
     path_normalization: str = "DEFAULT"
     authorizers: tuple[ExternalAuthorizer, ...] = ()
+    telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
 
 
 def is_mesh_config(namespace: str, name: str) -> bool:
@@ -95,6 +98,7 @@ def _settings(meta: Meta, fields: Fields) -> MeshConfig:
             default_http_retry_policy=part(fields, "defaultHttpRetryPolicy", parse_retries),
             path_normalization=part(fields, "pathNormalization", _normalization) or "DEFAULT",
             authorizers=parse_authorizers(fields),
+            telemetry=telemetry_settings(fields),
         )
 
 

@@ -46,8 +46,6 @@ from mlmesh_local.resources.model_policy import (
     FilterPatch,
     PatchContext,
     PatchOperation,
-    Telemetry,
-    Tracing,
 )
 from mlmesh_local.resources.model_routes import (
     Destination,
@@ -77,6 +75,7 @@ from mlmesh_local.resources.model_security import (
     Values,
 )
 from mlmesh_local.resources.model_sidecars import EgressHost, EgressListener, IngressListener, ProxyConfig, Sidecar
+from mlmesh_local.resources.model_telemetry import Telemetry
 from mlmesh_local.resources.model_workload import (
     Container,
     ContainerPort,
@@ -184,7 +183,6 @@ __all__ = [
     "Telemetry",
     "TlsMode",
     "TlsRoute",
-    "Tracing",
     "TrafficPolicy",
     "Tunnel",
     "Values",

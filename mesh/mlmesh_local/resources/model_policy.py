@@ -1,4 +1,4 @@
-"""What Telemetry and EnvoyFilter say, as values."""
+"""What EnvoyFilter says, as values."""
 
 from __future__ import annotations
 
@@ -10,25 +10,6 @@ from mlmesh_local.resources.meta import Meta
 
 PatchContext = Literal["ANY", "SIDECAR_INBOUND", "SIDECAR_OUTBOUND", "GATEWAY"]
 PatchOperation = Literal["INSERT_FIRST", "INSERT_BEFORE", "INSERT_AFTER"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tracing:
-    """Tracing of requests; None leaves the mesh's default."""
-
-    sampling_percent: float | None
-    disabled: bool | None
-    tags: tuple[tuple[str, str], ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Telemetry:
-    """Observation of workloads; the nearest resource that says something wins, field by field."""
-
-    meta: Meta
-    selector: Mapping[str, str]
-    tracing: Tracing | None
-    access_logs: bool | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

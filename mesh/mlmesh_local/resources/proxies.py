@@ -55,6 +55,8 @@ def proxy_settings(fields: Fields) -> ProxySettings:
     """Read `defaultConfig`, or the annotation, which has the same fields."""
     fields.ignored(*_OF_THE_AGENT)
     fields.unsupported(*_UNSUPPORTED)
+    # Of `defaultConfig` it is read with the other settings of tracing.
+    fields.ignored("tracing")
     duration_s(fields, "terminationDrainDuration", low_s=0.0)
     return ProxySettings(
         concurrency=fields.integer("concurrency", high=INT32_MAX), drain_s=duration_s(fields, "drainDuration")

@@ -13,7 +13,7 @@ from mlmesh_local.translate.jwt import jwt_extensions
 from mlmesh_local.translate.listeners import manager
 from mlmesh_local.translate.matches import ANYTHING
 from mlmesh_local.translate.names import address, split_address
-from mlmesh_local.translate.observation import observation, route_tracing
+from mlmesh_local.translate.observation import route_tracing
 from mlmesh_local.translate.routes import Frame, rule_routes
 from mlmesh_local.translate.view import View
 
@@ -43,7 +43,7 @@ def listeners(view: View, proxy: ProxyNode) -> dict[str, Json]:
 
 def routes(view: View, proxy: ProxyNode) -> dict[str, Json]:
     """RDS."""
-    tracing = route_tracing(observation(view, proxy), configured=bool(view.world.otlp_address))
+    tracing = route_tracing(view, proxy, "gateway")
     checks = authorization(view, proxy)
     result: dict[str, Json] = {}
     for port, served in _servers(view, proxy).items():

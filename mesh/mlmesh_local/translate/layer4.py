@@ -20,8 +20,8 @@ from mlmesh_local.resources.protocols import is_http, is_tls
 from mlmesh_local.translate import names
 from mlmesh_local.translate.matches import connection_applies
 from mlmesh_local.translate.names import filter_of, seconds
-from mlmesh_local.translate.observation import access_log, observation
-from mlmesh_local.translate.reporting import Role, tcp_logger
+from mlmesh_local.translate.observation import network_logging
+from mlmesh_local.translate.reporting import Role
 from mlmesh_local.translate.routes import Frame, provenance
 from mlmesh_local.translate.view import View
 from mlmesh_local.translate.virtual_hosts import alternatives
@@ -232,10 +232,7 @@ def tcp_proxy(frame: Frame, target: Mapping[str, Json | str], stat_prefix: str, 
 
 def network_logs(view: View, proxy: ProxyNode, role: Role) -> Json:
     """Field `access_log` of a TCP proxy, empty where nothing is logged."""
-    loggers = access_log(observation(view, proxy), proxy)
-    report = tcp_logger(view, role)
-    found = [*loggers, *([report] if report else [])]
-    return {"access_log": found} if found else {}
+    return network_logging(view, proxy, role)
 
 
 def _hashes_source(rules: HostPolicy, subset: str) -> bool:

@@ -79,9 +79,7 @@ def manager(view: View, proxy: ProxyNode, role: Role, route_name: str, stat_pref
             "uri": True,
             "cert": role == "gateway",
         }
-    tracing = manager_tracing(view, proxy)
-    if tracing:
-        config["tracing"] = tracing
+    config.update(manager_tracing(view, proxy, role))
     config.update(access_logging(view, proxy, role))
     return filter_of("envoy.filters.network.http_connection_manager", _MANAGER, config)
 

@@ -13,7 +13,7 @@ from mlmesh_local.translate.jwt import jwt_extensions
 from mlmesh_local.translate.layer4 import layer4_services
 from mlmesh_local.translate.listeners import inbound_listener, outbound_listener
 from mlmesh_local.translate.matches import ANYTHING
-from mlmesh_local.translate.observation import observation, route_tracing
+from mlmesh_local.translate.observation import route_tracing
 from mlmesh_local.translate.routes import Frame
 from mlmesh_local.translate.view import View
 from mlmesh_local.translate.virtual_hosts import outbound_virtual_hosts, route_configuration
@@ -46,14 +46,14 @@ def listeners(view: View, proxy: ProxyNode) -> dict[str, Json]:
 
 def routes(view: View, proxy: ProxyNode) -> dict[str, Json]:
     """RDS."""
-    seen = observation(view, proxy)
-    tracing = route_tracing(seen, configured=bool(view.world.otlp_address))
+    tracing = route_tracing(view, proxy, "outbound")
     found = [
         _outbound_routes(view, proxy, port, tracing)
         for port in _outbound_ports(view, proxy)
         if layer4_services(view, proxy, port)[1]
     ]
     checks = authorization(view, proxy)
+    tracing = route_tracing(view, proxy, "inbound")
     for port, protocol in inbound_ports(view, proxy).items():
         if not is_http(protocol) and protocol != "unknown":
             continue

@@ -27,7 +27,6 @@ from mlmesh_local.resources.model import (
     MtlsMode,
     PeerAuthentication,
     Sidecar,
-    Telemetry,
     TrafficPolicy,
     VirtualService,
 )
@@ -218,7 +217,7 @@ class View:
             if patch.context in ("ANY", context) and patch.port in (0, port)
         )
 
-    # Security and telemetry
+    # Security
 
     def mtls_mode(self, namespace: str, labels: Mapping[str, str], port: int) -> MtlsMode:
         """Mode of a workload's port: workload over namespace over mesh; in one scope the oldest; PERMISSIVE if none."""
@@ -239,16 +238,6 @@ class View:
 
     def _authentication(self, namespace: str, fits: Callable[[PeerAuthentication], bool]) -> PeerAuthentication | None:
         return next((a for a in self._authentications if a.meta.namespace == namespace and fits(a)), None)
-
-    def telemetry(self, proxy: ProxyNode) -> tuple[Telemetry, ...]:
-        """Telemetry resources that apply to a proxy, the nearest first."""
-        everything = self.resources.specs(Telemetry)
-        own = [t for t in everything if t.meta.namespace == proxy.namespace]
-        return (
-            *[t for t in own if t.selector and selects(t.selector, proxy.labels)][:1],
-            *[t for t in own if not t.selector][:1],
-            *[t for t in everything if t.meta.namespace == self.root_namespace and not t.selector][:1],
-        )
 
 
 __all__ = [

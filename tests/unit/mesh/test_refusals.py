@@ -145,10 +145,6 @@ RULES = {
         "{hosts: [a.example], ports: [{number: 80, name: http, protocol: HTTP}], endpoints: [{address: 10.0.0.1}]}",
         group="networking.istio.io/v1",
     ),
-    "spec.metrics: not supported": resource("Telemetry", "{metrics: []}", group="telemetry.istio.io/v1"),
-    'the provider "envoy" only': resource(
-        "Telemetry", "{accessLogging: [{providers: [{name: otel}]}]}", group="telemetry.istio.io/v1"
-    ),
     "randomSamplingPercentage: must be 0 to 100": resource(
         "Telemetry", "{tracing: [{randomSamplingPercentage: 101}]}", group="telemetry.istio.io/v1"
     ),
