@@ -16,6 +16,7 @@ from mlmesh_cli.commands.chaos import chaos_app
 from mlmesh_cli.commands.datasets import datasets_app
 from mlmesh_cli.commands.delete import delete
 from mlmesh_cli.commands.demo import demo
+from mlmesh_cli.commands.diffing import diff
 from mlmesh_cli.commands.engines import engines_app
 from mlmesh_cli.commands.explain import explain
 from mlmesh_cli.commands.infer import infer
@@ -85,6 +86,7 @@ app.add_typer(audit_app, name="audit", rich_help_panel=_LOOK)
 app.command(rich_help_panel=_LOOK)(routes)
 app.command(rich_help_panel=_LOOK)(metrics)
 app.command(rich_help_panel=_LOOK)(explain)
+app.command(rich_help_panel=_LOOK)(diff)
 app.command(rich_help_panel=_LOOK)(translate)
 app.add_typer(streams_app, name="streams", rich_help_panel=_LOOK)
 app.add_typer(traces_app, name="traces", rich_help_panel=_LOOK)

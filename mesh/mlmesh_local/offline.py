@@ -9,6 +9,8 @@ Nothing listens at these addresses. Pure.
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Collection
 from typing import Any
 
@@ -22,6 +24,8 @@ from mlmesh_runtime.errors import InvalidInput
 
 PROXIES_MAX = len(BLOCKS) * INSTANCES_MAX
 """Most proxies of one offline world: 250 in each of 128 blocks of addresses."""
+
+_KEPT = ("pod_address", "application_address", "outbound_address", "extra_addresses", "access_log_path")
 
 
 def offline_world(resources: ResourceSet, *, not_ready: Collection[str] = (), **fields: Any) -> World:
@@ -39,6 +43,41 @@ def offline_world(resources: ResourceSet, *, not_ready: Collection[str] = (), **
     if "endpoints" not in fields:
         made["endpoints"] = service_endpoints(resources, fields.get("proxies", proxies), ready=ready)
     return World(**{**made, **fields})
+
+
+def following_world(before: World, resources: ResourceSet) -> World:
+    """What a world becomes when other resources are active: who was there keeps its addresses and its readiness.
+
+    Raises InvalidInput as `offline_world`.
+    """
+    resources = derive(resources)
+    known = {proxy.id: proxy for proxy in before.proxies}
+    taken = {proxy.pod_address for proxy in before.proxies}
+    numbers = itertools.count(1)
+    proxies: list[ProxyNode] = []
+    for made in offline_proxies(resources):
+        old = known.get(made.id)
+        if old is not None:
+            kept = {name: getattr(old, name) for name in _KEPT}
+            proxies.append(dataclasses.replace(made, **kept))
+            continue
+        addresses = next(one for number in numbers if (one := _addresses(number)).pod not in taken)
+        proxies.append(
+            dataclasses.replace(
+                made,
+                pod_address=addresses.pod,
+                application_address=made.application_address and addresses.application,
+                outbound_address=made.outbound_address and addresses.outbound,
+            )
+        )
+    waiting = {endpoint.instance for endpoint in before.endpoints if not endpoint.ready}
+    ready = [proxy.id for proxy in proxies if proxy.id not in waiting]
+    return dataclasses.replace(
+        before,
+        resources=resources,
+        proxies=tuple(proxies),
+        endpoints=service_endpoints(resources, proxies, ready=ready),
+    )
 
 
 def offline_proxies(resources: ResourceSet) -> list[ProxyNode]:

@@ -54,7 +54,7 @@ def test_kustomize_folders_are_followed_and_what_is_not_done_is_told(tmp_path: P
     (mesh / "subsets.yaml").write_text(SUBSETS)
     (overlay / "kustomization.yaml").write_text("resources: [../base, ../mesh]\npatches:\n  - {path: replicas.yaml}\n")
 
-    reading = read_paths([overlay, "-", mesh], standard_input=lambda: "kind: Namespace\napiVersion: v1\n")
+    reading = read_paths([overlay, "-", mesh], standard_input=lambda: "kind: LimitRange\napiVersion: v1\n")
     assert [Path(document.source).name for document in reading.documents] == [
         "workloads.yaml",
         "subsets.yaml",
