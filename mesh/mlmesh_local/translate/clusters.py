@@ -5,6 +5,7 @@ The rules are those of pilot/pkg/networking/core/cluster_builder.go and pilot/pk
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -74,30 +75,45 @@ class _Target:
         return locality_choice(load_balancer_of(self.policy), self.service, settings.locality, settings.zone_aware)
 
 
-def _targets(view: View, proxy: ProxyNode) -> Iterator[_Target]:
-    for service in view.services_seen_by(proxy):
-        rules = view.policy(service, proxy)
-        for port in service.ports:
-            whole = _Target(view=view, proxy=proxy, service=service, port=port, rules=rules)
-            yield whole
-            if whole.kind != "DYNAMIC":
-                for subset in rules.subsets:
-                    yield _Target(view=view, proxy=proxy, service=service, port=port, rules=rules, subset=subset.name)
+def _targets(view: View, proxy: ProxyNode, service: CatalogService) -> Iterator[_Target]:
+    rules = view.policy(service, proxy)
+    for port in service.ports:
+        whole = _Target(view=view, proxy=proxy, service=service, port=port, rules=rules)
+        yield whole
+        if whole.kind != "DYNAMIC":
+            for subset in rules.subsets:
+                yield _Target(view=view, proxy=proxy, service=service, port=port, rules=rules, subset=subset.name)
 
 
 def outbound_clusters(view: View, proxy: ProxyNode) -> dict[str, Json]:
     """A cluster for each port and subset of every service that the proxy sees."""
     clusters: dict[str, Json] = {names.BLACK_HOLE: black_hole()}
-    for target in _targets(view, proxy):
-        clusters[target.name] = _dynamic_cluster(target) if target.kind == "DYNAMIC" else _cluster(target)
+    for service in view.services_seen_by(proxy):
+        make = functools.partial(_service_clusters, view, proxy, service)
+        clusters |= view.part(("clusters", service.host), make, service)
     if view.world.otlp_address:
         clusters[names.COLLECTOR] = _collector(view.world.otlp_address)
     return clusters
 
 
+def _service_clusters(view: View, proxy: ProxyNode, service: CatalogService) -> dict[str, Json]:
+    return {
+        target.name: _dynamic_cluster(target) if target.kind == "DYNAMIC" else _cluster(target)
+        for target in _targets(view, proxy, service)
+    }
+
+
 def outbound_endpoints(view: View, proxy: ProxyNode) -> dict[str, Json]:
     """ClusterLoadAssignments of the clusters whose endpoints come over EDS."""
-    return {target.name: _assignment(target) for target in _targets(view, proxy) if target.kind == "EDS"}
+    assignments: dict[str, Json] = {}
+    for service in view.services_seen_by(proxy):
+        make = functools.partial(_service_endpoints, view, proxy, service)
+        assignments |= view.part(("endpoints", service.host), make, service)
+    return assignments
+
+
+def _service_endpoints(view: View, proxy: ProxyNode, service: CatalogService) -> dict[str, Json]:
+    return {t.name: _assignment(t) for t in _targets(view, proxy, service) if t.kind == "EDS"}
 
 
 def _assignment(target: _Target) -> Json:
@@ -299,11 +315,12 @@ def _inbound_cluster(view: View, proxy: ProxyNode, inbound: Inbound) -> Json:
     """Bounds of connections are those that callers have, too."""
     name = names.inbound_cluster(inbound.port)
     settings = view.settings
-    pool = view.inbound_pool(proxy, inbound)
+    policy = view.inbound_policy(proxy, inbound)
+    pool = policy.connection_pool if policy else None
     cluster: Json = {
         "name": name,
         "type": "STATIC",
-        "circuit_breakers": {"thresholds": [threshold(pool)]},
+        "circuit_breakers": {"thresholds": [threshold(pool, policy.retry_budget if policy else None)]},
         "load_assignment": {
             "cluster_name": name,
             "endpoints": [{"lb_endpoints": [{"endpoint": {"address": inbound.application(proxy)}}]}],

@@ -25,12 +25,11 @@ def threshold(pool: ConnectionPool | None, budget: RetryBudget | None = None) ->
         "track_remaining": True,
     }
     if budget is not None:
+        # The published messages of Envoy do not have its interval.
         result["retry_budget"] = {
             "budget_percent": {"value": 20.0 if budget.percent is None else budget.percent},
             "min_retry_concurrency": budget.min_concurrency or 3,
         }
-        if budget.interval_s is not None:
-            result["retry_budget"]["budget_interval"] = seconds(budget.interval_s)
     return result
 
 

@@ -18,8 +18,9 @@ TLS_MATCH = "envoy.transport_socket_match"
 
 _PROXY = "envoy.transport_sockets.upstream_proxy_protocol"
 _PROXY_CONFIG = "envoy.extensions.transport_sockets.proxy_protocol.v3.ProxyProtocolUpstreamTransport"
+# Envoy's own bound of clients is TLS 1.2.
+_PARAMETERS: Json = {"tls_minimum_protocol_version": "TLSv1_2", "tls_maximum_protocol_version": "TLSv1_3"}
 _TLS_CONFIG = "envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext"
-_PARAMS: Json = {"tls_minimum_protocol_version": "TLSv1_2", "tls_maximum_protocol_version": "TLSv1_3"}
 
 
 def mutual_matches(mutual: Json) -> list[Json]:
@@ -43,7 +44,7 @@ def outside_client(rule: ClientTls, options: Json, subject_alt_names: Sequence[s
             "auto_sni": True,
             **({"auto_san_validation": True} if checked else {}),
         }
-    common: Json = {"tls_params": dict(_PARAMS)}
+    common: Json = {"tls_params": _PARAMETERS}
     expected = {"match_typed_subject_alt_names": _sans(rule.subject_alt_names or subject_alt_names)}
     if rule.credential_name:
         _from_credential(common, rule, expected)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import replace
+from typing import TypeVar
 
 from mlmesh_local.model import Endpoint, ProxyNode, World, spiffe_id
 from mlmesh_local.resources.catalog import (
@@ -17,7 +19,6 @@ from mlmesh_local.resources.gateway_api.derive import derive
 from mlmesh_local.resources.gateway_api.serving import gateways_serving
 from mlmesh_local.resources.mesh_hosts import HostSettings
 from mlmesh_local.resources.model import (
-    ConnectionPool,
     Destination,
     DestinationRule,
     EnvoyFilter,
@@ -35,6 +36,8 @@ from mlmesh_local.resources.rules import RuleIndex, chosen, effective_policy, lo
 from mlmesh_local.translate.endpoints import EndpointIndex, excluded_ports, service_endpoints
 from mlmesh_local.translate.inbound import Inbound, InboundIndex
 from mlmesh_local.translate.scopes import Egress, Scope, Scopes
+
+Part = TypeVar("Part")
 
 Client = ProxyNode | str
 """Who calls: a proxy, or any workload of a namespace."""
@@ -85,6 +88,14 @@ class View:
         self._inbound = InboundIndex(self.resources, self._all)
         self._inbound_of: dict[str, tuple[Inbound, ...]] = {}
         self._endpoints = EndpointIndex(self.resources, world.endpoints, self._all)
+
+    def part(self, key: Hashable, make: Callable[[], Part], *given: object) -> Part:  # noqa: ARG002
+        """What `make` makes: one part of a translation, which may be reused for another world or proxy.
+
+        It depends on the view, the proxy and on what is `given`, and on nothing else; ``key`` tells parts apart. What
+        it gives is shared: nobody changes it. The views of `mlmesh_local.incremental` remember parts, this one does not.
+        """
+        return make()
 
     @property
     def trust_domain(self) -> str:
@@ -167,13 +178,15 @@ class View:
             self._inbound_of[proxy.id] = self._inbound.of(proxy, self.scope(proxy).sidecar)
         return self._inbound_of[proxy.id]
 
-    def inbound_pool(self, proxy: ProxyNode, inbound: Inbound) -> ConnectionPool | None:
-        """Bounds of connections to the application: the Sidecar's, else those of calls of its service."""
-        if inbound.pool is not None or inbound.service is None:
-            return inbound.pool
-        rules = self.policy(inbound.service, proxy, inbound=True)
-        found = effective_policy(rules, "", inbound.service_port, self.settings.default_policy)
-        return found.connection_pool if found else None
+    def inbound_policy(self, proxy: ProxyNode, inbound: Inbound) -> TrafficPolicy | None:
+        """Bounds of connections to the application: those of calls of its service, and over them the Sidecar's."""
+        found = self.settings.default_policy
+        if inbound.service is not None:
+            rules = self.policy(inbound.service, proxy, inbound=True)
+            found = effective_policy(rules, "", inbound.service_port, self.settings.default_policy)
+        if inbound.pool is None:
+            return found
+        return replace(found or TrafficPolicy(), connection_pool=inbound.pool)
 
     def destination(
         self, destination: Destination, namespace: str, listener_port: int, client: Client = ""
