@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mlmesh_local.resources.analysis import analyze
 from mlmesh_local.resources.catalog import (
     MESH_GATEWAY,
     CatalogService,
@@ -15,6 +16,7 @@ from mlmesh_local.resources.catalog import (
     selects,
     workloads_of,
 )
+from mlmesh_local.resources.gateway_api.derive import derive
 from mlmesh_local.resources.model import (
     AuthorizationPolicy,
     Deployment,
@@ -27,7 +29,6 @@ from mlmesh_local.resources.model import (
     RequestAuthentication,
     Service,
     ServiceAccount,
-    Telemetry,
     VirtualService,
 )
 from mlmesh_local.resources.problems import At, Problems, did_you_mean
@@ -41,14 +42,17 @@ ROOT_NAMESPACE = "istio-system"
 
 
 def crosscheck(resources: ResourceSet) -> tuple[str, ...]:
-    """Check a whole set. Returns warnings, in the form of problems; raises InvalidResource with every problem."""
+    """Check a whole set. Returns warnings; raises InvalidResource with everything for which calls would fail.
+
+    What `mlmesh analyze` finds and what can be served all the same is among the warnings, but for mere information.
+    """
     check = _Check(resources)
     check.virtual_services()
-    check.destination_rules()
     check.workloads()
     check.policies()
     check.problems.refuse()
-    return tuple(str(warning) for warning in check.warnings.found())
+    found = [str(message) for message in analyze(resources) if message.level != "Info"]
+    return (*(str(warning) for warning in check.warnings.found()), *found)
 
 
 class _Check:
@@ -56,7 +60,8 @@ class _Check:
         self.problems = Problems()
         self.warnings = Problems()
         self._resources = resources
-        self._services = catalog(resources, DOMAIN)
+        # What follows from the Gateway API can be called, too; here it is refused when it asks for what cannot be.
+        self._services = catalog(derive(resources), DOMAIN)
         self._gateways = {f"{g.meta.namespace}/{g.meta.name}": g for g in resources.specs(Gateway)}
         self._rules = resources.specs(DestinationRule)
         self._deployments = resources.specs(Deployment)
@@ -70,11 +75,7 @@ class _Check:
             if MESH_GATEWAY in {full_gateway(name, service.meta.namespace) for name in service.gateways}:
                 self._owned_once(service, owners)
                 self._served(service)
-            unreachable = False
             for rule in service.http:
-                if unreachable:
-                    self.warnings.add(rule.at, "is never reached: a rule before it matches everything")
-                unreachable = unreachable or not rule.matches
                 self._rule(service, rule, gateways)
 
     def _gateways_of(self, service: VirtualService) -> list[Gateway]:
@@ -158,25 +159,6 @@ class _Check:
                 f"{did_you_mean(destination.subset, names)}",
             )
 
-    # DestinationRule
-
-    def destination_rules(self) -> None:
-        for rule in self._rules:
-            host = full_host(rule.host, rule.meta.namespace, DOMAIN)
-            target = self._services.get(host)
-            if target is None:
-                if "*" not in host:
-                    self.warnings.add(rule.meta.at, f'"{host}" is the host of no Service and no ServiceEntry')
-                continue
-            if target.is_entry:
-                continue
-            workloads = workloads_of(target, self._deployments)
-            for subset in rule.subsets:
-                if not any(selects(subset.labels, workload.labels) for workload in workloads):
-                    self.warnings.add(
-                        subset.at, f'no workload of "{host}" has the labels of the subset "{subset.name}"'
-                    )
-
     # Workloads
 
     def workloads(self) -> None:
@@ -216,18 +198,15 @@ class _Check:
         )
         for problem in security_warnings(checked):
             self.warnings.add(problem.at, problem.message)
-        selecting: tuple[
-            PeerAuthentication | AuthorizationPolicy | RequestAuthentication | Telemetry | Gateway | EnvoyFilter, ...
-        ] = (
+        # `analyze` tells it of the others.
+        selecting: tuple[PeerAuthentication | RequestAuthentication | EnvoyFilter, ...] = (
             *self._resources.specs(PeerAuthentication),
-            *checked,
-            *self._resources.specs(Telemetry),
-            *self._resources.specs(Gateway),
+            *self._resources.specs(RequestAuthentication),
             *self._resources.specs(EnvoyFilter),
         )
         for policy in selecting:
             scope = policy.meta.namespace
-            everywhere = scope == ROOT_NAMESPACE or isinstance(policy, Gateway)
+            everywhere = scope == ROOT_NAMESPACE
             if policy.selector and not any(
                 selects(policy.selector, workload.labels)
                 for workload in self._deployments

@@ -247,14 +247,16 @@ def warnings(*texts: str) -> str:
 
 def test_what_is_odd_but_possible_is_a_warning() -> None:
     assert warnings() == ""
-    assert 'no workload of "server.mlmesh.svc.cluster.local" has the labels of the subset "v3"' in warnings(
+    assert "[IST0173] (DestinationRule mlmesh/it)" in warnings(
         destination_rule("{tls: {mode: ISTIO_MUTUAL}}", "[{name: v3, labels: {version: v3}}]")
     )
     one = "{route: [{destination: {host: server}}]}"
     assert "it never acts" in warnings(route("timeout: 1s, retries: {attempts: 1, perTryTimeout: 2s}"))
     assert "sidecars do not route it" in warnings(virtual_service(f"[{one}]", fields="hosts: [shop.example]"))
     assert "is never reached" in warnings(virtual_service(f"[{one}, {one}]"))
-    assert "selects no workload" in warnings(resource("AuthorizationPolicy", "{selector: {matchLabels: {app: x}}}"))
+    assert 'no workload has the labels "app=x"' in warnings(
+        resource("AuthorizationPolicy", "{selector: {matchLabels: {app: x}}}")
+    )
     two = resource("PeerAuthentication", "{}") + resource("PeerAuthentication", "{}", name="later")
     assert "PeerAuthentication mlmesh/it has the same scope and is older" in warnings(two)
 

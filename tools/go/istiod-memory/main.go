@@ -29,6 +29,8 @@ import (
 	"istio.io/istio/pilot/pkg/status"
 	"istio.io/istio/pilot/test/xds"
 	"istio.io/istio/pkg/config"
+	"istio.io/istio/pkg/config/analysis/analyzers"
+	"istio.io/istio/pkg/config/analysis/local"
 	crdvalidation "istio.io/istio/pkg/config/crd"
 	"istio.io/istio/pkg/config/mesh"
 	"istio.io/istio/pkg/config/schema/gvk"
@@ -56,12 +58,23 @@ type output struct {
 	Derived  map[string][]any                        `json:"derived"`
 	Statuses map[string]any                          `json:"statuses"`
 	Refused  map[string]string                       `json:"refused"`
+	Messages []message                               `json:"messages"`
+}
+
+// What an analyzer says of a resource.
+type message struct {
+	Analyzer string `json:"analyzer"`
+	Code     string `json:"code"`
+	Level    string `json:"level"`
+	Origin   string `json:"origin"`
+	Text     string `json:"text"`
 }
 
 // What was read: objects of Kubernetes and the Gateway API, and resources of Istio.
 type input struct {
 	objects []runtime.Object
 	istio   []string
+	texts   []string
 	refused map[string]string
 }
 
@@ -94,6 +107,7 @@ func main() {
 	meshFile := flag.String("mesh", "", "file with MeshConfig")
 	crdFiles := flag.String("crds", "", "folders with CustomResourceDefinitions, separated by commas: resources are defaulted and checked")
 	to := flag.String("o", "", "file for the result; Istio's packages say things on standard output")
+	analyze := flag.Bool("analyze", false, "only tell what istioctl analyze would, were all of it in a cluster")
 	checkOnly := flag.Bool("check", false, "only check resources against their schemas")
 	flag.Parse()
 	opts := log.DefaultOptions()
@@ -116,6 +130,12 @@ func main() {
 		}
 		if *checkOnly {
 			result = &output{Refused: in.refused}
+			return
+		}
+		if *analyze {
+			if result, failure = analysisOf(in, *meshFile); result != nil {
+				result.Refused = in.refused
+			}
 			return
 		}
 		result, failure = run(t, in, *proxies, *meshFile)
@@ -186,6 +206,38 @@ func run(t test.Failer, in *input, proxiesFile, meshFile string) (*output, error
 	return result, err
 }
 
+func analysisOf(in *input, meshFile string) (*output, error) {
+	analyzer := local.NewIstiodAnalyzer(analyzers.AllCombined(), "", "istio-system", nil)
+	if meshFile != "" {
+		if err := analyzer.AddFileKubeMeshConfig(meshFile); err != nil {
+			return nil, err
+		}
+	}
+	source := local.ReaderSource{Name: "cluster.yaml", Reader: strings.NewReader(strings.Join(in.texts, "\n---\n"))}
+	if err := analyzer.AddTestReaderKubeSource([]local.ReaderSource{source}); err != nil {
+		return nil, err
+	}
+	stop := make(chan struct{})
+	defer close(stop)
+	found, err := analyzer.Analyze(stop)
+	if err != nil {
+		return nil, err
+	}
+	result := &output{Messages: []message{}}
+	for name, messages := range found.MappedMessages {
+		for _, one := range messages {
+			origin := ""
+			if one.Resource != nil {
+				origin = one.Resource.Origin.FriendlyName()
+			}
+			result.Messages = append(result.Messages, message{
+				Analyzer: name, Code: one.Type.Code(), Level: one.Type.Level().String(), Origin: origin, Text: one.String(),
+			})
+		}
+	}
+	return result, nil
+}
+
 func read(validator *crdvalidation.Validator, files []string, checkOnly bool) (*input, error) {
 	in := &input{refused: map[string]string{}}
 	order := time.Date(2020, 1, 1, 0, 0, 0, 0, time.UTC)
@@ -225,6 +277,7 @@ func (in *input) add(object *unstructured.Unstructured) error {
 	if err != nil {
 		return err
 	}
+	in.texts = append(in.texts, string(text))
 	isIstio := strings.HasSuffix(object.GroupVersionKind().Group, ".istio.io")
 	if isIstio {
 		in.istio = append(in.istio, string(text))
