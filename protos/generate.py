@@ -87,6 +87,7 @@ ENVOY_ROOTS = (
     "envoy/extensions/load_balancing_policies/ring_hash/v3/ring_hash.proto",
     "envoy/extensions/load_balancing_policies/round_robin/v3/round_robin.proto",
     "envoy/extensions/load_balancing_policies/wrr_locality/v3/wrr_locality.proto",
+    "envoy/extensions/network/dns_resolver/cares/v3/cares_dns_resolver.proto",
     "envoy/extensions/path/match/uri_template/v3/uri_template_match.proto",
     "envoy/extensions/path/rewrite/uri_template/v3/uri_template_rewrite.proto",
     "envoy/extensions/rbac/audit_loggers/stream/v3/stream.proto",

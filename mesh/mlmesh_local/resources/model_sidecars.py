@@ -26,7 +26,10 @@ class IngressListener:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EgressHost:
-    """Hosts that are imported, or (``excluded``) left out: "*" is every namespace, a host may be a wildcard."""
+    """Hosts that are imported, or (``excluded``) left out: a host may be a wildcard.
+
+    ``namespace`` "*" is every one, "." that of the workload.
+    """
 
     namespace: str
     host: str

@@ -25,7 +25,7 @@ def parse_sidecar(meta: Meta, spec: Fields) -> Sidecar:
     if not any(spec.has(name) for name in _PARTS):
         spec.problems.add(spec.at, "must have at least one of " + ", ".join(f'"{name}"' for name in _PARTS))
     mode, proxy = part(spec, "outboundTrafficPolicy", _outbound) or ("", None)
-    egress = tuple(_egress(item, meta.namespace) for item in spec.messages("egress"))
+    egress = tuple(_egress(item) for item in spec.messages("egress"))
     _check_egress(spec, egress)
     ingress = tuple(_ingress(item) for item in spec.messages("ingress"))
     for number in _twice([listener.port for listener in ingress]):
@@ -141,11 +141,11 @@ def _endpoint_problem(text: str) -> str:
     return "" if fine else f'"{text}" must be 127.0.0.1:PORT, 0.0.0.0:PORT, [::1]:PORT, [::]:PORT or unix:///PATH'
 
 
-def _egress(fields: Fields, namespace: str) -> EgressListener:
+def _egress(fields: Fields) -> EgressListener:
     with fields:
         capture = fields.choice("captureMode", _CAPTURE, "DEFAULT")
         bind = fields.text("bind")
-        hosts = _hosts(fields, namespace)
+        hosts = _hosts(fields)
         if not fields.has("port"):
             fields.ignored("port")
             return EgressListener(hosts=hosts, bind=bind)
@@ -162,7 +162,7 @@ def _egress(fields: Fields, namespace: str) -> EgressListener:
         return EgressListener(hosts=hosts, port=number, name=name, protocol=declared, bind=bind)
 
 
-def _hosts(fields: Fields, namespace: str) -> tuple[EgressHost, ...]:
+def _hosts(fields: Fields) -> tuple[EgressHost, ...]:
     hosts: list[EgressHost] = []
     for text in fields.texts("hosts"):
         scope, slash, name = text.partition("/")
@@ -179,7 +179,7 @@ def _hosts(fields: Fields, namespace: str) -> tuple[EgressHost, ...]:
             continue
         excluded = scope.startswith("~")
         where = (bare or "*") if excluded else scope
-        hosts.append(EgressHost(namespace=namespace if where == "." else where, host=name, excluded=excluded))
+        hosts.append(EgressHost(namespace=where, host=name, excluded=excluded))
     if not fields.has("hosts"):
         fields.required("hosts")
     elif not fields.items("hosts"):

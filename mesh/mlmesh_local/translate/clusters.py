@@ -16,6 +16,7 @@ from mlmesh_local.resources.model import TrafficPolicy
 from mlmesh_local.resources.rules import HostPolicy, effective_policy, load_balancer_of, port_policy
 from mlmesh_local.translate import names, tls
 from mlmesh_local.translate.balancers import LocalityChoice, apply_load_balancer, locality_choice, locality_config
+from mlmesh_local.translate.dynamic_hosts import dns_cache, is_dynamic
 from mlmesh_local.translate.endpoints import by_locality
 from mlmesh_local.translate.inbound import Inbound
 from mlmesh_local.translate.localities import Group, balanced, groups, locality_of, located
@@ -32,6 +33,13 @@ from mlmesh_local.translate.transport import TLS_MATCH, apply_proxy_protocol, mu
 from mlmesh_local.translate.view import View
 
 _DYNAMIC = "envoy.clusters.dynamic_forward_proxy"
+# A socket for each hundred queries: some resolvers leave those of one socket unanswered after a while.
+_RESOLVER: Json = {
+    "name": "envoy.network.dns_resolver.cares",
+    "typed_config": typed(
+        "envoy.extensions.network.dns_resolver.cares.v3.CaresDnsResolverConfig", {"udp_max_queries": 100}
+    ),
+}
 _DYNAMIC_CONFIG = "envoy.extensions.clusters.dynamic_forward_proxy.v3.ClusterConfig"
 
 
@@ -63,7 +71,7 @@ class _Target:
     def kind(self) -> str:
         """How Envoy finds endpoints."""
         service = self.service
-        if service.host.startswith("*") and service.resolution in ("DYNAMIC_DNS", "NONE"):
+        if is_dynamic(service):
             return "DYNAMIC"
         if service.resolution in ("DNS", "NONE"):
             return "STRICT_DNS"
@@ -87,7 +95,7 @@ def _targets(view: View, proxy: ProxyNode, service: CatalogService) -> Iterator[
 
 def outbound_clusters(view: View, proxy: ProxyNode) -> dict[str, Json]:
     """A cluster for each port and subset of every service that the proxy sees."""
-    clusters: dict[str, Json] = {names.BLACK_HOLE: black_hole()}
+    clusters: dict[str, Json] = {names.BLACK_HOLE: _black_hole(view)}
     for service in view.services_seen_by(proxy):
         make = functools.partial(_service_clusters, view, proxy, service)
         clusters |= view.part(("clusters", service.host), make, service)
@@ -230,6 +238,7 @@ def _apply_discovery(cluster: Json, target: _Target) -> None:
         cluster["dns_refresh_rate"] = seconds(target.view.settings.dns_refresh_s)
         cluster["dns_jitter"] = "0.1s"
         cluster["respect_dns_ttl"] = True
+        cluster["typed_dns_resolver_config"] = _RESOLVER
 
 
 def _about(target: _Target) -> Json:
@@ -280,7 +289,7 @@ def _dynamic_cluster(target: _Target) -> Json:
     pool = policy.connection_pool if policy else None
     rule = policy.tls if policy else None
     options = http_options(pool, target.port.protocol, upgrade=view.settings.h2_upgrade)
-    config: Json = {"dns_cache_config": dns_cache()}
+    config: Json = {"dns_cache_config": dns_cache(target.service.host)}
     cluster: Json = {"name": target.name, "lb_policy": "CLUSTER_PROVIDED"}
     apply_connections(cluster, pool, view.settings.connect_timeout_s, view.settings.tcp_keepalive)
     cluster["circuit_breakers"] = {"thresholds": [threshold(pool, policy.retry_budget if policy else None)]}
@@ -298,11 +307,6 @@ def _dynamic_cluster(target: _Target) -> Json:
     cluster["cluster_type"] = {"name": _DYNAMIC, "typed_config": typed(_DYNAMIC_CONFIG, config)}
     cluster["metadata"] = {"filter_metadata": {"istio": _about(target)}}
     return cluster
-
-
-def dns_cache() -> Json:
-    """DnsCacheConfig that clusters of wildcard hosts and the filter in front of them share."""
-    return {"name": names.DNS_CACHE, "dns_lookup_family": "V4_ONLY"}
 
 
 def inbound_clusters(view: View, proxy: ProxyNode) -> dict[str, Json]:
@@ -335,9 +339,10 @@ def _inbound_cluster(view: View, proxy: ProxyNode, inbound: Inbound) -> Json:
     return cluster
 
 
-def black_hole() -> Json:
+def _black_hole(view: View) -> Json:
     """The cluster without endpoints."""
-    return {"name": names.BLACK_HOLE, "type": "STATIC", "connect_timeout": "10s"}
+    connect = seconds(view.settings.connect_timeout_s)
+    return {"name": names.BLACK_HOLE, "type": "STATIC", "connect_timeout": connect}
 
 
 def _collector(otlp_address: str) -> Json:

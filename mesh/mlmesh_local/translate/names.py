@@ -7,9 +7,6 @@ from mlmesh_local.envoy_types import Json, typed
 BLACK_HOLE = "BlackHoleCluster"
 """Cluster without endpoints: calls to it end with UNAVAILABLE."""
 
-DNS_CACHE = "dynamic_forward_proxy_cache"
-"""Name of the cache in which clusters of wildcard hosts and the filter in front of them keep addresses."""
-
 COLLECTOR = "opentelemetry-collector"
 """Cluster of the OTLP collector."""
 

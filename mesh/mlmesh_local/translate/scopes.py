@@ -182,20 +182,21 @@ def _with_ports(service: CatalogService, wanted: frozenset[int]) -> CatalogServi
 class _Hosts:
     """Hosts that a listener imports, by namespace."""
 
-    def __init__(self, hosts: Iterable[EgressHost]) -> None:
+    def __init__(self, hosts: Iterable[EgressHost], own_namespace: str) -> None:
         self._exact: set[tuple[str, str]] = set()
         self._wild: dict[str, list[str]] = {}
         self._all: dict[str, list[str]] = {}
         self._excluded: dict[str, list[str]] = {}
         for each in hosts:
+            namespace = own_namespace if each.namespace == "." else each.namespace
             if each.excluded:
-                self._excluded.setdefault(each.namespace, []).append(each.host)
+                self._excluded.setdefault(namespace, []).append(each.host)
                 continue
-            self._all.setdefault(each.namespace, []).append(each.host)
+            self._all.setdefault(namespace, []).append(each.host)
             if each.host.startswith("*"):
-                self._wild.setdefault(each.namespace, []).append(each.host)
+                self._wild.setdefault(namespace, []).append(each.host)
             else:
-                self._exact.add((each.namespace, each.host))
+                self._exact.add((namespace, each.host))
 
     def imports(self, namespace: str, host: str) -> bool:
         """Whether a service of a namespace is imported."""
@@ -233,7 +234,7 @@ def _egress(
     bound: Sequence[VirtualService],
 ) -> Egress:
     everything = listener.hosts == EVERYTHING.hosts
-    hosts = _Hosts(listener.hosts)
+    hosts = _Hosts(listener.hosts, namespace)
     wanted = frozenset({listener.port or 0}) if _matches_ports(listener) else frozenset()
     imported: list[CatalogService] = []
     for service in exported:
