@@ -13,7 +13,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from mlmesh_local.envoy_types import CLUSTER, ENDPOINTS, EXTENSIONS, LISTENER, PUSH_ORDER, ROUTES, SECRET
-from mlmesh_local.snapshot import Named, Packed, Snapshot
+from mlmesh_local.packing import Named, Packed
+from mlmesh_local.snapshot import Snapshot
 
 WILDCARDS = frozenset({CLUSTER, LISTENER})
 """Types of which Envoy wants all there are."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from mlmesh_local.delta import WILDCARDS, Response, Stream
 from mlmesh_local.envoy_types import CLUSTER, PUSH_ORDER
-from mlmesh_local.snapshot import Named, Packed
+from mlmesh_local.packing import Named, Packed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,9 +18,10 @@ from mlmesh_local import wire
 from mlmesh_local.delta import DeltaStream, Response, Stream
 from mlmesh_local.envoy_types import PUSH_ORDER, SECRET, message_class, plain
 from mlmesh_local.model import NodeStatus, Secret
+from mlmesh_local.packing import Named
 from mlmesh_local.proxyless.node import ProxylessNode
 from mlmesh_local.sidecar import TOKEN_HEADER
-from mlmesh_local.snapshot import Named, Snapshot, pack_secrets
+from mlmesh_local.snapshot import Snapshot, pack_secrets
 from mlmesh_local.sotw import WholeStream
 from mlmesh_runtime.errors import InvalidInput, NotFound, TimedOut
 

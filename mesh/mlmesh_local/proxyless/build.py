@@ -7,11 +7,12 @@ from typing import Final
 
 from mlmesh_local.envoy_types import CLUSTER, ENDPOINTS, LISTENER, ROUTES, Json, typed
 from mlmesh_local.model import ProxyNode
+from mlmesh_local.packing import Packed
 from mlmesh_local.proxyless.clusters import client_cluster
 from mlmesh_local.proxyless.node import ProxylessNode
 from mlmesh_local.proxyless.refusals import CLUSTER_PREFIX, Refusal, refused_cluster, refusing
 from mlmesh_local.proxyless.routes import FAULT_FILTER, client_routes
-from mlmesh_local.snapshot import Packed, Snapshot, pack_one
+from mlmesh_local.snapshot import Snapshot, pack_one
 from mlmesh_local.translate import Configuration, View, translate
 from mlmesh_local.translate.names import ADS
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from mlmesh_local.envoy_types import Json
 from mlmesh_local.model import ProxyNode
 from mlmesh_local.resources.catalog import MESH_GATEWAY
@@ -48,7 +50,7 @@ def routes(view: View, proxy: ProxyNode) -> dict[str, Json]:
     """RDS."""
     tracing = route_tracing(view, proxy, "outbound")
     found = [
-        _outbound_routes(view, proxy, port, tracing)
+        view.part(("routes", port), functools.partial(_outbound_routes, view, proxy, port, tracing), tracing)
         for port in _outbound_ports(view, proxy)
         if layer4_services(view, proxy, port)[1]
     ]

@@ -93,7 +93,7 @@ class View:
         """What `make` makes: one part of a translation, which may be reused for another world or proxy.
 
         It depends on the view, the proxy and on what is `given`, and on nothing else; ``key`` tells parts apart. What
-        it gives is shared: nobody changes it. The views of `mlmesh_local.incremental` remember parts, this one does not.
+        it gives is shared: nobody changes it. Views of `mlmesh_local.incremental` remember parts, this one does not.
         """
         return make()
 

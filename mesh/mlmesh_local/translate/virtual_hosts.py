@@ -5,6 +5,7 @@ Istio's rules (pilot/pkg/networking/core/httproute.go and route/route.go in its 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -56,22 +57,42 @@ def outbound_virtual_hosts(frame: Frame) -> list[Json]:
     here = {service.host: service for service in seen if service.port(port) is not None}
     bound = [service for service, _ in frame.view.virtual_services(MESH_GATEWAY, frame.proxy)]
     owners = _owners(bound, seen)
+    wildcards = [host for host in here if host.startswith("*")]
     groups: list[_Group] = []
     ruled: set[str] = set()
     for virtual_service in bound:
         # Istio knows hosts without a service on port 80 only, or beside those of a service.
-        if port != _WEB_PORT and not any(hosts_overlap(host, name) for host in virtual_service.hosts for name in here):
+        if port != _WEB_PORT and not any(_overlaps(host, here, wildcards) for host in virtual_service.hosts):
             continue
         group = _group(frame, virtual_service, here, owners)
         if group is not None:
             groups.append(group)
             ruled.update(service.host for service in group.services)
     groups += [
-        _Group(routes=[default_route(frame, service, port)], services=[service])
+        _Group(routes=_default_routes(frame, service), services=[service])
         for host, service in here.items()
         if host not in ruled and _routed(service, port)
     ]
     return [*sorted(_built(frame, groups), key=lambda host: str(host["name"])), block_all(port)]
+
+
+def _overlaps(host: str, here: Mapping[str, CatalogService], wildcards: Iterable[str]) -> bool:
+    """Whether a VirtualService's host means something on the port; hosts are many, and most are no wildcards."""
+    names = here if host.startswith("*") else wildcards
+    return host in here or any(hosts_overlap(host, name) for name in names)
+
+
+def _default_routes(frame: Frame, service: CatalogService) -> list[Json]:
+    port = frame.listener_port
+    return frame.view.part(
+        ("default route", service.host, port), lambda: [default_route(frame, service, port)], service, frame.tracing
+    )
+
+
+def _rule_routes(frame: Frame, virtual_service: VirtualService) -> list[Json]:
+    meta = virtual_service.meta
+    key = ("rules", frame.gateway, frame.listener_port, meta.namespace, meta.name)
+    return frame.view.part(key, lambda: rule_routes(frame, virtual_service), virtual_service, frame.tracing)
 
 
 def _routed(service: CatalogService, port: int) -> bool:
@@ -97,7 +118,7 @@ def _group(
     frame: Frame, virtual_service: VirtualService, here: Mapping[str, CatalogService], owners: dict[str, VirtualService]
 ) -> _Group | None:
     """What a VirtualService routes on the port; None where it routes nothing there for this proxy."""
-    routes = rule_routes(frame, virtual_service)
+    routes = _rule_routes(frame, virtual_service)
     if not routes:
         return None
     services: list[CatalogService] = []
@@ -147,7 +168,8 @@ def _built(frame: Frame, groups: list[_Group]) -> list[Json]:
             ]
             taken_domains.update(domain.lower() for domain in kept)
             if kept:
-                found.append(_virtual_host(name, kept, group.routes, service, port))
+                make = functools.partial(_virtual_host, name, kept, group.routes, service, port)
+                found.append(frame.view.part(("virtual host", name), make, kept, group.routes, service))
     return found
 
 

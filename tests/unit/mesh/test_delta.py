@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from mlmesh_local.delta import DeltaStream, Request, Response
 from mlmesh_local.envoy_types import CLUSTER, ENDPOINTS, EXTENSIONS, LISTENER, PUSH_ORDER, ROUTES, SECRET
-from mlmesh_local.snapshot import Packed, Snapshot
+from mlmesh_local.packing import Packed
+from mlmesh_local.snapshot import Snapshot
 
 
 def packed(**versions: str) -> dict[str, Packed]:
