@@ -55,19 +55,17 @@ def parse_telemetry(meta: Meta, spec: Fields) -> Telemetry:
 
 def _tracing(fields: Fields) -> TracingRule:
     fields.unsupported("disableContextPropagation", why="the Envoy of the laptop does not have it")
+    tags = custom_tags(fields) if fields.has("customTags") else None
+    fields.ignored("customTags")
     return TracingRule(
         mode=_match(fields),
         providers=_providers(fields),
         sampling_percent=fields.number("randomSamplingPercentage", low=0.0, high=100.0),
         disabled=fields.boolean_or_none("disableSpanReporting"),
-        tags=custom_tags(fields) if fields.has("customTags") else _none(fields, "customTags"),
+        tags=tags,
         use_request_id=fields.boolean_or_none("useRequestIdForTraceSampling"),
         istio_tags=fields.boolean_or_none("enableIstioTags"),
     )
-
-
-def _none(fields: Fields, name: str) -> None:
-    fields.ignored(name)
 
 
 def _logging(fields: Fields) -> LogRule:

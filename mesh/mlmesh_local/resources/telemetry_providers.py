@@ -65,10 +65,10 @@ def _json(text: str) -> Any:
 
 
 def _defaults(fields: Fields) -> tuple[tuple[str, ...] | None, ...]:
-    return tuple(
-        fields.texts(name) if fields.has(name) else (fields.ignored(name) or None)
-        for name in ("tracing", "accessLogging", "metrics")
-    )
+    names = ("tracing", "accessLogging", "metrics")
+    found = tuple(fields.texts(name) if fields.has(name) else None for name in names)
+    fields.ignored(*names)
+    return found
 
 
 def _proxy_tracing(fields: Fields) -> tuple[float | None, Tags, bool | None, int]:
@@ -147,7 +147,8 @@ def _opentelemetry(name: str, fields: Fields) -> TraceProvider:
     if enrichment == "OTEL_SEMANTIC_CONVENTIONS":
         options |= {"semantic_conventions": True, "environment_detector": True}
     http = fields.has("http")
-    path, timeout_s, headers = "", None, ()
+    timeout_s: float | None = None
+    headers: tuple[Header, ...] = ()
     with fields.message("http") as inner:
         path = inner.text("path", required=http)
         if http:
