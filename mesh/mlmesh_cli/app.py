@@ -13,6 +13,7 @@ from mlmesh_cli.commands.apply import apply
 from mlmesh_cli.commands.audit import audit_app
 from mlmesh_cli.commands.certs import certs_app
 from mlmesh_cli.commands.chaos import chaos_app
+from mlmesh_cli.commands.config import config_app
 from mlmesh_cli.commands.datasets import datasets_app
 from mlmesh_cli.commands.delete import delete
 from mlmesh_cli.commands.demo import demo
@@ -88,6 +89,7 @@ app.command(rich_help_panel=_LOOK)(metrics)
 app.command(rich_help_panel=_LOOK)(explain)
 app.command(rich_help_panel=_LOOK)(diff)
 app.command(rich_help_panel=_LOOK)(translate)
+app.add_typer(config_app, name="config", rich_help_panel=_LOOK)
 app.add_typer(streams_app, name="streams", rich_help_panel=_LOOK)
 app.add_typer(traces_app, name="traces", rich_help_panel=_LOOK)
 app.add_typer(certs_app, name="certs", rich_help_panel=_LOOK)

@@ -25,7 +25,12 @@ def items_tree(items: Sequence[Item]) -> Tree:
 
 def items_yaml(items: Sequence[Item]) -> str:
     """The tree as YAML, without anchors, in one order."""
-    return yaml.dump(items_tree(items), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return yaml_text(items_tree(items))
+
+
+def yaml_text(value: Any) -> str:
+    """A value as YAML, without anchors, in its own order."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def items_table(items: Sequence[Item]) -> RenderableType:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
@@ -10,7 +11,12 @@ import grpc
 import pytest
 import pytest_asyncio
 
+from mlmesh_local.envoy_types import Json, plain_bytes
 from mlmesh_local.explain import Call, Explanation, Scene, explain
+from mlmesh_local.inspection import TYPES
+from mlmesh_local.live.running import Sent, compare
+from mlmesh_local.live.running import running as in_envoy
+from mlmesh_local.xds import SentResource
 from tests.support.envoy_mesh import UNARY, EnvoyMesh
 from tests.support.mesh_documents import deployment, service
 from tests.support.tokens import Issuer
@@ -163,6 +169,8 @@ spec: {mtls: {mode: STRICT}}
 ---
 """
 
+_SHORT = {url: name for name, url in TYPES.items()}
+
 POLICIES = f"""
 apiVersion: security.istio.io/v1
 kind: RequestAuthentication
@@ -297,6 +305,28 @@ async def test_explanations_are_what_envoys_do(running: EnvoyMesh) -> None:
             if problem:
                 differences.append(f"{asked.name}: {problem}\n  said {said.outcome}\n  done {done}")
     assert not differences, "\n".join(differences)
+
+
+async def test_what_envoys_run_is_what_they_were_sent(running: EnvoyMesh) -> None:
+    await running.reset(RULES)
+    for name in ("client-0", "server-v2-0", "gateway-0"):
+        sent = [
+            Sent(type=_SHORT[one.type_url], name=one.name, version=one.version, content=_content(one))
+            for one in running.ads.sent(name)
+            if one.type_url in _SHORT
+        ]
+        compared = compare(sent, in_envoy(await running.configuration(name, "?include_eds")))
+        verdicts = {one.verdict for one in compared if one.verdict != "draining"}
+        assert verdicts == {"same"}, [one for one in compared if one.verdict != "same"]
+        assert {one.type for one in compared} == set(TYPES)
+        # And what was not sent like this is told.
+        other = dataclasses.replace(sent[0], version="another")
+        again = compare([other], in_envoy(await running.configuration(name)))
+        assert [one.verdict for one in again if one.name == other.name] == ["differs"]
+
+
+def _content(sent: SentResource) -> Json:
+    return plain_bytes(sent.type_url, sent.content)
 
 
 def _call(asked: Asked) -> Call:

@@ -1,0 +1,1 @@
+"""What runs, as it tells of itself: Envoy's admin interface, and what services tell by reflection and channelz."""
