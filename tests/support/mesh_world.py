@@ -125,13 +125,17 @@ class Told:
     def __init__(self, instance: str, *texts: str, **fields: Any) -> None:
         self.world = world(*texts, **fields)
         self.snapshot = build_snapshots(self.world)[instance]
-        proxy = next(proxy for proxy in self.world.proxies if proxy.id == instance)
-        configuration = translate(View(self.world), proxy)
+        self.view = View(self.world)
+        configuration = translate(self.view, self.proxy_of(instance))
         self.clusters = configuration[CLUSTER]
         self.endpoints = configuration[ENDPOINTS]
         self.extensions = configuration[EXTENSIONS]
         self.listeners = configuration[LISTENER]
         self.routes = configuration[ROUTES]
+
+    def proxy_of(self, instance: str) -> ProxyNode:
+        """A proxy of the world."""
+        return next(proxy for proxy in self.world.proxies if proxy.id == instance)
 
     def virtual_host(self, name: str = f"{HOST}:9000", routes: str = "9000") -> dict[str, Any]:
         """A virtual host of a route configuration."""
