@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from mlmesh_cli.commands import importing, promotion, samples, versions  # noqa: F401  commands of `mlmesh models`
+from mlmesh_cli.commands.analyze import analyze, conditions
 from mlmesh_cli.commands.apply import apply
 from mlmesh_cli.commands.audit import audit_app
 from mlmesh_cli.commands.certs import certs_app
@@ -89,6 +90,8 @@ app.command(rich_help_panel=_LOOK)(metrics)
 app.command(rich_help_panel=_LOOK)(explain)
 app.command(rich_help_panel=_LOOK)(diff)
 app.command(rich_help_panel=_LOOK)(translate)
+app.command(rich_help_panel=_LOOK)(analyze)
+app.command(rich_help_panel=_LOOK)(conditions)
 app.add_typer(config_app, name="config", rich_help_panel=_LOOK)
 app.add_typer(streams_app, name="streams", rich_help_panel=_LOOK)
 app.add_typer(traces_app, name="traces", rich_help_panel=_LOOK)

@@ -71,26 +71,20 @@ class _Check:
     def virtual_services(self) -> None:
         owners: dict[str, VirtualService] = {}
         for service in self._resources.specs(VirtualService):
-            gateways = self._gateways_of(service)
+            self._check_gateways(service)
             if MESH_GATEWAY in {full_gateway(name, service.meta.namespace) for name in service.gateways}:
                 self._owned_once(service, owners)
                 self._served(service)
             for rule in service.http:
-                self._rule(service, rule, gateways)
+                self._rule(service, rule)
 
-    def _gateways_of(self, service: VirtualService) -> list[Gateway]:
-        found: list[Gateway] = []
+    def _check_gateways(self, service: VirtualService) -> None:
         named = [(name, service.meta.at) for name in service.gateways]
         named += [(name, match.at) for rule in service.http for match in rule.matches for name in match.gateways]
         for name, at in named:
             full = full_gateway(name, service.meta.namespace)
-            if full == MESH_GATEWAY:
-                continue
-            if full in self._gateways:
-                found.append(self._gateways[full])
-            else:
+            if full != MESH_GATEWAY and full not in self._gateways:
                 self.problems.add(at, f'there is no Gateway "{full}"{did_you_mean(full, self._gateways)}')
-        return found
 
     def _owned_once(self, service: VirtualService, owners: dict[str, VirtualService]) -> None:
         for host in service.hosts:
@@ -110,7 +104,7 @@ class _Check:
                     service.meta.at, f'"{full}" is the host of no Service and no ServiceEntry: sidecars do not route it'
                 )
 
-    def _rule(self, service: VirtualService, rule: HttpRule, gateways: list[Gateway]) -> None:
+    def _rule(self, service: VirtualService, rule: HttpRule) -> None:
         per_try_s = rule.retries.per_try_timeout_s if rule.retries else None
         if per_try_s and rule.timeout_s and per_try_s > rule.timeout_s:
             self.warnings.add(
@@ -119,9 +113,9 @@ class _Check:
             )
         destinations = [weighted.destination for weighted in rule.destinations]
         for destination in [*destinations, *(mirror.destination for mirror in rule.mirrors)]:
-            self._destination(service, destination, gateways)
+            self._destination(service, destination)
 
-    def _destination(self, service: VirtualService, destination: Destination, gateways: list[Gateway]) -> None:
+    def _destination(self, service: VirtualService, destination: Destination) -> None:
         namespace = service.meta.namespace
         host = full_host(destination.host, namespace, DOMAIN)
         target = self._services.get(host)
@@ -134,16 +128,6 @@ class _Check:
         if destination.port and destination.port not in numbers:
             known = ", ".join(map(str, numbers))
             self.problems.add(at.field("port"), f'"{host}" has no port {destination.port}; it has {known}')
-        if not destination.port and len(numbers) > 1:
-            for gateway in gateways:
-                for server in gateway.servers:
-                    if server.port not in numbers:
-                        self.problems.add(
-                            at,
-                            f'"port" is required: "{host}" has several ports, and none is the port {server.port} of '
-                            f"{gateway.meta}",
-                        )
-                        return
         if destination.subset:
             self._subset(target, destination, namespace)
 
@@ -175,7 +159,9 @@ class _Check:
             self._service(service)
 
     def _service(self, service: Service) -> None:
-        target = self._services[full_host(service.meta.name, service.meta.namespace, DOMAIN)]
+        target = self._services.get(full_host(service.meta.name, service.meta.namespace, DOMAIN))
+        if target is None or target.is_entry:
+            return
         workloads = workloads_of(target, self._deployments)
         if not workloads:
             self.warnings.add(service.meta.at, "selects no workload")

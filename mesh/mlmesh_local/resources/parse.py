@@ -82,6 +82,7 @@ class _Kind:
 _NETWORKING = ("v1", "v1beta1", "v1alpha3")
 _SECURITY = ("v1", "v1beta1")
 _GATEWAY_API = "gateway.networking.k8s.io"
+_STREAM_ROUTES = ("v1", "v1alpha3", "v1alpha2")
 _KINDS: tuple[_Kind, ...] = (
     _Kind(group="networking.istio.io", kind="VirtualService", versions=_NETWORKING, parse=parse_virtual_service),
     _Kind(group="networking.istio.io", kind="DestinationRule", versions=_NETWORKING, parse=parse_destination_rule),
@@ -116,8 +117,8 @@ _KINDS: tuple[_Kind, ...] = (
     ),
     _Kind(group=_GATEWAY_API, kind="HTTPRoute", versions=("v1", "v1beta1"), parse=parse_http_route),
     _Kind(group=_GATEWAY_API, kind="GRPCRoute", versions=("v1",), parse=parse_grpc_route),
-    _Kind(group=_GATEWAY_API, kind="TLSRoute", versions=("v1",), parse=parse_tls_route),
-    _Kind(group=_GATEWAY_API, kind="TCPRoute", versions=("v1",), parse=parse_tcp_route),
+    _Kind(group=_GATEWAY_API, kind="TLSRoute", versions=_STREAM_ROUTES, parse=parse_tls_route),
+    _Kind(group=_GATEWAY_API, kind="TCPRoute", versions=_STREAM_ROUTES, parse=parse_tcp_route),
     _Kind(group=_GATEWAY_API, kind="ReferenceGrant", versions=("v1", "v1beta1"), parse=parse_reference_grant),
     _Kind(
         group="", kind="Namespace", versions=("v1",), parse=parse_namespace, body=True, cluster_scoped=True
