@@ -1,33 +1,50 @@
-"""What a gateway runs: a listener for each port of the Gateways that select it."""
+"""What a gateway runs: a listener for each port of the Gateways that select it.
+
+Istio's rules (pilot/pkg/networking/core/gateway.go in its source).
+"""
 
 from __future__ import annotations
 
-from mlmesh_local.envoy_types import Json, typed
+from mlmesh_local.envoy_types import Json
 from mlmesh_local.model import ProxyNode
-from mlmesh_local.resources.catalog import host_matches
-from mlmesh_local.resources.model import Gateway, GatewayServer
-from mlmesh_local.translate import tls
+from mlmesh_local.resources.domains import host_covers
+from mlmesh_local.resources.gateways import UNIX
+from mlmesh_local.resources.model_routes import VirtualService
 from mlmesh_local.translate.authorization import authorization, authorization_extensions
 from mlmesh_local.translate.clusters import outbound_clusters, outbound_endpoints
+from mlmesh_local.translate.gateway_connections import (
+    connection_chains,
+    direct_clusters,
+    direct_endpoints,
+    passes_mesh_tls,
+)
+from mlmesh_local.translate.gateway_servers import Listening, Served, by_route_name, listening
+from mlmesh_local.translate.gateway_tls import server_context
 from mlmesh_local.translate.jwt import jwt_extensions
-from mlmesh_local.translate.listeners import manager
-from mlmesh_local.translate.matches import ANYTHING
+from mlmesh_local.translate.layer4 import Chain, distinct
+from mlmesh_local.translate.listeners import TLS_INSPECTOR, manager
+from mlmesh_local.translate.matches import is_catch_all
 from mlmesh_local.translate.names import address, split_address
 from mlmesh_local.translate.observation import route_tracing
 from mlmesh_local.translate.routes import Frame, rule_routes
 from mlmesh_local.translate.view import View
+from mlmesh_local.translate.virtual_hosts import route_configuration
 
-Served = tuple[Gateway, GatewayServer]
+_Routes = dict[tuple[str, str, str], list[Json]]
 
 
 def clusters(view: View, proxy: ProxyNode) -> dict[str, Json]:
     """CDS."""
-    return outbound_clusters(view, proxy)
+    found = outbound_clusters(view, proxy)
+    places = listening(view, proxy)
+    return found | direct_clusters(view, proxy, places, found) if passes_mesh_tls(places) else found
 
 
 def endpoints(view: View, proxy: ProxyNode) -> dict[str, Json]:
     """EDS."""
-    return outbound_endpoints(view, proxy)
+    found = outbound_endpoints(view, proxy)
+    places = listening(view, proxy)
+    return found | direct_endpoints(view, proxy, places, found) if passes_mesh_tls(places) else found
 
 
 def extensions(view: View, proxy: ProxyNode) -> dict[str, Json]:
@@ -37,124 +54,167 @@ def extensions(view: View, proxy: ProxyNode) -> dict[str, Json]:
 
 def listeners(view: View, proxy: ProxyNode) -> dict[str, Json]:
     """LDS."""
-    found = [_listener(view, proxy, port, served) for port, served in _servers(view, proxy).items()]
-    return {listener["name"]: listener for listener in found}
+    found = [_listener(view, proxy, place) for place in listening(view, proxy)]
+    return {listener["name"]: listener for listener in found if listener["filter_chains"]}
 
 
 def routes(view: View, proxy: ProxyNode) -> dict[str, Json]:
     """RDS."""
     tracing = route_tracing(view, proxy, "gateway")
     checks = authorization(view, proxy)
+    services = {service.host: service for service in view.services_seen_by(proxy)}
     result: dict[str, Json] = {}
-    for port, served in _servers(view, proxy).items():
-        for name, group in _by_route_name(served).items():
-            configuration: Json = {
-                "name": name,
-                "virtual_hosts": _virtual_hosts(view, proxy, port, group, tracing),
-                "validate_clusters": False,
-            }
-            if checks:
-                configuration["typed_per_filter_config"] = checks
-            result[name] = configuration
+    for name, served in by_route_name(listening(view, proxy)).items():
+        frames = [
+            Frame(
+                view=view,
+                proxy=proxy,
+                gateway=one.gateway_name,
+                listener_port=one.server.port,
+                tracing=tracing,
+                tls=one.server.tls is not None,
+                services=services,
+            )
+            for one in served
+        ]
+        configuration = route_configuration(name, _virtual_hosts(list(zip(served, frames, strict=True))))
+        if checks:
+            configuration["typed_per_filter_config"] = checks
+        result[name] = configuration
     return result
 
 
-def _servers(view: View, proxy: ProxyNode) -> dict[int, list[Served]]:
-    found: dict[int, list[Served]] = {}
-    for gateway in view.gateways(proxy):
-        for server in gateway.servers:
-            found.setdefault(server.port, []).append((gateway, server))
-    return dict(sorted(found.items()))
+# Listeners
 
 
-def _route_name(gateway: Gateway, server: GatewayServer) -> str:
-    if server.tls is None:
-        return f"http.{server.port}"
-    return f"https.{server.port}.{server.port_name}.{gateway.meta.name}.{gateway.meta.namespace}"
-
-
-def _by_route_name(served: list[Served]) -> dict[str, list[Served]]:
-    groups: dict[str, list[Served]] = {}
-    for gateway, server in served:
-        groups.setdefault(_route_name(gateway, server), []).append((gateway, server))
-    return groups
-
-
-def _listener(view: View, proxy: ProxyNode, port: int, served: list[Served]) -> Json:
-    name = f"0.0.0.0_{port}"
-    chains: list[Json] = []
-    for route_name, group in _by_route_name(served).items():
-        _, server = group[0]
-        chain: Json = {
-            "name": route_name,
-            "filters": [manager(view, proxy, "gateway", route_name, f"outbound_{name}", port=port)],
-        }
-        if server.tls:
-            chain["transport_socket"] = tls.gateway_server(server.tls, view.trust_domains)
-            named = [] if "*" in server.hosts or len(served) == 1 else list(server.hosts)
-            if named:
-                chain["filter_chain_match"] = {"server_names": named}
-        chains.append(chain)
-    extra = [split_address(text) for number, text in proxy.extra_addresses if number == port]
+def _listener(view: View, proxy: ProxyNode, place: Listening) -> Json:
+    name = f"{place.bind or '0.0.0.0'}_{place.port}"  # noqa: S104  Istio's name; the address is the pod's
+    chains = _chains(view, proxy, place, name)
+    inspect = any(one.server.tls is not None and not one.server.speaks_http for one in place.servers)
+    numbers = {one.server.port for one in place.servers}
+    extra = [split_address(text) for number, text in proxy.extra_addresses if number in numbers]
     listener: Json = {
         "name": name,
-        "address": address(proxy.pod_address, port),
+        "address": _address(proxy, place),
         "additional_addresses": [{"address": address(host, number)} for host, number in extra],
         "traffic_direction": "OUTBOUND",
         "filter_chains": chains,
     }
-    if any("filter_chain_match" in chain for chain in chains):
-        inspector = typed("envoy.extensions.filters.listener.tls_inspector.v3.TlsInspector")
-        listener["listener_filters"] = [{"name": "envoy.filters.listener.tls_inspector", "typed_config": inspector}]
+    if inspect:
+        listener["listener_filters"] = [TLS_INSPECTOR]
     return listener
 
 
-def _virtual_hosts(view: View, proxy: ProxyNode, port: int, served: list[Served], tracing: Json | None) -> list[Json]:
-    by_host: dict[str, list[Json]] = {}
-    for gateway, server in served:
-        name = f"{gateway.meta.namespace}/{gateway.meta.name}"
-        frame = Frame(view=view, proxy=proxy, gateway=name, listener_port=port, tracing=tracing)
-        for service, hosts in view.virtual_services(name, proxy.namespace):
-            for host in _common_hosts(_hosts_for(server, service.meta.namespace), hosts):
-                # VirtualServices of one host are merged in order, as in Istio.
-                by_host.setdefault(host, []).extend(rule_routes(frame, service))
-    result = [
-        {
-            "name": f"{host}:{port}",
-            "domains": ["*"] if host == "*" else [host, f"{host}:*"] if "*" not in host else [host],
-            "routes": found,
-            "include_request_attempt_count": True,
-        }
-        for host, found in sorted(by_host.items())
-        if found
-    ]
-    if "*" not in by_host:
-        result.append(_nothing_here())
+def _address(proxy: ProxyNode, place: Listening) -> Json:
+    if place.bind.startswith(UNIX):
+        return {"pipe": {"path": place.bind.removeprefix(UNIX)}}
+    return address(place.bind or proxy.pod_address, place.port)
+
+
+def _chains(view: View, proxy: ProxyNode, place: Listening, name: str) -> list[Json]:
+    """Filter chains of a listener; of those that take the same connections the first stays."""
+    sockets: dict[int, Json] = {}
+    titles: dict[int, str] = {}
+    found: list[Chain] = []
+    plain = False
+    for one in place.servers:
+        if one.server.speaks_http and plain:
+            # It shares the routes of the first.
+            continue
+        plain = plain or one.server.speaks_http
+        chains = [_requests(view, proxy, one, name)] if one.route_name else connection_chains(view, proxy, one)
+        tls = one.server.tls
+        if tls is not None and not tls.passes_through:
+            sockets |= {id(chain.filters): server_context(tls, view.trust_domains) for chain in chains}
+        titles |= {id(chain.filters): one.route_name for chain in chains if one.route_name}
+        found += chains
+    result: list[Json] = []
+    for chain in distinct(found):
+        envoy = chain.envoy()
+        if id(chain.filters) in titles:
+            envoy["name"] = titles[id(chain.filters)]
+        if id(chain.filters) in sockets:
+            envoy["transport_socket"] = sockets[id(chain.filters)]
+        result.append(envoy)
     return result
 
 
-def _hosts_for(server: GatewayServer, namespace: str) -> tuple[str, ...]:
-    """Hosts of a server that VirtualServices of a namespace may bind to."""
-    bounds = zip(server.hosts, server.host_namespaces, strict=True)
-    return tuple(host for host, bound in bounds if bound in ("*", namespace))
+def _requests(view: View, proxy: ProxyNode, one: Served, listener: str) -> Chain:
+    server = one.server
+    prefix = server.name if server.ends_https and server.name else f"outbound_{listener}"
+    web = server.protocol == "GRPC-WEB"
+    filters = (manager(view, proxy, "gateway", one.route_name, prefix, port=one.port, grpc_web=web),)
+    return Chain(filters=filters, server_names=one.server_names if server.ends_https else ())
 
 
-def _common_hosts(server_hosts: tuple[str, ...], hosts: tuple[str, ...]) -> list[str]:
-    """Hosts of a VirtualService that a server serves; the narrower of the two where one is a wildcard."""
+# Routes
+
+
+def _virtual_hosts(served: list[tuple[Served, Frame]]) -> list[Json]:
+    """Virtual hosts of servers that share routes. VirtualServices of one host are merged in order."""
+    by_host: dict[str, Json] = {}
+    made: _Routes = {}
+    for one, frame in served:
+        for service, hosts in frame.view.virtual_services(one.gateway_name, frame.proxy):
+            common = common_hosts(one.hosts_for(service.meta.namespace), hosts)
+            found = _routes_of(made, frame, service) if common else []
+            if not found:
+                continue
+            for host in common:
+                virtual_host = by_host.setdefault(host, _virtual_host(host, one.server.port))
+                virtual_host["routes"].extend(found)
+        if one.server.tls is not None and one.server.tls.https_redirect:
+            for host in one.server.hosts:
+                by_host.setdefault(host, _virtual_host(host, one.server.port))["require_tls"] = "ALL"
+            for host, virtual_host in by_host.items():
+                if any(host_covers(own, host) for own in one.server.hosts):
+                    virtual_host["require_tls"] = "ALL"
+    if not by_host:
+        port = served[0][0].server.port
+        return [{"name": f"blackhole:{port}", "domains": ["*"], "routes": []}]
+    merged = _collapsed(by_host)
+    for virtual_host in merged:
+        # What takes everything comes last, whichever VirtualService it is of.
+        virtual_host["routes"] = sorted(virtual_host["routes"], key=lambda route: is_catch_all(route["match"]))
+    return sorted(merged, key=lambda virtual_host: str(virtual_host["name"]))
+
+
+def _routes_of(made: _Routes, frame: Frame, service: VirtualService) -> list[Json]:
+    """Routes of a VirtualService, made once for all servers of a Gateway that share routes, as in Istio."""
+    key = (frame.gateway, service.meta.namespace, service.meta.name)
+    if key not in made:
+        made[key] = rule_routes(frame, service)
+    return made[key]
+
+
+def _virtual_host(host: str, port: int) -> Json:
+    return {"name": f"{host}:{port}", "domains": [host], "routes": [], "include_request_attempt_count": True}
+
+
+def _collapsed(by_host: dict[str, Json]) -> list[Json]:
+    """Hosts with the very same routes become one virtual host, under the name of the most specific."""
+    known: dict[tuple[str, ...], Json] = {}
+    for host in sorted(by_host, key=_specificity):
+        virtual_host = by_host[host]
+        key = (str(virtual_host.get("require_tls")), *(str(id(route)) for route in virtual_host["routes"]))
+        if key in known:
+            known[key]["domains"].append(host)
+        else:
+            known[key] = virtual_host
+    return list(known.values())
+
+
+def _specificity(host: str) -> tuple[bool, int, str]:
+    return host.startswith("*"), -len(host), host
+
+
+def common_hosts(server_hosts: tuple[str, ...], hosts: tuple[str, ...]) -> list[str]:
+    """Hosts that both have; the narrower of the two where one is a wildcard."""
     common: list[str] = []
-    for host in hosts:
-        for server_host in server_hosts:
-            if host_matches(server_host, host):
-                common.append(host)
-            elif host_matches(host, server_host):
-                common.append(server_host)
+    for own in server_hosts:
+        for other in hosts:
+            if host_covers(other, own):
+                common.append(own)
+            elif host_covers(own, other):
+                common.append(other)
     return list(dict.fromkeys(common))
-
-
-def _nothing_here() -> Json:
-    answer = {"status": 404, "body": {"inline_string": "no VirtualService of this gateway has this host name"}}
-    return {
-        "name": "blackhole",
-        "domains": ["*"],
-        "routes": [{"name": "blackhole", "match": dict(ANYTHING), "direct_response": answer}],
-    }

@@ -33,12 +33,14 @@ _TCP_PROXY = "envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy"
 class Chain:
     """A filter chain to be: which connections it takes (no names and no subnets: all), and what forwards them.
 
-    ``config`` is the metadata of the VirtualService that asked for it.
+    ``protocols`` are those that a client offers in TLS; ``config`` is the metadata of the VirtualService that asked for
+    it.
     """
 
     filters: tuple[Json, ...]
     server_names: tuple[str, ...] = ()
     subnets: tuple[str, ...] = ()
+    protocols: tuple[str, ...] = ()
     config: Json | None = None
 
     @property
@@ -53,6 +55,8 @@ class Chain:
             result["server_names"] = list(self.server_names)
         if self.subnets:
             result["prefix_ranges"] = [cidr(subnet) for subnet in self.subnets]
+        if self.protocols:
+            result["application_protocols"] = list(self.protocols)
         return result
 
     def envoy(self) -> Json:

@@ -13,6 +13,7 @@ from mlmesh_local.resources.model import FilterPatch, MtlsMode
 from mlmesh_local.resources.protocols import Protocol, is_http
 from mlmesh_local.translate import tls
 from mlmesh_local.translate.authorization import authorization_filters, network_checks
+from mlmesh_local.translate.dynamic_hosts import dynamic_filters
 from mlmesh_local.translate.jwt import jwt_filter
 from mlmesh_local.translate.layer4 import layer4_services, network_logs, outbound_chains
 from mlmesh_local.translate.names import ADS, address, filter_of, inbound_cluster
@@ -26,6 +27,7 @@ _Row = tuple[str, Json, list[Json], bool]
 _CONTEXTS: Final = {"inbound": "SIDECAR_INBOUND", "outbound": "SIDECAR_OUTBOUND", "gateway": "GATEWAY"}
 
 _MANAGER = "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager"
+_GRPC_WEB = "envoy.extensions.filters.http.grpc_web.v3.GrpcWeb"
 _GRPC_STATS = "envoy.extensions.filters.http.grpc_stats.v3.FilterConfig"
 _FAULT = "envoy.extensions.filters.http.fault.v3.HTTPFault"
 _CORS = "envoy.extensions.filters.http.cors.v3.Cors"
@@ -54,13 +56,18 @@ _NORMALIZATIONS: Final[dict[str, Json]] = {
 }
 
 
-def manager(view: View, proxy: ProxyNode, role: Role, route_name: str, stat_prefix: str, *, port: int) -> Json:
-    """A connection manager as network filter; its routes come over RDS."""
+def manager(
+    view: View, proxy: ProxyNode, role: Role, route_name: str, stat_prefix: str, *, port: int, grpc_web: bool = False
+) -> Json:
+    """A connection manager as network filter; its routes come over RDS. ``grpc_web``: browsers' gRPC is translated."""
+    filters = _filters(role, grpc_web=grpc_web)
+    if role != "inbound":
+        filters[-1:-1] = dynamic_filters(view, proxy, port)
     config: Json = {
         "stat_prefix": stat_prefix,
         "codec_type": "AUTO",
         "rds": {"config_source": ADS, "route_config_name": route_name},
-        "http_filters": _patched(_filters(role), view.patches(proxy, _CONTEXTS[role], port)),
+        "http_filters": _patched(filters, view.patches(proxy, _CONTEXTS[role], port)),
         **_NORMALIZATIONS.get(getattr(view.mesh_config, "path_normalization", ""), {"normalize_path": True}),
         "stream_idle_timeout": "0s",
         "proxy_100_continue": True,
@@ -84,7 +91,7 @@ def manager(view: View, proxy: ProxyNode, role: Role, route_name: str, stat_pref
     return filter_of("envoy.filters.network.http_connection_manager", _MANAGER, config)
 
 
-def _filters(role: Role) -> list[Json]:
+def _filters(role: Role, *, grpc_web: bool) -> list[Json]:
     # Method names of strangers would make statistics without bound: by method only for one's own application's calls.
     stats: Json = {
         "stats_for_all_methods": role == "outbound",
@@ -94,6 +101,7 @@ def _filters(role: Role) -> list[Json]:
     checks = [] if role == "outbound" else authorization_filters([jwt_filter()])
     return [
         *checks,
+        *([filter_of("envoy.filters.http.grpc_web", _GRPC_WEB)] if grpc_web else []),
         filter_of("envoy.filters.http.grpc_stats", _GRPC_STATS, stats),
         filter_of(FAULT_FILTER, _FAULT),
         filter_of(CORS_FILTER, _CORS),
@@ -181,7 +189,8 @@ def inbound_listener(view: View, proxy: ProxyNode, port: int, protocol: Protocol
 
 def _inbound_chains(view: View, proxy: ProxyNode, port: int, protocol: Protocol, mode: MtlsMode) -> list[Json]:
     name = f"{proxy.pod_address}_{port}"
-    http = [manager(view, proxy, "inbound", inbound_cluster(port), f"inbound_{name}", port=port)]
+    web = protocol == "grpc-web"
+    http = [manager(view, proxy, "inbound", inbound_cluster(port), f"inbound_{name}", port=port, grpc_web=web)]
     tcp = [] if is_http(protocol) else _inbound_connection(view, proxy, port)
     secure = tls.mesh_server(view.trust_domains)
     strict: list[_Row]

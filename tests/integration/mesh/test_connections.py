@@ -1,4 +1,4 @@
-"""Connections that are not HTTP, through real sidecars and gateways: mutual TLS, server names, weights, undeclared ports."""
+"""Connections that are not HTTP, through real sidecars and gateways: mutual TLS, server names, undeclared ports."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ async def running(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Env
     async with contextlib.AsyncExitStack() as stack:
         mesh = await stack.enter_async_context(EnvoyMesh.start(folder, WORKLOADS, STRICT))
         for name in ("db", "shop"):
-            leaf = mesh.authority.leaf(dns=[f"{name}.mlmesh.svc.cluster.local"])
+            leaf = mesh.authority.leaf(dns=[f"{name}.mlmesh.svc.cluster.local", f"{name}.example"])
             echo = Echo(name, server_context(folder / f"{name}.pem", leaf.cert, leaf.key))
             await echo.serve(mesh.proxy(f"{name}-0").application_address, stack)
         yield mesh
@@ -181,3 +181,33 @@ async def test_an_undeclared_port_takes_http_and_anything_else(mesh: EnvoyMesh) 
         assert (await out(mesh, UNDECLARED, line=request)).startswith("HTTP/1.1 200")  # type: ignore[arg-type]
         requests = await mesh.stats(f"{name}-0", f"http.inbound_.*{UNDECLARED}.*downstream_rq_2xx")
         assert sum(requests.values()) >= 1
+
+
+GATEWAY = resource(
+    "Gateway",
+    f"""{{selector: {{istio: gateway}}, servers: [
+      {{port: {{number: {GATEWAY_TCP}, name: tcp, protocol: TCP}}, hosts: ['*']}},
+      {{port: {{number: {GATEWAY_TLS}, name: tls, protocol: TLS}}, tls: {{mode: PASSTHROUGH}}, hosts: ['*.example']}}]}}""",
+    name="way-in",
+    group="networking.istio.io/v1",
+)
+
+
+async def test_a_gateway_forwards_connections_and_passes_tls_through_by_server_name(mesh: EnvoyMesh) -> None:
+    def names(name: str) -> str:
+        return (
+            f"{{match: [{{port: {GATEWAY_TLS}, sniHosts: [{name}.example]}}],"
+            f" route: [{{destination: {{host: {name}, port: {{number: {TLS}}}}}}}]}}"
+        )
+
+    tcp = f"[{{match: [{{port: {GATEWAY_TCP}}}], route: [{{destination: {{host: shop, port: {{number: {TCP}}}}}}}]}}]"
+    await mesh.apply(
+        GATEWAY,
+        route(f"{{hosts: ['*.example'], gateways: [way-in], tls: [{names('db')}, {names('shop')}]}}", name="tls"),
+        route(f"{{hosts: ['*'], gateways: [way-in], tcp: {tcp}}}", name="tcp"),
+    )
+    address = mesh.proxy("gateway-0").pod_address
+    assert await say(mesh, address, GATEWAY_TCP) == "shop:hello"
+    for name in ("db", "shop"):
+        assert await say(mesh, address, GATEWAY_TLS, server_name=f"{name}.example") == f"{name}:hello"
+    assert await say(mesh, address, GATEWAY_TLS, server_name="other.example") == ""

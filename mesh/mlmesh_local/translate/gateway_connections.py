@@ -1,0 +1,151 @@
+"""Connections at a gateway: TCP servers, TLS that is ended and forwarded, TLS that is passed through by server name.
+
+Istio's rules (pilot/pkg/networking/core/gateway.go in its source).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from mlmesh_local.envoy_types import Json
+from mlmesh_local.model import ProxyNode
+from mlmesh_local.resources.catalog import HostPolicy
+from mlmesh_local.resources.domains import host_covers, hosts_overlap
+from mlmesh_local.resources.model_routes import Layer4Match, VirtualService
+from mlmesh_local.translate import names
+from mlmesh_local.translate.gateway_servers import Listening, Served
+from mlmesh_local.translate.layer4 import Chain, forward, tcp_proxy, wanted_names
+from mlmesh_local.translate.routes import Frame
+from mlmesh_local.translate.view import View
+
+MESH_ALPN = ("istio", "istio-peer-exchange", "istio-http/1.0", "istio-http/1.1", "istio-h2")
+
+
+def connection_chains(view: View, proxy: ProxyNode, one: Served) -> list[Chain]:
+    """Filter chains of a server that takes connections."""
+    services = {service.host: service for service in view.services_seen_by(proxy)}
+    frame = Frame(
+        view=view,
+        proxy=proxy,
+        gateway=one.gateway_name,
+        listener_port=one.server.port,
+        tracing=None,
+        services=services,
+    )
+    tls = one.server.tls
+    if tls is not None and tls.mode == "AUTO_PASSTHROUGH":
+        return [_direct_chain(frame, name) for name, _, _ in _direct(view, proxy, [one])]
+    if tls is not None and tls.passes_through:
+        return _passed_through(frame, one)
+    chain = _forwarded(frame, one)
+    return [chain] if chain else []
+
+
+def _bound(frame: Frame, one: Served) -> Iterator[VirtualService]:
+    """VirtualServices of the gateway that have a host of the server."""
+    for service, hosts in frame.view.virtual_services(one.gateway_name, frame.proxy):
+        own = one.hosts_for(service.meta.namespace)
+        if any(hosts_overlap(host, other) for host in own for other in hosts):
+            yield service
+
+
+def _applies(match: Layer4Match, frame: Frame) -> bool:
+    """At gateways only the port and the gateway count; who calls is not known."""
+    return match.port in (0, frame.listener_port) and (not match.gateways or frame.gateway in match.gateways)
+
+
+def _forwarded(frame: Frame, one: Served) -> Chain | None:
+    """The chain of the first rule that fits: all connections of the server go there."""
+    for service in _bound(frame, one):
+        name = f"{service.meta.name}.{service.meta.namespace}"
+        for rule in service.tcp:
+            fits = not rule.matches or any(_applies(match, frame) for match in rule.matches)
+            if rule.destinations and fits:
+                filters = forward(frame, rule.destinations, name)
+                named = one.server_names if one.server.tls is not None else ()
+                return Chain(filters=tuple(filters), server_names=named)
+        if service.semantics == "gateway":
+            # A TLSRoute whose TLS ends here.
+            for rule in service.tls:
+                if rule.destinations and any(_applies(match, frame) for match in rule.matches):
+                    filters = forward(frame, rule.destinations, name)
+                    return Chain(filters=tuple(filters), server_names=one.server_names)
+    return None
+
+
+def _passed_through(frame: Frame, one: Served) -> list[Chain]:
+    """A chain for each match by server name; one with a name that is taken is left out whole."""
+    chains: list[Chain] = []
+    taken: set[str] = set()
+    for service in _bound(frame, one):
+        for rule in service.tls:
+            for match in rule.matches:
+                if not rule.destinations or not _applies(match, frame) or taken & set(match.sni_hosts):
+                    continue
+                taken |= set(match.sni_hosts)
+                filters = forward(frame, rule.destinations, f"{service.meta.name}.{service.meta.namespace}")
+                chains.append(Chain(filters=tuple(filters), server_names=wanted_names(match.sni_hosts)))
+    return chains
+
+
+# AUTO_PASSTHROUGH: mutual TLS of sidecars goes on to the service that its server name says.
+
+
+def passes_mesh_tls(places: list[Listening]) -> bool:
+    """Whether there is a server of mode AUTO_PASSTHROUGH."""
+    return any(_direct_servers(place.servers) for place in places)
+
+
+def _direct_servers(servers: list[Served]) -> list[Served]:
+    return [one for one in servers if one.server.tls is not None and one.server.tls.mode == "AUTO_PASSTHROUGH"]
+
+
+def _direct(view: View, proxy: ProxyNode, servers: list[Served]) -> Iterator[tuple[str, str, str]]:
+    """Server name, cluster and subset of what servers of that mode pass on."""
+    hosts = tuple(host for one in servers for host in one.server.hosts)
+    for service in view.services_seen_by(proxy):
+        if service.external or not any(host_covers(host, service.host) for host in hosts):
+            continue
+        subsets = ["", *(subset.name for subset in view.policy(service, proxy).subsets)]
+        for port in service.ports:
+            for subset in subsets:
+                name = names.sni(port.number, subset, service.host)
+                yield name, names.outbound_cluster(port.number, subset, service.host), subset
+
+
+def _direct_chain(frame: Frame, name: str) -> Chain:
+    filters = (tcp_proxy(frame, {"cluster": name}, name, HostPolicy(), ""),)
+    return Chain(filters=filters, server_names=(name,), protocols=MESH_ALPN)
+
+
+def direct_clusters(
+    view: View, proxy: ProxyNode, places: list[Listening], clusters: dict[str, Json]
+) -> dict[str, Json]:
+    """Clusters without TLS of their own: what comes is encrypted already."""
+    result: dict[str, Json] = {}
+    for name, origin, _ in _direct(view, proxy, [one for place in places for one in _direct_servers(place.servers)]):
+        cluster = clusters.get(origin, {})
+        if cluster.get("type") == "EDS":
+            kept = ("connect_timeout", "circuit_breakers", "common_lb_config", "outlier_detection", "lb_policy")
+            result[name] = {
+                "name": name,
+                "type": "EDS",
+                "eds_cluster_config": {**cluster["eds_cluster_config"], "service_name": name},
+                **{field: cluster[field] for field in kept if field in cluster},
+            }
+    return result
+
+
+def direct_endpoints(
+    view: View, proxy: ProxyNode, places: list[Listening], endpoints: dict[str, Json]
+) -> dict[str, Json]:
+    """Endpoints of those clusters: only such as take mutual TLS."""
+    result: dict[str, Json] = {}
+    for name, origin, _ in _direct(view, proxy, [one for place in places for one in _direct_servers(place.servers)]):
+        if origin in endpoints:
+            localities = [
+                {**group, "lb_endpoints": [one for one in group["lb_endpoints"] if "metadata" in one]}
+                for group in endpoints[origin]["endpoints"]
+            ]
+            result[name] = {"cluster_name": name, "endpoints": localities}
+    return result

@@ -1,0 +1,124 @@
+"""TLS contexts of a gateway's servers (pilot/pkg/networking/core/listener.go: BuildListenerTLSContext)."""
+
+from __future__ import annotations
+
+from mlmesh_local.envoy_types import Json, typed
+from mlmesh_local.resources.model_gateways import ServerTls
+from mlmesh_local.translate import tls as mesh_tls
+from mlmesh_local.translate.names import ADS
+
+_VERSIONS = {"TLSV1_0": "TLSv1_0", "TLSV1_1": "TLSv1_1", "TLSV1_2": "TLSv1_2", "TLSV1_3": "TLSv1_3"}
+_SAN_TYPES = ("URI", "DNS", "EMAIL", "IP_ADDRESS")
+# What Envoy knows, pkg/config/security/security.go; Istio leaves out the rest.
+CIPHER_SUITES = frozenset(
+    {
+        "ECDHE-ECDSA-AES128-GCM-SHA256",
+        "ECDHE-RSA-AES128-GCM-SHA256",
+        "ECDHE-ECDSA-AES256-GCM-SHA384",
+        "ECDHE-RSA-AES256-GCM-SHA384",
+        "ECDHE-ECDSA-CHACHA20-POLY1305",
+        "ECDHE-RSA-CHACHA20-POLY1305",
+        "ECDHE-ECDSA-AES128-SHA",
+        "ECDHE-RSA-AES128-SHA",
+        "ECDHE-ECDSA-AES256-SHA",
+        "ECDHE-RSA-AES256-SHA",
+        "AES128-GCM-SHA256",
+        "AES256-GCM-SHA384",
+        "AES128-SHA",
+        "AES256-SHA",
+        "DES-CBC3-SHA",
+    }
+)
+
+
+def server_context(tls: ServerTls, trust_domains: tuple[str, ...]) -> Json:
+    """Transport socket of a server that ends TLS. Named certificates come over SDS, files are read by Envoy."""
+    if tls.mode == "ISTIO_MUTUAL":
+        return _with_names(mesh_tls.mesh_server(trust_domains), tls)
+    common: Json = {"alpn_protocols": mesh_tls.SERVER_ALPN}
+    parameters = _parameters(tls)
+    if parameters:
+        common["tls_params"] = parameters
+    if tls.credentials:
+        common["tls_certificate_sds_secret_configs"] = [
+            _secret(mesh_tls.credential_secret(name)) for name in tls.credentials
+        ]
+    else:
+        common["tls_certificates"] = [
+            {"certificate_chain": {"filename": chain}, "private_key": {"filename": key}}
+            for chain, key in tls.certificates
+        ]
+    if tls.mode != "SIMPLE":
+        common |= _validation(tls)
+    return {
+        "name": "envoy.transport_sockets.tls",
+        "typed_config": typed(
+            "envoy.extensions.transport_sockets.tls.v3.DownstreamTlsContext",
+            {"require_client_certificate": tls.mode == "MUTUAL", "common_tls_context": common},
+        ),
+    }
+
+
+def cipher_suites(names: tuple[str, ...]) -> list[str]:
+    """Suites that Envoy knows, each once; expressions such as "-ALL" are left to it."""
+    known = (name for name in names if name in CIPHER_SUITES or name == "ALL" or not name[:1].isalnum())
+    return list(dict.fromkeys(known))
+
+
+def _parameters(tls: ServerTls) -> Json:
+    result: Json = {}
+    if tls.min_version in _VERSIONS:
+        result["tls_minimum_protocol_version"] = _VERSIONS[tls.min_version]
+    if tls.max_version in _VERSIONS:
+        result["tls_maximum_protocol_version"] = _VERSIONS[tls.max_version]
+    suites = cipher_suites(tls.cipher_suites)
+    if suites:
+        result["cipher_suites"] = suites
+    return result
+
+
+def _validation(tls: ServerTls) -> Json:
+    """How clients' certificates are checked."""
+    checks: Json = {}
+    if tls.subject_alt_names:
+        checks["match_typed_subject_alt_names"] = _names(tls)
+    if tls.verify_spki:
+        checks["verify_certificate_spki"] = list(tls.verify_spki)
+    if tls.verify_hash:
+        checks["verify_certificate_hash"] = list(tls.verify_hash)
+    if tls.insecure_skip_verify:
+        checks["trust_chain_verification"] = "ACCEPT_UNTRUSTED"
+    if not tls.credentials and not tls.ca_credential_name:
+        checks["trusted_ca"] = {"filename": tls.ca_certificates}
+        if tls.ca_crl:
+            checks["crl"] = {"filename": tls.ca_crl}
+        return {"validation_context": checks}
+    roots = f"{mesh_tls.credential_secret(tls.credentials[0])}-cacert" if tls.credentials else ""
+    if tls.ca_credential_name:
+        roots = mesh_tls.credential_secret(tls.ca_credential_name)
+    return {
+        "combined_validation_context": {
+            "default_validation_context": checks,
+            "validation_context_sds_secret_config": _secret(roots),
+        }
+    }
+
+
+def _with_names(socket: Json, tls: ServerTls) -> Json:
+    """The mesh's own context; where names are given, only clients with one of them are let in."""
+    if not tls.subject_alt_names:
+        return socket
+    context = socket["typed_config"]
+    common = context["common_tls_context"]
+    validation = common["combined_validation_context"]
+    checked = {**validation["default_validation_context"], "match_typed_subject_alt_names": _names(tls)}
+    common = {**common, "combined_validation_context": {**validation, "default_validation_context": checked}}
+    return {**socket, "typed_config": {**context, "common_tls_context": common}}
+
+
+def _names(tls: ServerTls) -> list[Json]:
+    return [{"san_type": kind, "matcher": {"exact": name}} for name in tls.subject_alt_names for kind in _SAN_TYPES]
+
+
+def _secret(name: str) -> Json:
+    return {"name": name, "sds_config": ADS}
