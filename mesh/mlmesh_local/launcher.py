@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -131,14 +131,7 @@ async def shut_down(state_dir: Path, *, timeout_s: float = STOP_S) -> AsyncItera
 
 
 def _detached(options: Options, descriptor: int) -> Options:
-    return Options(
-        state_dir=options.state_dir.absolute(),
-        manifests=options.manifests,
-        istio=options.istio,
-        gateway_address=options.gateway_address,
-        log_level=options.log_level,
-        startup_fd=descriptor,
-    )
+    return replace(options, state_dir=options.state_dir.absolute(), startup_fd=descriptor)
 
 
 async def _entries(descriptor: int) -> AsyncIterator[Mapping[str, Any]]:

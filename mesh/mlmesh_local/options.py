@@ -6,9 +6,11 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 GATEWAY_ADDRESS = "127.0.0.1:8443"
 NOTHING = Path("none")
+ControlPlane = Literal["mlmesh", "istiod"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,7 +18,9 @@ class Options:
     """Options of ``python -m mlmesh_local``.
 
     ``manifests`` and ``istio`` are YAML files or folders of them. ``gateway_address`` is HOST:PORT (port 0: a free one)
-    or "none". ``startup_fd`` is a file descriptor that gets progress as JSON lines until the mesh is ready; -1: none.
+    or "none". ``control_plane`` "istiod" runs Istio's pilot-discovery in the place of ours: the program ``istiod``, or
+    that of MLMESH_ISTIOD, or the one on PATH. ``startup_fd`` is a file descriptor that gets progress as JSON lines until
+    the mesh is ready; -1: none.
     """
 
     state_dir: Path = Path(".mlmesh")
@@ -25,11 +29,14 @@ class Options:
     gateway_address: str = GATEWAY_ADDRESS
     log_level: str = "info"
     startup_fd: int = -1
+    control_plane: ControlPlane = "mlmesh"
+    istiod: str = ""
 
     def arguments(self) -> list[str]:
         """The command line that gives these options."""
         words = ["--state-dir", str(self.state_dir), "--gateway-address", self.gateway_address]
         words += ["--log-level", self.log_level, "--startup-fd", str(self.startup_fd)]
+        words += ["--control-plane", self.control_plane, "--istiod", self.istiod]
         for path in self.manifests:
             words += ["--manifests", str(path)]
         for path in self.istio or (NOTHING,):
@@ -52,6 +59,10 @@ def parse(arguments: Sequence[str]) -> Options:
         help="where the ingress gateway listens for callers outside the mesh: HOST:PORT, or none",
     )
     parser.add_argument("--log-level", default=default.log_level, choices=["debug", "info", "warning", "error"])
+    parser.add_argument(
+        "--control-plane", default=default.control_plane, choices=get_args(ControlPlane), help="ours, or Istio's own"
+    )
+    parser.add_argument("--istiod", default="", help="pilot-discovery, the program of Istio's control plane")
     parser.add_argument("--startup-fd", type=int, default=-1, help=argparse.SUPPRESS)
     found = parser.parse_args(arguments)
     return Options(
@@ -61,4 +72,6 @@ def parse(arguments: Sequence[str]) -> Options:
         gateway_address=found.gateway_address,
         log_level=found.log_level,
         startup_fd=found.startup_fd,
+        control_plane=found.control_plane,
+        istiod=found.istiod,
     )

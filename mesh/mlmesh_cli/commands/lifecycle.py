@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,6 +22,13 @@ if TYPE_CHECKING:
     from mlmesh_cli.supervision import Starting
 
 GATEWAY_ADDRESS = "127.0.0.1:8443"
+
+
+class ControlPlane(StrEnum):
+    """Who configures the Envoys."""
+
+    MLMESH = "mlmesh"
+    ISTIOD = "istiod"
 
 
 def init(
@@ -69,6 +77,13 @@ def up(
     gateway_address: Annotated[
         str, typer.Option(help="HOST:PORT at which the ingress gateway listens besides its own address, or none.")
     ] = GATEWAY_ADDRESS,
+    control_plane: Annotated[
+        ControlPlane, typer.Option(help="Who configures the Envoys: the laptop mesh, or Istio's own pilot-discovery.")
+    ] = ControlPlane.MLMESH,
+    istiod: Annotated[
+        str,
+        typer.Option(help="The program pilot-discovery; else MLMESH_ISTIOD, or on PATH.", metavar="PATH"),
+    ] = "",
     timeout: Annotated[float, typer.Option(help="Longest wait until it is ready, seconds.", min=1)] = 180.0,
     state_dir: StateDir = DEFAULT_STATE_DIR,
     output: Output = OutputFormat.TABLE,
@@ -84,6 +99,8 @@ def up(
       mlmesh up --gateway-address 127.0.0.1:9443
 
       mlmesh up --istio my-istio/ --foreground
+
+      mlmesh up --control-plane istiod --istiod .tools/bin/pilot-discovery
     """
     terminal = Terminal(output)
 
@@ -97,7 +114,14 @@ def up(
             terminal.say(
                 f"no {' and '.join(chosen.builtin)} here: the built-in YAML it is (`mlmesh init` writes it out)"
             )
-        started = options(state_dir, chosen.manifests, chosen.istio, gateway_address)
+        started = options(
+            state_dir,
+            chosen.manifests,
+            chosen.istio,
+            gateway_address,
+            control_plane=control_plane.value,
+            istiod=istiod,
+        )
         if foreground:
             # The supervisor takes this process over: signals, exit code and terminal are its own.
             os.execv(sys.executable, [sys.executable, "-m", "mlmesh_local", *started.arguments()])  # noqa: S606

@@ -1,7 +1,7 @@
 """As much of the Kubernetes API as Istio's control plane asks for: lists, watches and written statuses.
 
-HTTP/1.1 on loopback, JSON only. Every path begins with a secret: Kubernetes' clients send tokens over TLS only. Resources that nobody stored are empty lists: to a controller that
-is a cluster without them.
+HTTP/1.1 on loopback, JSON only. Every path begins with a secret: Kubernetes' clients send tokens over TLS only.
+Resources that nobody stored are empty lists: to a controller that is a cluster without them.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class KubernetesApi:
 
     def _all(self, request: _Request, target: _Target) -> tuple[int, Any]:
         partial = _partial(request)
-        found = [item for item in self.store.list(target.resource) if _selected(item, request, target)]
+        found = [item for item in self.store.all(target.resource) if _selected(item, request, target)]
         items = [_shown(item, target, partial) for item in found]
         kind = self._kinds.get(target.resource, "Unknown")
         return 200, {
@@ -142,14 +142,12 @@ class KubernetesApi:
 
     async def _watch(self, request: _Request, target: _Target, writer: asyncio.StreamWriter) -> None:
         partial = _partial(request)
-        writer.write(
-            b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\nconnection: close\r\n\r\n"
-        )
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n")
         asked = request.query.get("resourceVersion", "")
         seen = int(asked) if asked.isdigit() and asked != "0" else self.store.version
         if request.query.get("sendInitialEvents") == "true":
             seen = self.store.version
-            for item in self.store.list(target.resource):
+            for item in self.store.all(target.resource):
                 if _selected(item, request, target):
                     _chunk(writer, {"type": "ADDED", "object": _shown(item, target, partial)})
             _chunk(writer, self._bookmark(target, seen, partial, initial=True))

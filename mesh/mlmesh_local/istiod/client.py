@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -13,6 +14,8 @@ from mlmesh_local.envoy_types import CLUSTER, ENDPOINTS, LISTENER, ROUTES, TYPE_
 from mlmesh_local.istiod.nodes import Node
 from mlmesh_local.istiod.wire import decode
 from mlmesh_runtime.errors import TimedOut
+
+logger = logging.getLogger(__name__)
 
 _METHOD = "/envoy.service.discovery.v3.AggregatedDiscoveryService/StreamAggregatedResources"
 _REQUEST = "envoy.service.discovery.v3.DiscoveryRequest"
@@ -44,11 +47,20 @@ class Subscription:
         """Whether everything that is referenced has been answered."""
         if not {CLUSTER, LISTENER} <= self._answered:
             return False
+        wanted = [LISTENER, *(type_url for type_url in (ROUTES, EXTENSION) if self._wanted.get(type_url))]
+        if any(self._push_of(type_url) < self._push_of(CLUSTER) for type_url in wanted):
+            # Istio sends one push type by type.
+            return False
         return all(
             type_url in self._answered and set(names) <= self.resources[type_url].keys()
             for type_url, names in self._wanted.items()
             if names and type_url in (ENDPOINTS, ROUTES, EXTENSION)
         )
+
+    def _push_of(self, type_url: str) -> int:
+        """Number of the push that a type was last sent with: versions end in it."""
+        number = self._versions.get(type_url, ("", ""))[0].rpartition("/")[2]
+        return int(number) if number.isdigit() else 0
 
     async def wait(self, *, after: int = 0, timeout_s: float = 10.0) -> None:
         """Wait until more than `after` answers came and the configuration is complete. Raises TimedOut."""
@@ -161,13 +173,26 @@ def _walk(value: Any) -> Iterator[Json]:
             yield from _walk(item)
 
 
+def channel_to(address: str) -> grpc.aio.Channel:
+    """A connection to a control plane on this machine."""
+    return grpc.aio.insecure_channel(address, options=_OPTIONS)
+
+
 @asynccontextmanager
 async def subscribed(address: str, node: Node) -> AsyncIterator[Subscription]:
     """A subscription that is followed while the block runs."""
     subscription = Subscription(node)
-    async with grpc.aio.insecure_channel(address, options=_OPTIONS) as channel, asyncio.TaskGroup() as group:
+    async with channel_to(address) as channel, asyncio.TaskGroup() as group:
         follower = group.create_task(subscription.run(channel))
         try:
             yield subscription
         finally:
             follower.cancel()
+
+
+async def follow(channel: grpc.aio.Channel, subscription: Subscription) -> None:
+    """Follow until the stream ends, however it does; for callers that begin again."""
+    try:
+        await subscription.run(channel)
+    except grpc.aio.AioRpcError as error:
+        logger.info("the stream of Istio's control plane ended", extra={"problem": error.details()})

@@ -16,6 +16,8 @@ NODE = "laptop"
 ROOT_NAMESPACE = "istio-system"
 FIRST_TIME = "2026-01-01T00:00:00Z"
 GATEWAY_API_VERSION = "v1.6.0"
+TLS_MODE = "security.istio.io/tlsMode"
+"""Label of pods whose sidecar takes mutual TLS."""
 
 SERVICES: Final = Resource(group="", plural="services")
 PODS: Final = Resource(group="", plural="pods")
@@ -251,7 +253,7 @@ def _slice(service: Object, pods: Iterable[Pod]) -> Object | None:
     if not selector or spec["type"] == "ExternalName":
         return None
     chosen = [pod for pod in pods if pod.namespace == metadata["namespace"] and _selects(selector, pod.labels)]
-    # Pods that name a port differently go to slices of their own in Kubernetes; a port's number is the first pod's here.
+    # Pods that number a port differently go to slices of their own in Kubernetes; here the first pod's number counts.
     ports = []
     for port in spec["ports"]:
         number = _target(port, chosen)

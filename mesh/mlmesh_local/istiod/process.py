@@ -5,23 +5,28 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
+import logging
 import secrets
 import shutil
 import socket
-import urllib.request
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlmesh_local.backoff import Backoff
 from mlmesh_local.istiod.api import KubernetesApi
 from mlmesh_local.istiod.objects import DEFINITIONS, KINDS, definitions
 from mlmesh_local.istiod.store import Store
 from mlmesh_runtime.errors import NotReady
 
+logger = logging.getLogger(__name__)
+
 PROGRAM = "pilot-discovery"
 VARIABLE = "MLMESH_ISTIOD"
 START_S = 60.0
+READY_CHECK_S = 0.05
+READY_ANSWER_S = 2.0
 
 ENVIRONMENT: Mapping[str, str] = {
     # No certificates: identities are the laptop mesh's own.
@@ -85,11 +90,20 @@ class Istiod:
     istiod.store.replace(cluster(documents, pods), OWNED)
     """
 
-    def __init__(self, program: Path, folder: Path, *, host: str = "127.0.0.1", ports: Ports | None = None) -> None:
+    def __init__(
+        self,
+        program: Path,
+        folder: Path,
+        *,
+        host: str = "127.0.0.1",
+        log: Path | None = None,
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
         self.store = Store()
         self.host = host
-        self.ports = ports or free_ports(host)
-        self.log = folder / "istiod.log"
+        self.ports = free_ports(host)
+        self.log = log or folder / "istiod.log"
+        self._environ = dict(environ or {})
         self._program = program
         self._folder = folder
         self._token = secrets.token_urlsafe(24)
@@ -107,46 +121,30 @@ class Istiod:
             self.store.put(DEFINITIONS, definition)
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         api = await self._api.start(self.host, 0)
-        kubeconfig = self._folder / "kubeconfig.json"
+        kubeconfig = self._kubeconfig
         kubeconfig.touch(mode=0o600)
         kubeconfig.write_text(json.dumps(_kubeconfig(f"http://{self.host}:{api}/{self._token}")))
-        host = self.host
-        arguments = [
-            "discovery",
-            "--registries=Kubernetes",
-            f"--kubeconfig={kubeconfig}",
-            f"--meshConfig={self._folder / 'none.yaml'}",
-            f"--grpcAddr={host}:{self.ports.xds}",
-            f"--httpAddr={host}:{self.ports.http}",
-            f"--monitoringAddr={host}:{self.ports.monitoring}",
-            "--httpsAddr=",
-            "--secureGRPCAddr=",
-            "--ctrlz_port=0",
-            "--log_output_level=default:warn",
-            "--shutdownDuration=0s",
-        ]
-        with self.log.open("wb") as output:
-            self._process = await asyncio.create_subprocess_exec(
-                str(self._program),
-                *arguments,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                cwd=self._folder,
-                env={"PATH": os.environ.get("PATH", ""), "HOME": str(self._folder), **ENVIRONMENT},
-            )
+        process = await self._run()
         try:
             async with asyncio.timeout(timeout_s):
-                while not await asyncio.to_thread(self._is_ready):
-                    if self._process.returncode is not None:
-                        break
-                    await asyncio.sleep(0.05)
-                else:
-                    return
+                while process.returncode is None:
+                    if await self._is_ready():
+                        return
+                    await asyncio.sleep(READY_CHECK_S)
         except TimeoutError:
             pass
         await self.stop()
         raise NotReady(f"pilot-discovery did not start: {self._end_of_log()}", reason="ISTIOD_FAILED")
+
+    async def keep_running(self) -> None:
+        """Start it again whenever it ends, until cancelled. Envoys go on with what they have meanwhile."""
+        backoff = Backoff()
+        while self._process is not None:
+            started = time.monotonic()
+            code = await self._process.wait()
+            logger.warning("Istio's control plane ended and is started again", extra={"exit_code": code})
+            await asyncio.sleep(backoff.next_delay_s(time.monotonic() - started))
+            await self._run()
 
     async def stop(self) -> None:
         """End the process and the API."""
@@ -161,13 +159,53 @@ class Istiod:
                 await process.wait()
         await self._api.stop()
 
-    def _is_ready(self) -> bool:
-        url = f"http://{self.host}:{self.ports.http}/ready"
+    @property
+    def _kubeconfig(self) -> Path:
+        return self._folder / "kubeconfig.json"
+
+    async def _run(self) -> asyncio.subprocess.Process:
+        host = self.host
+        arguments = [
+            "discovery",
+            "--registries=Kubernetes",
+            f"--kubeconfig={self._kubeconfig}",
+            # Not there: settings come from the ConfigMap, as in a cluster.
+            f"--meshConfig={self._folder / 'none.yaml'}",
+            f"--grpcAddr={host}:{self.ports.xds}",
+            f"--httpAddr={host}:{self.ports.http}",
+            f"--monitoringAddr={host}:{self.ports.monitoring}",
+            "--httpsAddr=",
+            "--secureGRPCAddr=",
+            "--ctrlz_port=0",
+            "--log_output_level=all:warn",
+            "--shutdownDuration=0s",
+        ]
+        with self.log.open("ab") as output:
+            self._process = await asyncio.create_subprocess_exec(
+                str(self._program),
+                *arguments,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                cwd=self._folder,
+                env={"HOME": str(self._folder), **ENVIRONMENT, **self._environ},
+                start_new_session=True,
+            )
+        return self._process
+
+    async def _is_ready(self) -> bool:
         try:
-            with urllib.request.urlopen(url, timeout=2.0) as reply:  # noqa: S310  always http
-                return bool(reply.status == 200)
+            reader, writer = await asyncio.open_connection(self.host, self.ports.http)
         except OSError:
             return False
+        try:
+            writer.write(f"GET /ready HTTP/1.1\r\nHost: {self.host}\r\nConnection: close\r\n\r\n".encode())
+            async with asyncio.timeout(READY_ANSWER_S):
+                return b" 200 " in await reader.readline()
+        except (OSError, TimeoutError):
+            return False
+        finally:
+            writer.close()
 
     def _end_of_log(self) -> str:
         lines = self.log.read_text(errors="replace").splitlines()[-8:]

@@ -60,7 +60,7 @@ class Store:
         self._closed = True
         self._changed.set()
 
-    def list(self, resource: Resource) -> list[Object]:
+    def all(self, resource: Resource) -> list[Object]:
         """Objects of a resource, by namespace and name."""
         found = self._objects.get(resource, {})
         return [found[key] for key in sorted(found)]

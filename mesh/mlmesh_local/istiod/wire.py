@@ -40,7 +40,7 @@ def _message(message: Message) -> Any:
     result: Json = {}
     for field, value in message.ListFields():
         if _is_map(field):
-            values = field.message_type.fields_by_name["value"]
+            values = cast("Any", field.message_type).fields_by_name["value"]
             result[field.name] = {str(key): _value(values, value[key]) for key in sorted(value)}
         elif field.is_repeated:
             result[field.name] = [_value(field, item) for item in value]
@@ -57,7 +57,7 @@ def _value(field: FieldDescriptor, value: Any) -> Any:
     if field.type == FieldDescriptor.TYPE_MESSAGE:
         return _message(value)
     if field.type == FieldDescriptor.TYPE_ENUM:
-        known = field.enum_type.values_by_number.get(value)
+        known = cast("Any", field.enum_type).values_by_number.get(value)
         return known.name if known else value
     if field.type == FieldDescriptor.TYPE_BYTES:
         return base64.b64encode(value).decode()
