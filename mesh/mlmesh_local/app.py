@@ -31,6 +31,7 @@ from mlmesh_local.control import LocalMeshServicer
 from mlmesh_local.guardian import guard
 from mlmesh_local.instance import SidecarSetup
 from mlmesh_local.instances import Folders
+from mlmesh_local.key_sets import KeySets, fetcher
 from mlmesh_local.mesh import Mesh, SupervisorTraffic
 from mlmesh_local.metering import Metering
 from mlmesh_local.metrics import endpoint
@@ -42,6 +43,7 @@ from mlmesh_local.report import Report
 from mlmesh_local.resources.model import Deployment
 from mlmesh_local.resources.parse import load_resources, read_documents
 from mlmesh_local.resources.resource_set import ResourceSet
+from mlmesh_local.rotation import RootRotation
 from mlmesh_local.sidecar import TOKEN_HEADER, find_envoy
 from mlmesh_local.state import StateDir
 from mlmesh_local.supervisor import Supervisor
@@ -103,6 +105,7 @@ async def _run(start: Start, block: addresses.Block, report: Report) -> None:
     token = _tokens(secrets.token_bytes(32))
     traces = TraceStore(state.traces, clock_ns=time.time_ns)
     executor = BoundedExecutor("traces", workers_max=1)
+    fetching = BoundedExecutor("key-sets", workers_max=4)
     metering = Metering()
     try:
         async with (
@@ -119,6 +122,7 @@ async def _run(start: Start, block: addresses.Block, report: Report) -> None:
                 ads=ads,
                 traces=traces,
                 executor=executor,
+                fetching=fetching,
                 metering=metering,
                 changes=changes,
                 group=instances_group,
@@ -131,6 +135,8 @@ async def _run(start: Start, block: addresses.Block, report: Report) -> None:
                         mesh.follow(),
                         mesh.rotate_logs(),
                         mesh.certificates.run(),
+                        mesh.rotation.run(),
+                        mesh.key_sets.run(),
                         mesh.stats.run(),
                         mesh.metering.run(),
                         mesh.faults.run(),
@@ -152,6 +158,7 @@ async def _run(start: Start, block: addresses.Block, report: Report) -> None:
             guardian.cancel()
     finally:
         executor.shutdown()
+        fetching.shutdown()
         traces.close()
 
 
@@ -162,6 +169,7 @@ def _build(
     ads: AdsServer,
     traces: TraceStore,
     executor: BoundedExecutor,
+    fetching: BoundedExecutor,
     metering: Metering,
     changes: Changes,
     group: asyncio.TaskGroup,
@@ -171,6 +179,12 @@ def _build(
     folders = Folders(state=state.path, working=Path.cwd())
     authority = Authority(state.authority, clock=_now)
     certificates = Certificates(authority, ads, clock=_now, changed=changes.notify)
+    key_sets = KeySets(
+        fetch=fetcher(lambda host, port: configuration.address_of(host, port)),  # noqa: PLW0108  (it is made below)
+        executor=fetching,
+        clock=time.monotonic,
+        changed=changes.notify,
+    )
     setup = SidecarSetup(
         envoy=start.envoy,
         ads_host=block.control,
@@ -186,6 +200,7 @@ def _build(
     configuration = Configuration(
         ads,
         certificates,
+        key_sets,
         resources=start.resources,
         block=block,
         logs=state.logs,
@@ -202,6 +217,8 @@ def _build(
         supervisor=supervisor,
         configuration=configuration,
         certificates=certificates,
+        rotation=RootRotation(authority, certificates, ads, clock=_now),
+        key_sets=key_sets,
         stats=stats,
         metering=metering,
         traces=traces,

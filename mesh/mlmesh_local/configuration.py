@@ -13,10 +13,11 @@ from mlmesh_local.addresses import Block, split_address
 from mlmesh_local.certificates import Certificates, ServerCredential
 from mlmesh_local.instance import Instance
 from mlmesh_local.instances import InstancePlan
+from mlmesh_local.key_sets import KeySets
 from mlmesh_local.model import Endpoint, NodeStatus, ProxyNode, World
 from mlmesh_local.resources.gateway_api.derive import derive
 from mlmesh_local.resources.gateway_api.serving import gateways_serving
-from mlmesh_local.resources.model import Deployment, Gateway
+from mlmesh_local.resources.model import Deployment, Gateway, MeshConfig
 from mlmesh_local.resources.parse import Document, load_resources
 from mlmesh_local.resources.resource_set import Applied, Change, ResourceSet
 from mlmesh_local.snapshot import Snapshot, build_snapshots
@@ -51,6 +52,7 @@ class Configuration:
         self,
         ads: AdsServer,
         certificates: Certificates,
+        key_sets: KeySets,
         *,
         resources: ResourceSet,
         block: Block,
@@ -64,6 +66,7 @@ class Configuration:
         self.world = World(resources=resources, otlp_address=block.otlp)
         self._ads = ads
         self._certificates = certificates
+        self._key_sets = key_sets
         self._block = block
         self._logs = logs
         self._gateway_address = gateway_address
@@ -96,6 +99,17 @@ class Configuration:
         """What an Envoy was told, and what of it it runs."""
         return self._ads.sent(node_id)
 
+    @property
+    def trust_domain(self) -> str:
+        """Of the identities, as MeshConfig says; empty leaves that of the certificate authority."""
+        return next((config.trust_domain for config in self.resources.specs(MeshConfig)), "")
+
+    def address_of(self, host: str, port: int) -> str:
+        """ "host:port" of a ready endpoint of a service of the mesh, by any of its names; empty for other hosts."""
+        names = {host, f"{host}.svc.{self.world.domain}", f"{host}.{self.world.domain}"}
+        found = (e for e in self.world.endpoints if e.host in names and e.port == port and e.ready)
+        return next((f"{endpoint.address}:{endpoint.target_port}" for endpoint in found), "")
+
     def refresh(self) -> None:
         """Push what follows from the instances as they are now, if it differs from what was pushed."""
         world = self._world(self.resources)
@@ -122,6 +136,8 @@ class Configuration:
     async def _activate(self, applied: Applied, *, dry_run: bool, timeout_s: float) -> ApplyOutcome:
         for deployment in derive(applied.resources).specs(Deployment):
             workload_of(deployment)
+        if not dry_run:
+            await self._key_sets.need(applied.resources)
         world = self._world(applied.resources)
         snapshots = build_snapshots(world)
         if dry_run:
@@ -183,6 +199,7 @@ class Configuration:
             endpoints=tuple(map(self._detour, endpoints)),
             otlp_address=self._block.otlp,
             als_address=self._block.als,
+            key_sets=self._key_sets.current(),
         )
 
     def _proxy(self, plan: InstancePlan, resources: ResourceSet) -> ProxyNode:
@@ -215,7 +232,8 @@ class Configuration:
         instances = self._instances()
         for proxy in world.proxies:
             if proxy.id in instances:
-                self._certificates.provide(proxy, self._credentials(instances[proxy.id].plan, world.resources))
+                credentials = self._credentials(instances[proxy.id].plan, world.resources)
+                self._certificates.provide(proxy, credentials, trust_domain=self.trust_domain)
             self._ads.update(proxy.id, snapshots[proxy.id])
         gone = self._known - {proxy.id for proxy in world.proxies}
         for node_id in gone:

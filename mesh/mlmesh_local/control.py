@@ -163,6 +163,19 @@ class LocalMeshServicer(local_pb2_grpc.LocalMeshServiceServicer):
         """New certificates for every sidecar."""
         return local_pb2.RotateCertificatesResponse(rotated=self._mesh.certificates.rotate())
 
+    async def RotateRoot(
+        self, request: local_pb2.RotateRootRequest, context: Context
+    ) -> AsyncIterator[local_pb2.RotateRootResponse]:
+        """A new root, step by step."""
+        async for step in self._mesh.rotation.rotate(now=request.now):
+            yield local_pb2.RotateRootResponse(message=step)
+
+    async def GetTrustBundle(
+        self, request: local_pb2.GetTrustBundleRequest, context: Context
+    ) -> local_pb2.GetTrustBundleResponse:
+        """The roots that are trusted."""
+        return messages.trust_bundle(self._mesh)
+
     async def RestartWorkload(
         self, request: local_pb2.RestartWorkloadRequest, context: Context
     ) -> local_pb2.RestartWorkloadResponse:

@@ -17,6 +17,7 @@ from mlmesh_local.changes import Changes
 from mlmesh_local.chaos.faults import Faults
 from mlmesh_local.configuration import ApplyOutcome, Configuration, gateways_of
 from mlmesh_local.instance import Instance
+from mlmesh_local.key_sets import KeySets
 from mlmesh_local.metering import Metering
 from mlmesh_local.pki import Certificate, Clock
 from mlmesh_local.poller import StatsPoller
@@ -24,6 +25,7 @@ from mlmesh_local.process import rotate
 from mlmesh_local.resources.model import Gateway, Service
 from mlmesh_local.resources.parse import Document
 from mlmesh_local.resources.resource_set import ResourceSet
+from mlmesh_local.rotation import RootRotation
 from mlmesh_local.supervisor import Supervisor
 from mlmesh_local.traces import TraceStore
 from mlmesh_local.work import Work
@@ -52,6 +54,8 @@ class Mesh:
         supervisor: Supervisor,
         configuration: Configuration,
         certificates: Certificates,
+        rotation: RootRotation,
+        key_sets: KeySets,
         stats: StatsPoller,
         metering: Metering,
         traces: TraceStore,
@@ -66,6 +70,8 @@ class Mesh:
         self.supervisor = supervisor
         self.configuration = configuration
         self.certificates = certificates
+        self.rotation = rotation
+        self.key_sets = key_sets
         self.stats = stats
         self.metering = metering
         self.traces = traces
@@ -182,7 +188,9 @@ class Mesh:
 
     def issue(self, service_account: str, namespace: str, ttl: timedelta) -> Certificate:
         """A certificate for a tool."""
-        return self.certificates.authority.issue(service_account, namespace, ttl)
+        return self.certificates.authority.lend(
+            service_account, namespace, ttl, trust_domain=self.configuration.trust_domain
+        )
 
     def end(self) -> None:
         """Begin to shut down; `wait_ended` tells when that is done."""

@@ -10,6 +10,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from mlmesh.local.v1 import local_pb2
 from mlmesh_local.addresses import ADMIN_PORT
+from mlmesh_local.bundles import spiffe_bundle
 from mlmesh_local.chaos.disturbance import Blackhole, Disturbance
 from mlmesh_local.chaos.faults import ActiveFault
 from mlmesh_local.configuration import ApplyOutcome
@@ -46,7 +47,7 @@ def mesh_status(mesh: Mesh, observed: Mapping[Destination, Counts]) -> local_pb2
             for item in mesh.gateways()
         ],
         config_version=mesh.configuration.version,
-        trust_domain=mesh.configuration.world.trust_domain,
+        trust_domain=mesh.configuration.trust_domain or mesh.certificates.authority.trust_domain,
         shares=subset_shares(configured_shares(mesh.resources), observed),
         start_time=timestamp(mesh.start_time),
         supervisor_pid=mesh.pid,
@@ -214,6 +215,17 @@ def duration(nanoseconds: int) -> Duration:
     return message
 
 
+def trust_bundle(mesh: Mesh) -> local_pb2.GetTrustBundleResponse:
+    """The roots that are trusted now, in both forms."""
+    authority = mesh.certificates.authority
+    return local_pb2.GetTrustBundleResponse(
+        trust_domain=mesh.configuration.trust_domain or authority.trust_domain,
+        pem=authority.bundle_pem,
+        spiffe_json=spiffe_bundle(authority.roots, authority.sequence),
+        phase=authority.phase,
+    )
+
+
 def _timestamp_ns(nanoseconds: int) -> Timestamp:
     message = Timestamp()
     message.FromNanoseconds(nanoseconds)
@@ -230,7 +242,7 @@ def _instance(mesh: Mesh, instance: Instance) -> local_pb2.Instance:
         name=plan.name,
         workload=workload.name,
         namespace=workload.namespace,
-        identity=plan.identity,
+        identity=leaf.identity if leaf else plan.identity,
         labels=dict(workload.labels),
         state=_STATES[instance.state],
         reason=(node.rejection if node else "") or instance.reason,

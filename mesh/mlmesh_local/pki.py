@@ -172,7 +172,7 @@ class Authority:
     def promote_root(self) -> None:
         """Step 2: sign with the prepared root. Raises WrongState when there is none."""
         if self._next() is None:
-            raise WrongState("there is no prepared root to sign with; prepare one first", reason="NO_NEXT_ROOT")
+            raise WrongState("there is no prepared root to sign with; prepare one first", reason="ROTATION_UNDER_WAY")
         write_private(self._folder / "retired" / f"{_serial(self._root)}.pem", _pem(self._root))
         if (self._folder / "lent-until").exists():
             (self._folder / "lent-until").replace(self._folder / "retired" / "lent-until")

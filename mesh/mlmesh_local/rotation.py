@@ -55,7 +55,7 @@ class RootRotation:
         that names who has not taken what it was given: then the step that was reached stays, and `run` goes on.
         """
         if self._turn.locked():
-            raise WrongState("the root is being replaced already; `mlmesh certs list` shows how far that is")
+            raise WrongState("the root is being replaced already", reason="ROTATION_UNDER_WAY")
         async with self._turn:
             if self._authority.phase == "RETIRING" and not now:
                 yield self._wait_text()

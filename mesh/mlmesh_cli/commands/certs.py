@@ -11,6 +11,8 @@ import typer
 from mlmesh_cli.options import DEFAULT_STATE_DIR, Output, OutputFormat, StateDir
 from mlmesh_cli.terminal import Terminal, run
 
+ROTATION_DEADLINE_S = 180.0
+
 certs_app = typer.Typer(help="Look at certificates, issue some for tools, rotate them.", no_args_is_help=True)
 
 
@@ -96,5 +98,82 @@ def rotate(state_dir: StateDir = DEFAULT_STATE_DIR, output: Output = OutputForma
         async with Connection.from_environment(state_dir) as connection:
             response = await (await connection.control()).RotateCertificates(pb.RotateCertificatesRequest(), timeout=30)
         terminal.show(Text(f"{response.rotated} certificates rotated", style="green"), response)
+
+    run(terminal, main)
+
+
+@certs_app.command("rotate-root")
+def rotate_root(
+    now: Annotated[
+        bool, typer.Option("--now", help="Do not wait for certificates of tools: they stop working at once.")
+    ] = False,
+    state_dir: StateDir = DEFAULT_STATE_DIR,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Replace the root of the certificate authority while calls go on; none of them fails.
+
+    Every sidecar learns of the new root before it signs anything, and the old root is trusted until nobody needs it:
+    certificates from `mlmesh certs issue` go on working for as long as they are valid, unless --now is given. What a
+    restart of the mesh interrupts goes on after it.
+
+    [bold]Examples[/bold]
+
+      mlmesh certs rotate-root
+
+      mlmesh certs rotate-root --now
+    """
+    terminal = Terminal(output)
+
+    async def main() -> None:
+        from rich.text import Text  # noqa: PLC0415  keeps `mlmesh --help` quick
+
+        from mlmesh.local.v1 import local_pb2 as pb  # noqa: PLC0415
+        from mlmesh_cli.connection import Connection  # noqa: PLC0415
+
+        steps: list[str] = []
+        async with Connection.from_environment(state_dir) as connection:
+            control = await connection.control()
+            async for response in control.RotateRoot(pb.RotateRootRequest(now=now), timeout=ROTATION_DEADLINE_S):
+                steps.append(response.message)
+                terminal.say(response.message)
+        terminal.show(Text("the root is replaced" if steps else "nothing was done", style="green"), {"steps": steps})
+
+    run(terminal, main)
+
+
+@certs_app.command()
+def bundle(
+    spiffe: Annotated[
+        bool, typer.Option("--spiffe", help="As a SPIFFE bundle (JSON Web Key Set) instead of PEM.")
+    ] = False,
+    to: Annotated[Path | None, typer.Option("--to", help="File; default standard output.")] = None,
+    state_dir: StateDir = DEFAULT_STATE_DIR,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Show the roots that this mesh trusts, for whoever is to trust it.
+
+    [bold]Examples[/bold]
+
+      mlmesh certs bundle --to ca.pem
+
+      mlmesh certs bundle --spiffe
+    """
+    terminal = Terminal(output)
+
+    async def main() -> None:
+        from mlmesh.local.v1 import local_pb2 as pb  # noqa: PLC0415  keeps `mlmesh --help` quick
+        from mlmesh_cli.connection import CONTROL_DEADLINE_S, Connection  # noqa: PLC0415
+
+        async with Connection.from_environment(state_dir) as connection:
+            control = await connection.control()
+            response = await control.GetTrustBundle(pb.GetTrustBundleRequest(), timeout=CONTROL_DEADLINE_S)
+        text = response.spiffe_json if spiffe else response.pem
+        if to is not None:
+            to.write_text(text)
+            terminal.say(f"roots of {response.trust_domain} are in {to}")
+        elif output is OutputFormat.JSON:
+            terminal.show(text, response)
+        else:
+            terminal.unwrapped(text.rstrip())
 
     run(terminal, main)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mlmesh_local.envoy_types import Json, typed
 from mlmesh_local.model import TRUST_SECRET, WORKLOAD_SECRET
-from mlmesh_local.resources.model import ClientTls, ServerTls
+from mlmesh_local.resources.model import ServerTls
 from mlmesh_local.translate.names import ADS
 
 RAW_BUFFER: Json = {
@@ -12,7 +12,8 @@ RAW_BUFFER: Json = {
     "typed_config": typed("envoy.extensions.transport_sockets.raw_buffer.v3.RawBuffer"),
 }
 SYSTEM_ROOTS = "/etc/ssl/certs/ca-certificates.crt"
-_MINIMUM: Json = {"tls_minimum_protocol_version": "TLSv1_2"}
+# Envoy's own default for clients ends at TLS 1.2.
+_CLIENT_PARAMETERS: Json = {"tls_minimum_protocol_version": "TLSv1_2", "tls_maximum_protocol_version": "TLSv1_3"}
 # pilot/pkg/security/authn/utils/utils.go
 _MESH_PARAMETERS: Json = {
     "tls_minimum_protocol_version": "TLSv1_2",
@@ -49,8 +50,8 @@ def mesh_client(identities: tuple[str, ...], trust_domain: str, server_name: str
         {
             "sni": server_name,
             "common_tls_context": {
-                "tls_params": _MINIMUM,
-                "alpn_protocols": ["istio", "h2"] if http2 else ["istio", "http/1.1"],
+                "tls_params": _CLIENT_PARAMETERS,
+                "alpn_protocols": ["istio", "h2"] if http2 else ["istio"],
                 "tls_certificate_sds_secret_configs": [_secret(WORKLOAD_SECRET)],
                 "combined_validation_context": {
                     "default_validation_context": {"match_typed_subject_alt_names": sans},
@@ -111,28 +112,6 @@ def gateway_server(tls: ServerTls, trust_domains: tuple[str, ...]) -> Json:
 def credential_secret(credential_name: str) -> str:
     """SDS name of a Gateway's credential; its roots are under the name with "-cacert" added."""
     return f"kubernetes://{credential_name}"
-
-
-def outside_client(tls: ClientTls, *, http2: bool) -> Json:
-    """Transport socket of TLS to a host outside of the mesh (modes SIMPLE and MUTUAL)."""
-    context: Json = {"tls_params": _MINIMUM, "alpn_protocols": ["h2"] if http2 else ["http/1.1"]}
-    if tls.mode == "MUTUAL":
-        context["tls_certificates"] = [
-            {
-                "certificate_chain": {"filename": tls.client_certificate},
-                "private_key": {"filename": tls.private_key},
-            }
-        ]
-    if not tls.insecure_skip_verify:
-        context["validation_context"] = {
-            "trusted_ca": {"filename": tls.ca_certificates or SYSTEM_ROOTS},
-            "match_typed_subject_alt_names": [
-                {"san_type": kind, "matcher": {"exact": name}}
-                for name in tls.subject_alt_names
-                for kind in ("DNS", "URI")
-            ],
-        }
-    return _upstream({"sni": tls.sni, "common_tls_context": context})
 
 
 def _upstream(context: Json) -> Json:

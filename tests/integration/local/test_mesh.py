@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import signal
@@ -188,6 +189,24 @@ async def test_rotation_keeps_an_open_stream(mesh: RunningMesh) -> None:
         await stream.done_writing()
     assert '"asked": "one"' in first.text
     assert '"asked": "two"' in second.text
+
+
+async def test_a_new_root_fails_no_call_and_everybody_uses_it(mesh: RunningMesh) -> None:
+    async with mesh.echo() as echo, mesh.control() as stub:
+        before = await stub.GetTrustBundle(local_pb2.GetTrustBundleRequest())
+        steps = []
+        async for step in stub.RotateRoot(local_pb2.RotateRootRequest(now=True)):
+            steps.append(step.message)
+            await asyncio.gather(*(answer(echo) for _ in range(5)))
+        after = await stub.GetTrustBundle(local_pb2.GetTrustBundleRequest())
+    assert steps[0] == "a new root is made"
+    assert steps[-1] == "the old root is trusted no more"
+    assert (after.trust_domain, after.phase, after.pem.count("BEGIN")) == ("cluster.local", "IDLE", 1)
+    assert after.pem != before.pem
+    sequences = [json.loads(bundle.spiffe_json)["spiffe_sequence"] for bundle in (before, after)]
+    assert sequences[0] < sequences[1]
+    async with mesh.echo() as echo:
+        assert (await answer(echo))["identity"] == "spiffe://cluster.local/ns/mlmesh/sa/operator"
 
 
 async def test_a_rolling_restart_fails_no_call(mesh: RunningMesh) -> None:
