@@ -31,6 +31,7 @@ from mlmesh_local.model import CertificateSecret, ProxyNode, Secret, TrustSecret
 from mlmesh_local.proxyless.build import client_of
 from mlmesh_local.proxyless.node import ProxylessNode
 from mlmesh_local.resources import Deployment, Document, ResourceSet, load_resources
+from mlmesh_local.resources.gateway_api.derive import derive
 from mlmesh_local.sidecar import TOKEN_HEADER, SidecarPlan, bootstrap, command, find_envoy
 from mlmesh_local.snapshot import Snapshot, build_snapshots
 from mlmesh_local.translate import View, service_endpoints
@@ -149,7 +150,7 @@ class EnvoyMesh:
         return World(
             resources=self.resources,
             proxies=self.proxies,
-            endpoints=service_endpoints(self.resources, self.proxies, ready=ready),
+            endpoints=service_endpoints(derive(self.resources), self.proxies, ready=ready),
             otlp_address=self.otlp_address,
             als_address=self._claim.block.ads if self.metrics else "",
         )
@@ -315,7 +316,7 @@ class EnvoyMesh:
 
     def _plan(self) -> Iterable[ProxyNode]:
         number = 0
-        for deployment in self.resources.specs(Deployment):
+        for deployment in derive(self.resources).specs(Deployment):
             for ordinal in range(deployment.replicas):
                 number += 1
                 addresses = self._claim.block.instance(number)

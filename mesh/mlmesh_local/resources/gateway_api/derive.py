@@ -118,7 +118,8 @@ def _parse(item: Derived, problems: Problems) -> Any:
     spec = _PARSERS[item.kind](item.meta, fields)
     fields.done()
     if item.kind == "VirtualService":
-        return replace(spec, hosts=tuple(item.spec["hosts"]), gateways=tuple(item.spec["gateways"]))
+        hosts, gateways = tuple(item.spec["hosts"]), tuple(item.spec["gateways"])
+        return replace(spec, hosts=hosts, gateways=gateways, semantics="gateway")
     return spec
 
 
