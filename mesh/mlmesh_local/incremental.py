@@ -14,6 +14,7 @@ Values that translation gives are shared from then on: nobody changes them.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,11 +24,13 @@ from mlmesh_local.model import ProxyNode, World
 from mlmesh_local.translate import SECTIONS, Configuration, View
 
 SELF: Final = "<proxy>"
+OWN_LABELS: Final = "<its labels>"
 KEPT_TURNS = 3
 """Worlds after which what was no longer asked for may be forgotten: a refused change comes back to the world before."""
 HISTORY_TURNS = 256
 FORGET_FROM = 20_000
-LARGE = 16
+FEW = 16
+NEVER: Final = (None, 0)
 
 _POLICIES: Final = frozenset(
     {"AuthorizationPolicy", "RequestAuthentication", "Telemetry", "EnvoyFilter", "ServiceAccount"}
@@ -127,7 +130,9 @@ class Memory:
         self._made: dict[Hashable, list[_Made]] = {}
         self._frames: list[_Made] = []
         self._answers: dict[Read, Any] = {}
-        self._compared: dict[tuple[tuple[int, ...], int], bool] = {}
+        self._own_answers: dict[tuple[Read, int], Any] = {}
+        self._known: dict[Hashable, Any] = {}
+        self._settled: dict[int, tuple[Any, Any]] = {}
         self._proxies: dict[str, ProxyNode] = {}
         self._count = self._alive = 0
         self.made = 0
@@ -139,7 +144,7 @@ class Memory:
         del self._history[:-HISTORY_TURNS]
         self._view = view
         self._turn += 1
-        self._answers, self._since, self._compared = {}, {}, {}
+        self._answers, self._own_answers, self._since, self._settled = {}, {}, {}, {}
         known = {proxy.id for proxy in view.world.proxies}
         self._proxies = {name: proxy for name, proxy in self._proxies.items() if name in known}
         if self._count > 2 * self._alive + FORGET_FROM:
@@ -182,7 +187,9 @@ class Memory:
     def part(self, key: Hashable, make: Callable[[], Any], given: tuple[Any, ...], proxy: ProxyNode) -> Any:
         """What `make` gives, or gave for the same key when it was given and read the same."""
         found = self._made.setdefault(key, [])
-        for made in reversed(found):
+        # What was right for this proxy before is the likeliest.
+        likely = sorted(found, key=lambda made: made.fits.get(id(proxy), NEVER)[1], reverse=True)
+        for made in likely if len(found) > 1 else found:
             if made.given == given and self._is_right(made, proxy):
                 break
         else:
@@ -228,7 +235,7 @@ class Memory:
             made.right_at = self._turn
         for read, value in made.own_reads.items():
             # An unchanged proxy still has the attributes that it had.
-            if (read[0] != "proxy" or not fitted) and not self._same(read, value, changes, proxy):
+            if (read[0] not in ("proxy", "labels") or not fitted) and not self._same(read, value, changes, proxy):
                 return False
         if not all(self._is_right(part, proxy) for part in made.parts):
             return False
@@ -238,22 +245,50 @@ class Memory:
     def _same(self, read: Read, value: Any, changes: Changes, proxy: ProxyNode | None) -> bool:
         if changes is not None and not _related(str(read[0]), _tag(read), changes):
             return True
-        if proxy is not None:
-            return self._equal(self._ask(read, proxy), value)
-        if read not in self._answers:
-            self._answers[read] = self._ask(read, None)
-        return self._equal(self._answers[read], value)
-
-    def _equal(self, one: Any, other: Any) -> bool:
-        if one is other:
+        answer = self._answer(read, proxy)
+        if answer is value:
             return True
-        if not (isinstance(one, tuple) and len(one) > LARGE):
-            return bool(one == other)
-        # The same long answer is compared once, although every proxy has a copy of its own.
-        key = (tuple(map(id, one)), id(other))
-        if key not in self._compared:
-            self._compared[key] = bool(one == other)
-        return self._compared[key]
+        if answer != value:
+            return False
+        # Next time it is the same object, and so is what is made of it.
+        self._put(read, proxy, value)
+        return True
+
+    def _answer(self, read: Read, proxy: ProxyNode | None) -> Any:
+        found = self._own_answers.get((read, id(proxy)), self) if proxy else self._answers.get(read, self)
+        return self._put(read, proxy, self.settle(self._ask(read, proxy))) if found is self else found
+
+    def _put(self, read: Read, proxy: ProxyNode | None, answer: Any) -> Any:
+        if proxy is None:
+            self._answers[read] = answer
+        else:
+            self._own_answers[read, id(proxy)] = answer
+        return answer
+
+    def settle(self, value: Any) -> Any:
+        """An answer in which what equals what was known before is that object: equality is then found at a glance.
+
+        Views make services and rules anew for every world. Answers that can be read once only are made lasting.
+        """
+        if isinstance(value, Iterator):
+            value = tuple(value)
+        if isinstance(value, tuple):
+            return tuple(map(self.settle, value)) if value and not isinstance(value[0], str | int) else value
+        if type(value) is dict and len(value) > FEW:
+            return {key: self.settle(item) for key, item in value.items()}
+        if not dataclasses.is_dataclass(value):
+            return value
+        settled = self._settled.get(id(value))
+        if settled is None:
+            key = _name_of(value)
+            known = self._known.get(key)
+            if known is None or known != value:
+                known = value
+                if key is not None:
+                    self._known[key] = value
+            # The value stays alive, so that nothing else gets its identity.
+            settled = self._settled[id(value)] = (value, known)
+        return settled[1]
 
     def _changes_since(self, turn: int) -> Changes:
         """What has changed since a turn; None where that is not known, or everything."""
@@ -272,24 +307,31 @@ class Memory:
             "resources": view.resources,
             "world.resources": view.world.resources,
             "proxy": proxy,
+            "labels": proxy.labels if proxy else {},
         }
         value = getattr(sources[str(owner)], str(name))
         if rest:
             positional, named = cast("tuple[tuple[Any, ...], tuple[tuple[str, Any], ...]]", rest)
             arguments = [_argument(item, proxy) for item in positional]
             value = value(*arguments, **{key: _argument(item, proxy) for key, item in named})
-        return _settled(value)
+        return value
 
 
 def _argument(item: Any, proxy: ProxyNode | None) -> Any:
     if item is SELF:
         return proxy
+    if item is OWN_LABELS:
+        return proxy.labels if proxy else {}
     return item.value if isinstance(item, _Same) else item
 
 
-def _settled(value: Any) -> Any:
-    """Answers that can be read once only would be empty the second time."""
-    return tuple(value) if isinstance(value, Iterator) else value
+def _name_of(value: Any) -> Hashable:
+    """What tells a value apart in a world; None where that is not known."""
+    meta = getattr(value, "meta", None)
+    if meta is not None:
+        return (type(value), meta.kind, meta.namespace, meta.name)
+    host = getattr(value, "host", None)
+    return None if host is None else (type(value), host, getattr(value, "namespace", ""), getattr(value, "address", ""))
 
 
 def _tag(read: Read) -> str:
@@ -300,7 +342,7 @@ def _tag(read: Read) -> str:
 
 
 def _related(owner: str, name: str, changes: frozenset[str]) -> bool:
-    if not changes or owner == "proxy":
+    if not changes or owner in ("proxy", "labels"):
         return False
     if owner == "view":
         return not changes <= UNRELATED.get(name, frozenset())
@@ -345,10 +387,10 @@ class _Tracked:
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._target, name)
         if callable(value) and not isinstance(value, type):
-            question = _Question(self, name, value)
+            question = _Question(self, name)
             self.__dict__[name] = question
             return question
-        value = _settled(value)
+        value = self._memory.settle(value)
         self._memory.note((self._owner, name), value, own=self._owner == "proxy")
         return value
 
@@ -356,28 +398,20 @@ class _Tracked:
 class _Question:
     """A method whose answers are noted with their arguments."""
 
-    __slots__ = ("_about", "_method", "_name")
+    __slots__ = ("_about", "_name")
 
-    def __init__(self, about: _Tracked, name: str, method: Callable[..., Any]) -> None:
+    def __init__(self, about: _Tracked, name: str) -> None:
         self._about = about
         self._name = name
-        self._method = method
 
     def __call__(self, *positional: Any, **named: Any) -> Any:
         about = self._about
         arguments = tuple(map(_key, positional))
         more = tuple((name, _key(value)) for name, value in sorted(named.items()))
         read: Read = (about._owner, self._name, arguments, more)
-        own = about._owner == "proxy" or SELF in arguments or any(value is SELF for _, value in more)
-        answers = about._memory._answers
-        if not own and read in answers:
-            value = answers[read]
-        else:
-            real = [about._proxy if isinstance(item, _Proxy) else item for item in positional]
-            really = {key: about._proxy if isinstance(item, _Proxy) else item for key, item in named.items()}
-            value = _settled(self._method(*real, **really))
-            if not own:
-                answers[read] = value
+        given = [*arguments, *(value for _, value in more)]
+        own = about._owner in ("proxy", "labels") or any(item is SELF or item is OWN_LABELS for item in given)
+        value = about._memory._answer(read, about._proxy if own else None)
         about._memory.note(read, value, own=own)
         return value
 
@@ -385,6 +419,8 @@ class _Question:
 def _key(value: Any) -> Hashable:
     if isinstance(value, _Proxy):
         return SELF
+    if isinstance(value, _Labels):
+        return OWN_LABELS
     if isinstance(value, _Tracked):
         raise TypeError(f"{type(value._target).__name__} is not to be handed to a view")
     try:
@@ -437,3 +473,39 @@ class _Proxy(_Tracked):
 
     def __init__(self, memory: Memory, target: ProxyNode) -> None:
         super().__init__(memory, target, target)
+
+    @property
+    def labels(self) -> Any:
+        return _Labels(self._memory, self._target)
+
+
+class _Labels(Mapping[str, str]):
+    """Labels of the proxy: most of what reads them asks for one or two, and proxies differ in others."""
+
+    def __init__(self, memory: Memory, proxy: ProxyNode) -> None:
+        self._memory = memory
+        self._proxy = proxy
+
+    def get(self, key: str, default: Any = None) -> Any:
+        value = self._proxy.labels.get(key)
+        self._memory.note(("labels", "get", (key,), ()), value, own=True)
+        return default if value is None else value
+
+    def __getitem__(self, key: str) -> str:
+        value = self.get(key)
+        if value is None:
+            raise KeyError(key)
+        return str(value)
+
+    def __contains__(self, key: object) -> bool:
+        return self.get(str(key)) is not None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all())
+
+    def __len__(self) -> int:
+        return len(self._all())
+
+    def _all(self) -> Mapping[str, str]:
+        self._memory.note(("proxy", "labels"), self._proxy.labels, own=True)
+        return self._proxy.labels

@@ -85,6 +85,8 @@ class View:
             root_namespace=self.root_namespace,
             default_export=self.settings.service_export,
         )
+        # By identity of scopes, which `Scopes` keeps.
+        self._bound: dict[int, tuple[BoundService, ...]] = {}
         self._inbound = InboundIndex(self.resources, self._all)
         self._inbound_of: dict[str, tuple[Inbound, ...]] = {}
         self._endpoints = EndpointIndex(self.resources, world.endpoints, self._all)
@@ -207,7 +209,10 @@ class View:
     def virtual_services(self, gateway: str, client: Client) -> tuple[BoundService, ...]:
         """VirtualServices bound to a gateway, with their full hosts, in Istio's order."""
         if gateway == MESH_GATEWAY:
-            return tuple((one, one.hosts) for one in self.scope(client).virtual_services())
+            scope = self.scope(client)
+            if id(scope) not in self._bound:
+                self._bound[id(scope)] = tuple((one, one.hosts) for one in scope.virtual_services())
+            return self._bound[id(scope)]
         namespace = client if isinstance(client, str) else client.namespace
         return tuple((one, one.hosts) for one in self._virtual_services.bound(gateway, namespace))
 
