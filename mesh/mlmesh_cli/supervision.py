@@ -50,6 +50,7 @@ def options(
     *,
     control_plane: ControlPlane = "mlmesh",
     istiod: str = "",
+    otlp_endpoint: str = "",
 ) -> Options:
     """What the supervisor is started with."""
     return Options(
@@ -59,6 +60,7 @@ def options(
         gateway_address=gateway_address,
         control_plane=control_plane,
         istiod=istiod,
+        otlp_endpoint=otlp_endpoint,
     )
 
 

@@ -19,10 +19,12 @@ ADS_PORT = 15010
 # Bound, never listened on: who holds it owns the block. The kernel frees it when the process dies, however it dies.
 CLAIM_PORT = 15011
 OTLP_PORT = 4317
+OTLP_HTTP_PORT = 4318
 ALS_PORT = 15013
 # Where Istio's control plane has its own metrics.
 METRICS_PORT = 15014
 ADMIN_PORT = 15000
+_CONTROL_PORTS = (ADS_PORT, OTLP_PORT, OTLP_HTTP_PORT, ALS_PORT, METRICS_PORT)
 BLOCKS = range(64, 192)
 INSTANCES_MAX = 250
 
@@ -47,6 +49,11 @@ class Block:
     def otlp(self) -> str:
         """``host:port`` of the trace collector."""
         return f"{self.control}:{OTLP_PORT}"
+
+    @property
+    def otlp_http(self) -> str:
+        """``host:port`` of the trace collector for OTLP over HTTP."""
+        return f"{self.control}:{OTLP_HTTP_PORT}"
 
     @property
     def als(self) -> str:
@@ -111,7 +118,7 @@ def claim(preference: str) -> Claim:
         holder = _bind(block.control, CLAIM_PORT, reuse=False)
         if holder is None:
             continue
-        if all(is_free(block.control, port) for port in (ADS_PORT, OTLP_PORT, ALS_PORT, METRICS_PORT)):
+        if all(is_free(block.control, port) for port in _CONTROL_PORTS):
             return Claim(block, holder)
         holder.close()
     raise NotReady(f"all {len(BLOCKS)} loopback blocks 127.{BLOCKS.start}-{BLOCKS.stop - 1}.0.0/16 are in use")

@@ -17,7 +17,6 @@ from pathlib import Path
 from random import Random
 
 import grpc
-from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc
 
 from mlmesh.local.v1 import local_pb2, local_pb2_grpc
 from mlmesh_local import addresses
@@ -25,7 +24,6 @@ from mlmesh_local.access_logs import AccessLogs
 from mlmesh_local.certificates import Certificates
 from mlmesh_local.changes import Changes
 from mlmesh_local.chaos.faults import Faults
-from mlmesh_local.collector import TraceServicer
 from mlmesh_local.configuration import Configuration
 from mlmesh_local.control import LocalMeshServicer
 from mlmesh_local.guardian import guard
@@ -39,6 +37,7 @@ from mlmesh_local.metrics.exposition import CONTENT_TYPE
 from mlmesh_local.options import Options
 from mlmesh_local.pki import Authority
 from mlmesh_local.poller import StatsPoller
+from mlmesh_local.receiving import receiving
 from mlmesh_local.report import Report
 from mlmesh_local.resources.model import Deployment
 from mlmesh_local.resources.parse import load_resources, read_documents
@@ -73,6 +72,7 @@ class Start:
     resources: ResourceSet
     gateway_address: str
     environ: Mapping[str, str]
+    otlp_endpoint: str = ""
 
 
 def prepare(options: Options, state: StateDir, environ: Mapping[str, str]) -> Start:
@@ -86,7 +86,12 @@ def prepare(options: Options, state: StateDir, environ: Mapping[str, str]) -> St
     has_gateway = any(workload.is_gateway and workload.replicas for workload in workloads)
     gateway_address = _gateway_address(options.gateway_address) if has_gateway else ""
     return Start(
-        state=state, envoy=envoy, resources=applied.resources, gateway_address=gateway_address, environ=environ
+        state=state,
+        envoy=envoy,
+        resources=applied.resources,
+        gateway_address=gateway_address,
+        environ=environ,
+        otlp_endpoint=options.otlp_endpoint,
     )
 
 
@@ -110,7 +115,7 @@ async def _run(start: Start, block: addresses.Block, report: Report) -> None:
     try:
         async with (
             _control_plane(block, token) as ads,
-            _collector(block, traces, executor),
+            receiving(block, traces, executor, otlp_endpoint=start.otlp_endpoint),
             _plain_server(block.als, AccessLogs(metering.metrics).attach),
             endpoint.serve(block.metrics, metering.page, content_type=CONTENT_TYPE),
             asyncio.TaskGroup() as instances_group,
@@ -245,16 +250,6 @@ async def _control_plane(block: addresses.Block, token: Token) -> AsyncIterator[
     ads = AdsServer(authorize=authorize)
     async with _plain_server(block.ads, ads.attach):
         yield ads
-
-
-def _collector(
-    block: addresses.Block, traces: TraceStore, executor: BoundedExecutor
-) -> contextlib.AbstractAsyncContextManager[None]:
-    servicer = TraceServicer(traces, executor)
-    return _plain_server(
-        block.otlp,
-        lambda server: trace_service_pb2_grpc.add_TraceServiceServicer_to_server(servicer, server),  # type: ignore[no-untyped-call]
-    )
 
 
 @contextlib.asynccontextmanager

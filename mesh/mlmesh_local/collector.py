@@ -10,6 +10,7 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_serv
 from opentelemetry.proto.common.v1 import common_pb2
 from opentelemetry.proto.trace.v1 import trace_pb2
 
+from mlmesh_local.forwarding import Forwarder
 from mlmesh_local.traces import Span, TraceStore
 from mlmesh_runtime.errors import Overloaded
 from mlmesh_runtime.executors import BoundedExecutor, run_blocking
@@ -25,20 +26,27 @@ _KINDS = {
 class TraceServicer(trace_service_pb2_grpc.TraceServiceServicer):
     """OTLP's TraceService. Answers when the spans are kept, so an exporter that is too fast waits."""
 
-    def __init__(self, store: TraceStore, executor: BoundedExecutor) -> None:
+    def __init__(self, store: TraceStore, executor: BoundedExecutor, forwarder: Forwarder | None = None) -> None:
         self._store = store
         self._executor = executor
+        self._forwarder = forwarder
 
     async def Export(
         self, request: trace_service_pb2.ExportTraceServiceRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> trace_service_pb2.ExportTraceServiceResponse:
         """Keep spans."""
         try:
-            await run_blocking(self._executor, self._store.add, list(spans_of(request.resource_spans)))
+            await self.take(request)
         except Overloaded as error:
             # UNAVAILABLE is OTLP's word for "later"; RESOURCE_EXHAUSTED without RetryInfo means "drop".
             await context.abort(grpc.StatusCode.UNAVAILABLE, error.message)
         return trace_service_pb2.ExportTraceServiceResponse()
+
+    async def take(self, request: trace_service_pb2.ExportTraceServiceRequest) -> None:
+        """Keep the spans of an export, and send it on where that was asked for. Raises Overloaded."""
+        await run_blocking(self._executor, self._store.add, list(spans_of(request.resource_spans)))
+        if self._forwarder is not None:
+            self._forwarder.put(request)
 
 
 def spans_of(resources: Iterable[trace_pb2.ResourceSpans]) -> Iterator[Span]:

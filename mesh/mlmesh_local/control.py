@@ -133,8 +133,7 @@ class LocalMeshServicer(local_pb2_grpc.LocalMeshServiceServicer):
             self._mesh.trace_executor,
             self._mesh.traces.list_traces,
             request.page_size or TRACES_PAGE,
-            span_name=request.span_name,
-            errors_only=request.errors_only,
+            messages.trace_filter(request),
         )
         return local_pb2.ListTracesResponse(traces=[messages.trace_summary(trace) for trace in found])
 

@@ -19,7 +19,7 @@ from mlmesh_local.mesh import Mesh
 from mlmesh_local.metrics.queries import Row
 from mlmesh_local.routes import Route, configured_shares
 from mlmesh_local.stats import Counts, Destination
-from mlmesh_local.traces import Span, TraceSummary
+from mlmesh_local.traces import Span, TraceFilter, TraceSummary
 
 _STATES = {
     State.STARTING: local_pb2.INSTANCE_STATE_STARTING,
@@ -169,6 +169,19 @@ def call_group(row: Row, covered_s: float) -> local_pb2.CallGroup:
         p99=duration(round(row.quantile_ms(0.99) * 1e6)),
         request_messages=row.messages_received,
         response_messages=row.messages_sent,
+    )
+
+
+def trace_filter(request: local_pb2.ListTracesRequest) -> TraceFilter:
+    """Which traces a request asks for."""
+    return TraceFilter(
+        span_name=request.span_name,
+        service=request.service,
+        attributes=dict(request.attributes),
+        errors_only=request.errors_only,
+        min_duration_ns=request.min_duration.ToNanoseconds(),
+        start_ns=request.start_time.ToNanoseconds(),
+        end_ns=request.end_time.ToNanoseconds() if request.HasField("end_time") else None,
     )
 
 

@@ -20,7 +20,8 @@ class Options:
     ``manifests`` and ``istio`` are YAML files or folders of them. ``gateway_address`` is HOST:PORT (port 0: a free one)
     or "none". ``control_plane`` "istiod" runs Istio's pilot-discovery in the place of ours: the program ``istiod``, or
     that of MLMESH_ISTIOD, or the one on PATH. ``startup_fd`` is a file descriptor that gets progress as JSON lines until
-    the mesh is ready; -1: none.
+    the mesh is ready; -1: none. ``otlp_endpoint`` is where spans go besides the laptop's own store:
+    "http://host:port" of an OTLP gRPC collector, or https.
     """
 
     state_dir: Path = Path(".mlmesh")
@@ -31,12 +32,14 @@ class Options:
     startup_fd: int = -1
     control_plane: ControlPlane = "mlmesh"
     istiod: str = ""
+    otlp_endpoint: str = ""
 
     def arguments(self) -> list[str]:
         """The command line that gives these options."""
         words = ["--state-dir", str(self.state_dir), "--gateway-address", self.gateway_address]
         words += ["--log-level", self.log_level, "--startup-fd", str(self.startup_fd)]
         words += ["--control-plane", self.control_plane, "--istiod", self.istiod]
+        words += ["--otlp-endpoint", self.otlp_endpoint]
         for path in self.manifests:
             words += ["--manifests", str(path)]
         for path in self.istio or (NOTHING,):
@@ -63,6 +66,7 @@ def parse(arguments: Sequence[str]) -> Options:
         "--control-plane", default=default.control_plane, choices=get_args(ControlPlane), help="ours, or Istio's own"
     )
     parser.add_argument("--istiod", default="", help="pilot-discovery, the program of Istio's control plane")
+    parser.add_argument("--otlp-endpoint", default="", help="where spans go besides the laptop's own store")
     parser.add_argument("--startup-fd", type=int, default=-1, help=argparse.SUPPRESS)
     found = parser.parse_args(arguments)
     return Options(
@@ -74,4 +78,5 @@ def parse(arguments: Sequence[str]) -> Options:
         startup_fd=found.startup_fd,
         control_plane=found.control_plane,
         istiod=found.istiod,
+        otlp_endpoint=found.otlp_endpoint,
     )

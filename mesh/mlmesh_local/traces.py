@@ -59,6 +59,23 @@ class TraceSummary:
     services: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TraceFilter:
+    """Which traces are looked for; what is empty, 0 or None asks nothing.
+
+    Conditions on spans (name, service, attributes) are met by one span. An attribute's empty value asks that it is
+    there. ``start_ns`` and ``end_ns`` bound when the trace began; a trace that ``errors_only`` finds has one somewhere.
+    """
+
+    span_name: str = ""
+    service: str = ""
+    attributes: Mapping[str, str] = field(default_factory=dict)
+    errors_only: bool = False
+    min_duration_ns: int = 0
+    start_ns: int = 0
+    end_ns: int | None = None
+
+
 class TraceStore:
     """Spans by trace. Spans of a trace may come in any order and from any process; one that comes again counts once.
 
@@ -85,14 +102,9 @@ class TraceStore:
             self._prune()
         return added
 
-    def list_traces(self, count: int, *, span_name: str = "", errors_only: bool = False) -> list[TraceSummary]:
+    def list_traces(self, count: int, wanted: TraceFilter | None = None) -> list[TraceSummary]:
         """Newest first, at most ``count``."""
-        where, arguments = ["1"], []
-        if span_name:
-            where.append("trace_id IN (SELECT trace_id FROM spans WHERE name = ?)")
-            arguments.append(span_name)
-        if errors_only:
-            where.append("error = 1")
+        where, arguments = _conditions(wanted or TraceFilter())
         query = (
             "SELECT trace_id, start_ns, end_ns, span_count, error FROM traces "  # noqa: S608  (fixed texts)
             f"WHERE {' AND '.join(where)} ORDER BY start_ns DESC, trace_id LIMIT ?"
@@ -174,6 +186,29 @@ class TraceStore:
             error=bool(error),
             services=tuple(row[0] for row in services),
         )
+
+
+def _conditions(wanted: TraceFilter) -> tuple[list[str], list[object]]:
+    where = ["end_ns - start_ns >= ?", "start_ns >= ?"]
+    arguments: list[object] = [wanted.min_duration_ns, wanted.start_ns]
+    if wanted.end_ns is not None:
+        where.append("start_ns < ?")
+        arguments.append(wanted.end_ns)
+    if wanted.errors_only:
+        where.append("error = 1")
+    of_span: list[str] = []
+    values: list[object] = []
+    for column, text in (("name", wanted.span_name), ("service", wanted.service)):
+        if text:
+            of_span.append(f"{column} = ?")
+            values.append(text)
+    for name, text in wanted.attributes.items():
+        is_so = " AND value = ?" if text else ""
+        of_span.append(f"EXISTS (SELECT 1 FROM json_each(attributes) WHERE key = ?{is_so})")  # noqa: S608  (fixed texts)
+        values += [name, text] if text else [name]
+    if of_span:
+        where.append(f"trace_id IN (SELECT trace_id FROM spans WHERE {' AND '.join(of_span)})")  # noqa: S608
+    return where, [*arguments, *values]
 
 
 def _open(path: Path | str) -> sqlite3.Connection:

@@ -84,6 +84,10 @@ def up(
         str,
         typer.Option(help="The program pilot-discovery; else MLMESH_ISTIOD, or on PATH.", metavar="PATH"),
     ] = "",
+    otlp_endpoint: Annotated[
+        str,
+        typer.Option(help="OTLP gRPC collector that gets spans, too: http://127.0.0.1:4317.", metavar="URL"),
+    ] = "",
     timeout: Annotated[float, typer.Option(help="Longest wait until it is ready, seconds.", min=1)] = 180.0,
     state_dir: StateDir = DEFAULT_STATE_DIR,
     output: Output = OutputFormat.TABLE,
@@ -121,6 +125,7 @@ def up(
             gateway_address,
             control_plane=control_plane.value,
             istiod=istiod,
+            otlp_endpoint=otlp_endpoint,
         )
         if foreground:
             # The supervisor takes this process over: signals, exit code and terminal are its own.

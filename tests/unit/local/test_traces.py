@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mlmesh_local.traces import Span, TraceStore
+from mlmesh_local.traces import Span, TraceFilter, TraceStore
 from mlmesh_runtime.errors import NotFound
 
 ONE, TWO, THREE = "1" * 32, "2" * 32, "3" * 32
@@ -56,8 +56,8 @@ def test_newest_first_and_filtered(store: TraceStore) -> None:
     store.add([span(ONE, "a", start=1, end=2, error="x"), span(TWO, "b", start=3, end=4, name="wanted")])
     assert [trace.trace_id for trace in store.list_traces(10)] == [TWO, ONE]
     assert [trace.trace_id for trace in store.list_traces(1)] == [TWO]
-    assert [trace.trace_id for trace in store.list_traces(10, errors_only=True)] == [ONE]
-    assert [trace.trace_id for trace in store.list_traces(10, span_name="wanted")] == [TWO]
+    assert [trace.trace_id for trace in store.list_traces(10, TraceFilter(errors_only=True))] == [ONE]
+    assert [trace.trace_id for trace in store.list_traces(10, TraceFilter(span_name="wanted"))] == [TWO]
     assert store.get_trace("latest")[0].trace_id == TWO
 
 
@@ -88,3 +88,22 @@ def test_traces_are_kept_over_a_restart_and_a_broken_file_is_put_aside(tmp_path:
     assert store.list_traces(10) == []
     store.close()
     assert path.with_name("traces.sqlite.broken").exists()
+
+
+def test_traces_are_found_by_service_attribute_duration_and_time(store: TraceStore) -> None:
+    odd = 'a."b\\'
+    store.add([span(ONE, "a", start=10, end=20, service="client", attributes={"guid:x-request-id": "7", odd: "x"})])
+    store.add([span(TWO, "b", start=30, end=90, service="server"), span(TWO, "c", start=31, end=40, service="client")])
+
+    def found(**wanted: object) -> list[str]:
+        return [trace.trace_id for trace in store.list_traces(10, TraceFilter(**wanted))]  # type: ignore[arg-type]
+
+    assert found(service="client") == [TWO, ONE]
+    assert found(attributes={"guid:x-request-id": "7"}) == [ONE]
+    assert found(attributes={odd: ""}) == [ONE]
+    assert found(attributes={"guid:x-request-id": "8"}) == []
+    # One span meets all conditions on spans.
+    assert found(service="server", span_name="span c") == []
+    assert found(min_duration_ns=11) == [TWO]
+    assert found(start_ns=30) == [TWO]
+    assert found(end_ns=30) == [ONE]
