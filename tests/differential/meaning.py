@@ -15,7 +15,7 @@ from typing import Any, Literal
 from mlmesh_local.envoy_types import CLUSTER, ENDPOINTS, LISTENER, ROUTES, Json, build_bytes
 from mlmesh_local.istiod.client import EXTENSION, Resources
 from mlmesh_local.istiod.wire import decode
-from tests.differential.parts import cluster_meaning, endpoints_meaning, route_meaning, tls_meaning
+from tests.differential.parts import cluster_meaning, endpoints_meaning, route_meaning, tls_meaning, tracing_meaning
 
 Side = Literal["ours", "theirs"]
 Tree = dict[str, Any]
@@ -28,6 +28,7 @@ _CAPTURE_CHAINS = (
     "virtualInbound-catchall-http",
     "PassthroughFilterChain",
 )
+_SHARES = ("client_sampling", "random_sampling", "overall_sampling", "custom_tags")
 _CAPTURE_LISTENERS = ("virtualInbound", "virtualOutbound")
 _CAPTURE_CLUSTERS = ("PassthroughCluster", "InboundPassthroughCluster")
 # What Envoy does when nothing is said.
@@ -179,11 +180,21 @@ class _Meaning:
         for key, value in _MANAGER_DEFAULTS.items():
             if result.get(key) == value:
                 del result[key]
-        if "provider" not in result.get("tracing", {}):
-            # Nobody to report to: tags and shares of what is not reported.
-            result.pop("tracing", None)
+        tracing = result.pop("tracing", {})
+        if "provider" in tracing:
+            # Without a provider there is nobody to report to.
+            result["tracing"] = {
+                key: tracing[key] for key in tracing if key not in _SHARES and tracing[key] is not False
+            }
         result["filters"] = self._filters(config.get("http_filters", []), overrides)
-        result["hosts"] = self._hosts(table or {})
+        result["hosts"] = self._hosts(table or {}, tracing if "provider" in tracing else None)
+        return result
+
+    def _route(self, route: Json, tracing: Json | None) -> Tree:
+        own = route.get("tracing", {})
+        result = route_meaning({key: value for key, value in route.items() if key != "tracing"}, self.side)
+        if tracing is not None and "route" in route:
+            result["tracing"] = tracing_meaning(tracing, own)
         return result
 
     def _filters(self, filters: Iterable[Json], overrides: Mapping[str, Json]) -> Tree:
@@ -211,7 +222,7 @@ class _Meaning:
             result[kind] = value
         return {"order": order, **result}
 
-    def _hosts(self, table: Json) -> Tree:
+    def _hosts(self, table: Json, tracing: Json | None) -> Tree:
         hosts: Tree = {}
         for host in table.get("virtual_hosts", []):
             domains = _domains(host.get("domains", []), ignore_port=table.get("ignore_port_in_host_matching", False))
@@ -219,7 +230,7 @@ class _Meaning:
             hosts[name] = {
                 **{k: v for k, v in host.items() if k not in ("name", "domains", "routes")},
                 "domains": domains,
-                "routes": [route_meaning(route, self.side) for route in host.get("routes", [])],
+                "routes": [self._route(route, tracing) for route in host.get("routes", [])],
             }
         return hosts
 

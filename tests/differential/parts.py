@@ -9,6 +9,7 @@ from mlmesh_local.envoy_types import Json
 Side = Literal["ours", "theirs"]
 _HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 # How a cluster finds its endpoints is compared by the endpoints; the rest names statistics and provenance.
+SYSTEM_ROOTS = "/etc/ssl/certs/ca-certificates.crt"
 _CLUSTER_DROPPED = (
     "alt_stat_name",
     "eds_cluster_config",
@@ -84,7 +85,7 @@ def tls_meaning(socket: Json | None, side: Side) -> Json | None:
         del params["tls_maximum_protocol_version"]
     result["params"] = params
     certificates = [_sds(item) for item in common.get("tls_certificate_sds_secret_configs", [])]
-    certificates += common.get("tls_certificates", [])
+    certificates += [_file_certificate(item) for item in common.get("tls_certificates", [])]
     if certificates:
         result["certificates"] = certificates
     validation = dict(common.get("validation_context", {}))
@@ -95,6 +96,10 @@ def tls_meaning(socket: Json | None, side: Side) -> Json | None:
         validation.update(combined.get("default_validation_context", {}))
         if "validation_context_sds_secret_config" in combined:
             validation["roots"] = _sds(combined["validation_context_sds_secret_config"])
+    roots = validation.get("trusted_ca", {}).get("filename")
+    if roots and "roots" not in validation:
+        del validation["trusted_ca"]
+        validation["roots"] = "file-root:" + ("system" if roots == SYSTEM_ROOTS else roots)
     if validation:
         result["validation"] = _validation(validation)
     known = {
@@ -108,6 +113,12 @@ def tls_meaning(socket: Json | None, side: Side) -> Json | None:
     }
     result.update({key: value for key, value in common.items() if key not in known})
     return result
+
+
+def _file_certificate(item: Json) -> Any:
+    """Istio's agent serves files under names made of their paths."""
+    files = [item.get(part, {}).get("filename") for part in ("certificate_chain", "private_key")]
+    return f"file-cert:{files[0]}~{files[1]}" if all(files) else item
 
 
 def _validation(validation: Json) -> Json:
@@ -162,6 +173,7 @@ def endpoints_meaning(assignment: Json) -> Json:
 
 def route_meaning(route: Json, _side: Side) -> Json:
     """A route; filters' settings by the type of the settings."""
+    route = _fractions(route)
     result = {key: value for key, value in route.items() if key not in ("metadata", "typed_per_filter_config")}
     match = dict(result.get("match", {}))
     if match.get("case_sensitive") is True:
@@ -179,6 +191,25 @@ def route_meaning(route: Json, _side: Side) -> Json:
     return result
 
 
+def tracing_meaning(manager: Json, route: Json) -> Json:
+    """What is traced of the calls of a route: its own settings before those of its listener."""
+    shares = {}
+    for share in ("client_sampling", "random_sampling", "overall_sampling"):
+        value = route.get(share, manager.get(share))
+        if value is not None:
+            shares[share] = percent(value)
+    tags = {item["tag"]: item for item in (*manager.get("custom_tags", []), *route.get("custom_tags", []))}
+    return {**shares, "custom_tags": tags}
+
+
+def percent(value: Json) -> float:
+    """Of a Percent or a FractionalPercent."""
+    if "value" in value or not value:
+        return float(value.get("value", 0.0))
+    of = {"TEN_THOUSAND": 10_000, "MILLION": 1_000_000}.get(value.get("denominator", ""), 100)
+    return float(value.get("numerator", 0)) * 100 / of
+
+
 def _action(action: Json) -> Json:
     result = dict(action)
     weighted = result.get("weighted_clusters")
@@ -193,6 +224,17 @@ def _action(action: Json) -> Json:
         # The sum is what it is without being said.
         result["weighted_clusters"].pop("total_weight", None)
     return result
+
+
+def _fractions(value: Any) -> Any:
+    """Shares as percentages, whatever they are written in."""
+    if isinstance(value, list):
+        return [_fractions(item) for item in value]
+    if isinstance(value, dict):
+        if value and set(value) <= {"numerator", "denominator"}:
+            return {"percent": percent(value)}
+        return {key: _fractions(item) for key, item in value.items()}
+    return value
 
 
 def _by_type(settings: Json) -> Json:

@@ -1,4 +1,4 @@
-"""Both sides of a comparison: Envoy's configuration as our translator makes it, and as Istio's control plane sends it."""
+"""Both sides of a comparison: what our translator makes for Envoys, and what Istio's control plane sends."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-
 import yaml
 
 from mlmesh_local.envoy_types import CLUSTER
@@ -17,7 +16,7 @@ from mlmesh_local.istiod.marker import cluster_name, marker, take
 from mlmesh_local.istiod.objects import ENVOY_FILTERS, OWNED, ROOT_NAMESPACE, cluster
 from mlmesh_local.istiod.process import Istiod
 from mlmesh_local.translate import View, translate
-from tests.differential.worlds import LOADER, Member, our_world
+from tests.differential.worlds import Member, our_world
 
 WAIT_S = 15.0
 
@@ -82,6 +81,6 @@ def root_namespace(documents: Sequence[dict[str, Any]]) -> str:
     """The root namespace that MeshConfig names."""
     for document in documents:
         if document.get("kind") == "ConfigMap" and document["metadata"].get("namespace") == ROOT_NAMESPACE:
-            settings = yaml.load(document["data"].get("mesh", ""), Loader=LOADER) or {}
+            settings = yaml.safe_load(document["data"].get("mesh", "")) or {}
             return str(settings.get("rootNamespace", ROOT_NAMESPACE))
     return ROOT_NAMESPACE

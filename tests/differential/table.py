@@ -5,6 +5,7 @@ A file holds several cases. Comments before the first document of a case say wha
     # case: retries-of-a-rule
     # proxies: client gateway        which proxies are compared; "client server-v1" when not said
     # world: wide                    a file of worlds/, which stands in front; "small" when not said, "none" for none
+    # alone: because of ...          a control plane of its own: Istio keeps something of the case before
     # refused: differences-id        our side refuses it, on purpose
 """
 
@@ -19,7 +20,7 @@ from pathlib import Path
 from tests.support.mesh_world import WORKLOADS
 
 FOLDER = Path(__file__).resolve().parent
-_HEADER = re.compile(r"^# (case|proxies|world|refused): (.+)$", re.MULTILINE)
+_HEADER = re.compile(r"^# (case|proxies|world|refused|alone): (.+)$", re.MULTILINE)
 _START = re.compile(r"^(?=# case: )", re.MULTILINE)
 
 
@@ -33,6 +34,7 @@ class Case:
     world: str
     proxies: tuple[str, ...]
     refused: str = ""
+    alone: bool = False
 
     @property
     def text(self) -> str:
@@ -65,4 +67,5 @@ def cases() -> Iterator[Case]:
                 world=said.get("world", "small"),
                 proxies=tuple(said.get("proxies", "client server-v1").split()),
                 refused=said.get("refused", ""),
+                alone="alone" in said,
             )

@@ -11,14 +11,13 @@ from typing import Any
 import yaml
 
 from mlmesh_local.istiod.nodes import Node
-from mlmesh_local.istiod.objects import Pod
+from mlmesh_local.istiod.objects import Pod, injected_labels
 from mlmesh_local.model import ProxyNode, World
 from mlmesh_local.resources import Document, ResourceSet, load_resources
 from mlmesh_local.translate import service_endpoints
 
 NAMESPACE = "mlmesh"
 GATEWAY_TEMPLATE = "gateway"
-TLS_MODE = "security.istio.io/tlsMode"
 # yaml.CSafeLoader is ten times as fast.
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -30,6 +29,7 @@ class Member:
     pod: Pod
     kind: str
     number: int
+    own_labels: Mapping[str, str]
 
     @property
     def name(self) -> str:
@@ -54,7 +54,7 @@ class Member:
             kind="gateway" if gateway else "sidecar",
             namespace=self.pod.namespace,
             service_account=self.pod.service_account,
-            labels={k: v for k, v in self.pod.labels.items() if k != TLS_MODE},
+            labels=self.own_labels,
             pod_address=self.pod.address,
             application_address="" if gateway else f"127.64.2.{self.number}",
             outbound_address="" if gateway else f"127.64.3.{self.number}",
@@ -74,7 +74,7 @@ def read(paths: Iterable[Path]) -> str:
 def documents(text: str) -> list[dict[str, Any]]:
     """Plain documents of a text, Lists flattened."""
     found: list[dict[str, Any]] = []
-    for document in yaml.load_all(text, Loader=LOADER):  # noqa: S506  a safe loader
+    for document in yaml.load_all(text, Loader=LOADER):
         if isinstance(document, dict):
             found += document["items"] if document.get("kind") == "List" else [document]
     return found
@@ -96,16 +96,19 @@ def members(found: Sequence[Mapping[str, Any]]) -> list[Member]:
             name=document["metadata"]["name"],
             namespace=document["metadata"].get("namespace", NAMESPACE),
             address=f"127.64.1.{number}",
-            labels={
-                **(metadata.get("labels") or {}),
-                # What the injector adds for a pod with a sidecar.
-                **({} if gateway else {TLS_MODE: "istio"}),
-            },
+            labels=injected_labels(metadata.get("labels") or {}, document["metadata"]["name"], sidecar=not gateway),
             annotations={**annotations, "sidecar.istio.io/status": "{}"},
             service_account=spec.get("serviceAccountName", "default"),
             ports={port.get("name") or str(port["containerPort"]): port["containerPort"] for port in ports},
         )
-        result.append(Member(pod=pod, kind="gateway" if gateway else "sidecar", number=number))
+        result.append(
+            Member(
+                pod=pod,
+                kind="gateway" if gateway else "sidecar",
+                number=number,
+                own_labels=metadata.get("labels") or {},
+            )
+        )
     return result
 
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from mlmesh_local.backoff import Backoff
@@ -15,18 +15,20 @@ from mlmesh_local.istiod.adapt import adapt, detoured, reported
 from mlmesh_local.istiod.client import Subscription, channel_to, follow
 from mlmesh_local.istiod.marker import marker, take
 from mlmesh_local.istiod.nodes import Node
-from mlmesh_local.istiod.objects import ENVOY_FILTERS, OWNED, TLS_MODE, Pod, cluster
+from mlmesh_local.istiod.objects import ENVOY_FILTERS, OWNED, Pod, cluster, injected_labels
 from mlmesh_local.istiod.process import Istiod
 from mlmesh_local.istiod.store import Object
 from mlmesh_local.istiod.surroundings import with_surroundings
 from mlmesh_local.model import ProxyNode, World
 from mlmesh_local.resources.model import Deployment
+from mlmesh_local.resources.resource_set import ResourceSet
 from mlmesh_local.snapshot import Snapshot, pack
 from mlmesh_local.translate import View
 from mlmesh_runtime.errors import MeshError, TimedOut
 
 logger = logging.getLogger(__name__)
 
+BORN_MAX = 86_399
 WORLDS_MAX = 64
 """Versions of the world whose configuration may still be on its way."""
 
@@ -37,7 +39,7 @@ class Driver:
     """Runs subscriptions in a task group; `deliver` gets every proxy's snapshot, with the version of its world.
 
     driver = Driver(istiod, group, deliver=ads.update)
-    driver.offer(world, documents)
+    driver.offer(world, resources)
     await driver.delivered(world.version, timeout_s=10.0)
     """
 
@@ -52,13 +54,13 @@ class Driver:
         self._reached: dict[str, int] = {}
         self._changes = Changes()
 
-    def offer(self, world: World, documents: Sequence[Object]) -> None:
-        """Show a world to Istio. ``documents`` are the resources as they were written."""
+    def offer(self, world: World, resources: ResourceSet) -> None:
+        """Show a world to Istio. ``resources`` are those that were applied, without what was derived from them."""
         self._number += 1
         self._worlds[self._number] = (world, View(world))
         while len(self._worlds) > WORLDS_MAX:
             self._worlds.popitem(last=False)
-        objects = cluster(with_surroundings(documents, world), _pods(world))
+        objects = cluster(with_surroundings(_plain(resources), world), _pods(world))
         objects[ENVOY_FILTERS].append(marker(self._number, world.root_namespace))
         self._istiod.store.replace(objects, OWNED)
         wanted = {proxy.id: proxy for proxy in world.proxies}
@@ -152,8 +154,19 @@ def _annotations(world: World, proxy: ProxyNode) -> dict[str, str]:
 
 
 def _labels(proxy: ProxyNode) -> dict[str, str]:
-    """With what the injector adds to a pod that has a sidecar."""
-    return {**proxy.labels, **({TLS_MODE: "istio"} if proxy.kind == "sidecar" else {})}
+    return injected_labels(proxy.labels, proxy.id, sidecar=proxy.kind == "sidecar")
+
+
+def _plain(resources: ResourceSet) -> list[Object]:
+    """Resources as they were written, dated so that Istio knows their order: one second for each apply."""
+    documents = []
+    for resource in resources:
+        metadata = dict(resource.plain.get("metadata") or {})
+        metadata.setdefault("namespace", resource.spec.meta.namespace)
+        born = min(resource.born, BORN_MAX)
+        metadata.setdefault("creationTimestamp", f"2026-01-01T{born // 3600:02}:{born // 60 % 60:02}:{born % 60:02}Z")
+        documents.append({**resource.plain, "metadata": metadata})
+    return documents
 
 
 def _node(proxy: ProxyNode) -> Node:

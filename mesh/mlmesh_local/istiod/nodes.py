@@ -45,4 +45,4 @@ class Node:
             "PROXY_CONFIG": {},
             **self.metadata,
         }
-        return {"id": self.id, "cluster": f"{self.name}.{self.namespace}", "metadata": metadata}
+        return {"id": self.id, "cluster": f"{self.labels.get('app', self.name)}.{self.namespace}", "metadata": metadata}

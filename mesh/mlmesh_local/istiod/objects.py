@@ -124,7 +124,6 @@ def cluster(documents: Sequence[Object], pods: Iterable[Pod]) -> dict[Resource, 
     """Objects of a cluster that has these documents applied and runs these pods."""
     running = list(pods)
     found: dict[Resource, list[Object]] = {resource: [] for resource in OWNED}
-    seconds = 0
     for document in documents:
         api = str(document.get("apiVersion", ""))
         group = api.rpartition("/")[0]
@@ -132,8 +131,7 @@ def cluster(documents: Sequence[Object], pods: Iterable[Pod]) -> dict[Resource, 
         resource = CUSTOM.get((group, kind)) or _CORE.get((group, kind))
         if resource is None:
             continue
-        item = _dated(defaulted(group, document), seconds)
-        seconds += 1
+        item = _dated(defaulted(group, document))
         if kind not in _CLUSTER_SCOPED:
             item["metadata"].setdefault("namespace", "mlmesh")
         if resource == SERVICES:
@@ -164,11 +162,10 @@ def definitions() -> list[Object]:
     return items
 
 
-def _dated(document: Object, seconds: int) -> Object:
+def _dated(document: Object) -> Object:
     metadata = dict(document.get("metadata") or {})
-    # Istio orders by creation time, then name: what stands first is the oldest.
-    time = f"2026-01-01T{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}Z"
-    metadata.setdefault("creationTimestamp", time)
+    # What is applied together is of one age; Istio then goes by the names.
+    metadata.setdefault("creationTimestamp", FIRST_TIME)
     return {**document, "metadata": metadata}
 
 
@@ -195,6 +192,18 @@ def _surroundings(found: dict[Resource, list[Object]]) -> None:
         }
     if not found[NODES]:
         found[NODES].append({"apiVersion": "v1", "kind": "Node", "metadata": {"name": NODE, "labels": {}}, "spec": {}})
+
+
+def injected_labels(labels: Mapping[str, str], name: str, *, sidecar: bool) -> dict[str, str]:
+    """Labels of a pod as Istio's injector leaves them."""
+    service = labels.get("app.kubernetes.io/name") or labels.get("app") or name
+    revision = labels.get("app.kubernetes.io/version") or labels.get("version") or "latest"
+    return {
+        "service.istio.io/canonical-name": service,
+        "service.istio.io/canonical-revision": revision,
+        **labels,
+        **({TLS_MODE: "istio"} if sidecar else {}),
+    }
 
 
 def service_address(namespace: str, name: str) -> str:
