@@ -247,10 +247,8 @@ class Configuration:
         hosts: dict[str, list[str]] = {}
         for gateway in gateways_of(resources, plan):
             for server in gateway.servers:
-                if server.tls and server.tls.credential_name:
-                    hosts.setdefault(server.tls.credential_name, ["localhost"]).extend(
-                        host for host in server.hosts if host != "*"
-                    )
+                for name in server.tls.credentials if server.tls else ():
+                    hosts.setdefault(name, ["localhost"]).extend(host for host in server.hosts if host != "*")
         addresses = [plan.addresses.pod, "127.0.0.1"]
         if self._gateway_address:
             addresses.append(split_address(self._gateway_address, field="--gateway-address")[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mlmesh_local.envoy_types import Json, typed
+from mlmesh_local.model import TRUST_SECRET, WORKLOAD_SECRET
 from mlmesh_local.resources.model_gateways import ServerTls
 from mlmesh_local.translate import tls as mesh_tls
 from mlmesh_local.translate.names import ADS
@@ -31,11 +32,13 @@ CIPHER_SUITES = frozenset(
 )
 
 
-def server_context(tls: ServerTls, trust_domains: tuple[str, ...]) -> Json:
+def server_context(tls: ServerTls) -> Json:
     """Transport socket of a server that ends TLS. Named certificates come over SDS, files are read by Envoy."""
-    if tls.mode == "ISTIO_MUTUAL":
-        return _with_names(mesh_tls.mesh_server(trust_domains), tls)
     common: Json = {"alpn_protocols": mesh_tls.SERVER_ALPN}
+    if tls.mode == "ISTIO_MUTUAL":
+        common["tls_certificate_sds_secret_configs"] = [_secret(WORKLOAD_SECRET)]
+        common |= _combined(tls, TRUST_SECRET)
+        return _socket(common, required=True)
     parameters = _parameters(tls)
     if parameters:
         common["tls_params"] = parameters
@@ -50,12 +53,14 @@ def server_context(tls: ServerTls, trust_domains: tuple[str, ...]) -> Json:
         ]
     if tls.mode != "SIMPLE":
         common |= _validation(tls)
+    return _socket(common, required=tls.mode == "MUTUAL")
+
+
+def _socket(common: Json, *, required: bool) -> Json:
+    context = {"require_client_certificate": required, "common_tls_context": common}
     return {
         "name": "envoy.transport_sockets.tls",
-        "typed_config": typed(
-            "envoy.extensions.transport_sockets.tls.v3.DownstreamTlsContext",
-            {"require_client_certificate": tls.mode == "MUTUAL", "common_tls_context": common},
-        ),
+        "typed_config": typed("envoy.extensions.transport_sockets.tls.v3.DownstreamTlsContext", context),
     }
 
 
@@ -79,6 +84,26 @@ def _parameters(tls: ServerTls) -> Json:
 
 def _validation(tls: ServerTls) -> Json:
     """How clients' certificates are checked."""
+    if not tls.credentials and not tls.ca_credential_name:
+        checks = {**_checks(tls), "trusted_ca": {"filename": tls.ca_certificates}}
+        if tls.ca_crl:
+            checks["crl"] = {"filename": tls.ca_crl}
+        return {"validation_context": checks}
+    if tls.ca_credential_name:
+        return _combined(tls, mesh_tls.credential_secret(tls.ca_credential_name))
+    return _combined(tls, f"{mesh_tls.credential_secret(tls.credentials[0])}-cacert")
+
+
+def _combined(tls: ServerTls, roots: str) -> Json:
+    return {
+        "combined_validation_context": {
+            "default_validation_context": _checks(tls),
+            "validation_context_sds_secret_config": _secret(roots),
+        }
+    }
+
+
+def _checks(tls: ServerTls) -> Json:
     checks: Json = {}
     if tls.subject_alt_names:
         checks["match_typed_subject_alt_names"] = _names(tls)
@@ -88,32 +113,7 @@ def _validation(tls: ServerTls) -> Json:
         checks["verify_certificate_hash"] = list(tls.verify_hash)
     if tls.insecure_skip_verify:
         checks["trust_chain_verification"] = "ACCEPT_UNTRUSTED"
-    if not tls.credentials and not tls.ca_credential_name:
-        checks["trusted_ca"] = {"filename": tls.ca_certificates}
-        if tls.ca_crl:
-            checks["crl"] = {"filename": tls.ca_crl}
-        return {"validation_context": checks}
-    roots = f"{mesh_tls.credential_secret(tls.credentials[0])}-cacert" if tls.credentials else ""
-    if tls.ca_credential_name:
-        roots = mesh_tls.credential_secret(tls.ca_credential_name)
-    return {
-        "combined_validation_context": {
-            "default_validation_context": checks,
-            "validation_context_sds_secret_config": _secret(roots),
-        }
-    }
-
-
-def _with_names(socket: Json, tls: ServerTls) -> Json:
-    """The mesh's own context; where names are given, only clients with one of them are let in."""
-    if not tls.subject_alt_names:
-        return socket
-    context = socket["typed_config"]
-    common = context["common_tls_context"]
-    validation = common["combined_validation_context"]
-    checked = {**validation["default_validation_context"], "match_typed_subject_alt_names": _names(tls)}
-    common = {**common, "combined_validation_context": {**validation, "default_validation_context": checked}}
-    return {**socket, "typed_config": {**context, "common_tls_context": common}}
+    return checks
 
 
 def _names(tls: ServerTls) -> list[Json]:

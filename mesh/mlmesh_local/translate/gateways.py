@@ -125,7 +125,7 @@ def _chains(view: View, proxy: ProxyNode, place: Listening, name: str) -> list[J
         chains = [_requests(view, proxy, one, name)] if one.route_name else connection_chains(view, proxy, one)
         tls = one.server.tls
         if tls is not None and not tls.passes_through:
-            sockets |= {id(chain.filters): server_context(tls, view.trust_domains) for chain in chains}
+            sockets |= {id(chain.filters): server_context(tls) for chain in chains}
         titles |= {id(chain.filters): one.route_name for chain in chains if one.route_name}
         found += chains
     result: list[Json] = []

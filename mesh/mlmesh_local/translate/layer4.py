@@ -18,6 +18,7 @@ from mlmesh_local.resources.model_hosts import TrafficPolicy
 from mlmesh_local.resources.model_routes import Layer4Match, Layer4Rule, VirtualService, WeightedDestination
 from mlmesh_local.resources.protocols import is_http, is_tls
 from mlmesh_local.translate import names
+from mlmesh_local.translate.dynamic_hosts import dns_cache, is_dynamic
 from mlmesh_local.translate.matches import connection_applies
 from mlmesh_local.translate.names import filter_of, seconds
 from mlmesh_local.translate.observation import network_logging
@@ -26,6 +27,7 @@ from mlmesh_local.translate.routes import Frame, provenance
 from mlmesh_local.translate.view import View
 from mlmesh_local.translate.virtual_hosts import alternatives
 
+_MONGO = "envoy.extensions.filters.network.mongo_proxy.v3.MongoProxy"
 _TCP_PROXY = "envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy"
 
 
@@ -83,7 +85,7 @@ def layer4_services(view: View, proxy: ProxyNode, port: int) -> tuple[list[Catal
     """
     found: list[CatalogService] = []
     requests = False
-    for service in view.services_seen_by(proxy):
+    for service in view.egress_services(proxy, port):
         described = service.port(port)
         if described is None:
             continue
@@ -96,7 +98,8 @@ def layer4_services(view: View, proxy: ProxyNode, port: int) -> tuple[list[Catal
 
 def outbound_chains(view: View, proxy: ProxyNode, port: int, services: list[CatalogService]) -> list[Chain]:
     """Chains of a port's services, the oldest first. Of chains that take the same connections the first stays."""
-    bound = [one for one, _ in view.virtual_services(MESH_GATEWAY, proxy) if one.tls or one.tcp]
+    egress = view.egress(proxy, port)
+    bound = [one for one in (egress.virtual_services if egress else ()) if one.tls or one.tcp]
     seen = {service.host: service for service in view.services_seen_by(proxy)}
     frame = Frame(view=view, proxy=proxy, gateway=MESH_GATEWAY, listener_port=port, tracing=None, services=seen)
     chains: list[Chain] = []
@@ -137,7 +140,9 @@ def _tls_chains(frame: Frame, service: CatalogService, bound: list[VirtualServic
                 chains.append(_rule_chain(frame, virtual_service, rule, match))
     if chains:
         return chains
-    named = () if alone else server_names(service, frame.view.world.domain, frame.proxy.namespace)
+    # Where a service has an address of its own Istio takes whatever name comes to it.
+    addressed = not service.is_entry or (bool(service.addresses) and not service.host.startswith("*"))
+    named = () if alone and addressed else server_names(service, frame.view.world.domain, frame.proxy.namespace)
     return [_service_chain(frame, service, named)]
 
 
@@ -184,8 +189,12 @@ def _service_chain(frame: Frame, service: CatalogService, named: tuple[str, ...]
     cluster = names.outbound_cluster(port, "", service.host)
     rules = frame.view.policy(service, frame.proxy)
     filters = [tcp_proxy(frame, {"cluster": cluster}, cluster, rules, "")]
-    if service.host.startswith("*") and service.resolution in ("DYNAMIC_DNS", "NONE"):
-        filters.insert(0, _resolve_server_name(port))
+    described = service.port(port)
+    if described is not None and described.protocol == "mongo":
+        # It counts what is asked; Istio's only filter of this kind that is on unless turned off.
+        filters.insert(0, filter_of("envoy.filters.network.mongo_proxy", _MONGO, {"stat_prefix": cluster}))
+    if is_dynamic(service):
+        filters.insert(0, _resolve_server_name(service, port))
     return Chain(filters=tuple(filters), server_names=named)
 
 
@@ -196,8 +205,8 @@ def wanted_names(hosts: tuple[str, ...]) -> tuple[str, ...]:
 
 def server_names(service: CatalogService, domain: str, namespace: str) -> tuple[str, ...]:
     """Names that clients of a service may send in TLS: its host and the short forms of it."""
-    hosts = (service.host, *(alias for _, alias in service.aliases))
-    found = [name for host in hosts for name in (host, *alternatives(host, namespace, domain))]
+    hosts = () if service.is_entry else (service.host, *(alias for _, alias in service.aliases))
+    found = [service.host, *(name for host in hosts for name in (host, *alternatives(host, namespace, domain)))]
     return wanted_names(tuple(found))
 
 
@@ -246,10 +255,10 @@ def _hashes_source(rules: HostPolicy, subset: str) -> bool:
     return balancer is not None and balancer.hash_key is not None and balancer.hash_key.how == "source_ip"
 
 
-def _resolve_server_name(port: int) -> Json:
+def _resolve_server_name(service: CatalogService, port: int) -> Json:
     """The filter that resolves the server name of a connection, for hosts that are wildcards."""
     return filter_of(
         "envoy.filters.network.sni_dynamic_forward_proxy",
         "envoy.extensions.filters.network.sni_dynamic_forward_proxy.v3.FilterConfig",
-        {"dns_cache_config": {"name": names.DNS_CACHE, "dns_lookup_family": "V4_ONLY"}, "port_value": port},
+        {"dns_cache_config": dns_cache(service.host), "port_value": port},
     )

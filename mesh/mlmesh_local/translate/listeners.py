@@ -142,7 +142,10 @@ def outbound_listener(view: View, proxy: ProxyNode, port: int) -> Json:
         "traffic_direction": "OUTBOUND",
     }
     services, requests = layer4_services(view, proxy, port)
-    http = [manager(view, proxy, "outbound", str(port), f"outbound_{name}", port=port)] if requests else []
+    described = [service.port(port) for service in view.egress_services(proxy, port)]
+    web = any(each is not None and each.protocol == "grpc-web" for each in described)
+    prefix = f"outbound_{name}"
+    http = [manager(view, proxy, "outbound", str(port), prefix, port=port, grpc_web=web)] if requests else []
     if not services:
         return {**listener, "filter_chains": [{"filters": http}]}
     found = outbound_chains(view, proxy, port, services)

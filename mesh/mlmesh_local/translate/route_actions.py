@@ -100,7 +100,7 @@ def redirect_action(redirect: Redirect, listener_port: int, *, tls: bool) -> Jso
         action["host_redirect"] = redirect.authority
     if redirect.prefix_rewrite:
         action["prefix_rewrite"] = redirect.prefix_rewrite
-    elif redirect.uri:
+    else:
         action["path_redirect"] = redirect.uri
     if redirect.scheme:
         action["scheme_redirect"] = redirect.scheme

@@ -254,4 +254,6 @@ def _mirror(frame: Frame, mirror: Mirror) -> Json:
         "cluster": frame.cluster(mirror.destination),
         "runtime_fraction": {"default_value": fraction(mirror.percent)},
         "trace_sampled": False,
+        # Mirrors are sent the authority as it came (features.DisableShadowHostSuffix).
+        "disable_shadow_host_suffix_append": True,
     }

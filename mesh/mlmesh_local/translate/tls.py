@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from mlmesh_local.envoy_types import Json, typed
 from mlmesh_local.model import TRUST_SECRET, WORKLOAD_SECRET
-from mlmesh_local.resources.model import ServerTls
 from mlmesh_local.translate.names import ADS
 
 RAW_BUFFER: Json = {
@@ -27,7 +26,6 @@ _MESH_PARAMETERS: Json = {
         "AES128-GCM-SHA256",
     ],
 }
-_VERSIONS = {"TLS_AUTO": "TLS_AUTO", "TLSV1_2": "TLSv1_2", "TLSV1_3": "TLSv1_3"}
 # Istio lists istio-peer-exchange first; Envoy without that extension would then choose HTTP/1.
 SERVER_ALPN = ["h2", "http/1.1"]
 
@@ -85,33 +83,12 @@ def mesh_server(trust_domains: tuple[str, ...]) -> Json:
     )
 
 
-def gateway_server(tls: ServerTls, trust_domains: tuple[str, ...]) -> Json:
-    """Transport socket of a gateway's server. The certificate is the secret "kubernetes://{credentialName}"."""
-    if tls.mode == "ISTIO_MUTUAL":
-        return mesh_server(trust_domains)
-    params = {"tls_minimum_protocol_version": _VERSIONS[tls.min_version]}
-    if tls.max_version != "TLS_AUTO":
-        params["tls_maximum_protocol_version"] = _VERSIONS[tls.max_version]
-    name = credential_secret(tls.credential_name)
-    context: Json = {
-        "tls_params": params,
-        "alpn_protocols": SERVER_ALPN,
-        "tls_certificate_sds_secret_configs": [_secret(name)],
-    }
-    if tls.mode != "SIMPLE":
-        sans = [
-            {"san_type": kind, "matcher": {"exact": name}} for name in tls.subject_alt_names for kind in ("URI", "DNS")
-        ]
-        context["combined_validation_context"] = {
-            "default_validation_context": {"match_typed_subject_alt_names": sans},
-            "validation_context_sds_secret_config": _secret(f"{name}-cacert"),
-        }
-    return _downstream({"require_client_certificate": tls.mode == "MUTUAL", "common_tls_context": context})
-
-
 def credential_secret(credential_name: str) -> str:
-    """SDS name of a Gateway's credential; its roots are under the name with "-cacert" added."""
-    return f"kubernetes://{credential_name}"
+    """SDS name of a Gateway's credential; its roots are under the name with "-cacert" added.
+
+    Istio's "builtin://" stands for the certificate of the workload.
+    """
+    return WORKLOAD_SECRET if credential_name.startswith("builtin://") else f"kubernetes://{credential_name}"
 
 
 def _upstream(context: Json) -> Json:

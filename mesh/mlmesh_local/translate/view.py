@@ -143,6 +143,11 @@ class View:
         """What the listener of a port knows; 0 with a bind is the one on that unix socket. None: there is none."""
         return self.scope(proxy).egress_for(port, bind)
 
+    def egress_services(self, proxy: ProxyNode, port: int) -> tuple[CatalogService, ...]:
+        """Services that the listener of a port knows."""
+        egress = self.egress(proxy, port)
+        return egress.services if egress else ()
+
     def policy(self, service: CatalogService, client: Client, *, inbound: bool = False) -> HostPolicy:
         """What DestinationRules say of a client's calls of a service, or (`inbound`) of the calls that it takes."""
         namespace = client if isinstance(client, str) else client.namespace

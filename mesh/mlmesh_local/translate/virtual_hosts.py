@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 
 from mlmesh_local.envoy_types import Json
 from mlmesh_local.model import ProxyNode
-from mlmesh_local.resources.catalog import MESH_GATEWAY, CatalogService, best_match
+from mlmesh_local.resources.catalog import CatalogService, best_match
 from mlmesh_local.resources.domains import host_covers, hosts_overlap, is_ip
 from mlmesh_local.resources.model_routes import VirtualService
 from mlmesh_local.resources.protocols import is_http
+from mlmesh_local.translate import names
 from mlmesh_local.translate.matches import ANYTHING, unique
-from mlmesh_local.translate.route_actions import STATE_FILTER, request_marker
+from mlmesh_local.translate.route_actions import STATE_FILTER, request_marker, timeouts
 from mlmesh_local.translate.routes import GATEWAY_SEMANTICS, Frame, default_route, rule_routes
 from mlmesh_local.translate.view import View
 
@@ -53,9 +54,10 @@ def route_configuration(name: str, virtual_hosts: list[Json]) -> Json:
 def outbound_virtual_hosts(frame: Frame) -> list[Json]:
     """Virtual hosts of a port, by name; the last takes what no service has."""
     port = frame.listener_port
-    seen = frame.view.services_seen_by(frame.proxy)
+    egress = frame.view.egress(frame.proxy, port)
+    seen = egress.services if egress else ()
     here = {service.host: service for service in seen if service.port(port) is not None}
-    bound = [service for service, _ in frame.view.virtual_services(MESH_GATEWAY, frame.proxy)]
+    bound = egress.virtual_services if egress else ()
     owners = _owners(bound, seen)
     wildcards = [host for host in here if host.startswith("*")]
     groups: list[_Group] = []
@@ -73,7 +75,7 @@ def outbound_virtual_hosts(frame: Frame) -> list[Json]:
         for host, service in here.items()
         if host not in ruled and _routed(service, port)
     ]
-    return [*sorted(_built(frame, groups), key=lambda host: str(host["name"])), block_all(port)]
+    return [*sorted(_built(frame, groups), key=lambda host: str(host["name"])), _rest(frame)]
 
 
 def _overlaps(host: str, here: Mapping[str, CatalogService], wildcards: Iterable[str]) -> bool:
@@ -220,6 +222,22 @@ def alternatives(host: str, namespace: str, domain: str) -> list[str]:
 def bracketed(host: str) -> str:
     """A host as it is in an authority: IPv6 addresses in brackets."""
     return f"[{host}]" if ":" in host else host
+
+
+def _rest(frame: Frame) -> Json:
+    """What takes hosts that no service has: the proxy that a Sidecar names for them, else a refusal."""
+    sidecar = frame.view.scope(frame.proxy).sidecar
+    proxy = sidecar.egress_proxy if sidecar else None
+    if proxy is None:
+        return block_all(frame.listener_port)
+    cluster = names.outbound_cluster(proxy.port, proxy.subset, proxy.host)
+    action = {"cluster": cluster, **timeouts(None)}
+    return {
+        "name": "allow_any",
+        "domains": ["*"],
+        "routes": [{"name": "allow_any", "match": dict(ANYTHING), "route": action}],
+        "include_request_attempt_count": True,
+    }
 
 
 def block_all(port: int) -> Json:

@@ -267,6 +267,7 @@ def test_mirrors() -> None:
             "cluster": f"outbound|9000|v2|{HOST}",
             "runtime_fraction": {"default_value": {"numerator": 125000, "denominator": "MILLION"}},
             "trace_sampled": False,
+            "disable_shadow_host_suffix_append": True,
         }
     ]
     whole = told(f"[{{mirrors: [{{destination: {{host: server}}}}], {TO_SERVER}}}]").action()
