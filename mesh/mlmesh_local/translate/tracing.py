@@ -62,11 +62,10 @@ def route_tracing(view: View, proxy: ProxyNode, role: Role) -> Json | None:
     spec = tracing_of(view, proxy, role)
     if _exporter(view, proxy, spec) is None:
         return None
-    traced = 0 if spec.disabled else 100
     return {
-        "client_sampling": {"numerator": traced},
-        "random_sampling": names.fraction(0.0 if spec.disabled else spec.sampling_percent),
-        "overall_sampling": {"numerator": traced},
+        "client_sampling": {"numerator": 100},
+        "random_sampling": names.fraction(spec.sampling_percent),
+        "overall_sampling": {"numerator": 100},
         "custom_tags": sorted(_tags(proxy, spec, view.world.trust_domain), key=_tag_name),
     }
 
@@ -79,6 +78,9 @@ def _tag_name(tag: Json) -> str:
 def _exporter(view: View, proxy: ProxyNode, spec: TracingSpec) -> tuple[str, Json] | None:
     """The tracer's name and configuration."""
     provider = spec.provider
+    if spec.disabled:
+        # As in Istio: such a proxy leaves the trace context of calls as it is.
+        return None
     if provider is None:
         if not view.world.otlp_address:
             return None
