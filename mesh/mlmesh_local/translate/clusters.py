@@ -296,11 +296,14 @@ def _dynamic_cluster(target: _Target) -> Json:
     if policy and policy.outlier:
         cluster["outlier_detection"] = outlier_detection(policy.outlier)
     _apply_tls(cluster, options, target)
+    checks: Json = {}
     if rule is not None and rule.mode != "DISABLE":
         checks = options.setdefault("upstream_http_protocol_options", {})
         checks |= {} if rule.sni else {"auto_sni": True}
         checks |= {} if rule.insecure_skip_verify else {"auto_san_validation": True}
-        config["allow_insecure_cluster_options"] = len(checks) < 2
+    if options and len(checks) < 2:
+        # Envoy wants to be told that names are not checked, as soon as there are options where it could.
+        config["allow_insecure_cluster_options"] = True
     cluster.pop("transport_socket_matches", None)
     apply_http_options(cluster, options)
     apply_proxy_protocol(cluster, policy)
