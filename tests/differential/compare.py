@@ -11,6 +11,8 @@ from typing import Any
 import yaml
 
 MISSING = "(nothing)"
+WHOLE = ("order", "network", "filters")
+"""Lists that are compared as one: filters in their order."""
 DIFFERENCES = Path(__file__).resolve().parents[2] / "mesh" / "mlmesh_local" / "differences.yaml"
 
 
@@ -38,6 +40,7 @@ class Accepted:
     fields: tuple[str, ...] = ()
     refused: bool = False
     extra: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
     ours: Any = field(default=None)
     theirs: Any = field(default=None)
 
@@ -50,11 +53,19 @@ class Accepted:
         """Whether a mismatch is this difference."""
         if self.ours is not None and mismatch.ours != self.ours:
             return False
-        if self.extra and not _is_longer(mismatch.ours, mismatch.theirs, self.extra):
+        if (self.extra or self.missing) and not self._is_but_for(mismatch):
             return False
         if self.theirs is not None and mismatch.theirs != self.theirs:
             return False
         return any(_fits(pattern, mismatch.path) for pattern in self.where)
+
+    def _is_but_for(self, mismatch: Mismatch) -> bool:
+        """Whether the sides are equal without what only one of them has to have."""
+        ours, theirs = mismatch.ours, mismatch.theirs
+        if isinstance(ours, list) and isinstance(theirs, list):
+            return _less(ours, self.extra) == _less(theirs, self.missing)
+        last = mismatch.path[-1].split(" ")[0]
+        return (theirs == MISSING and last in self.extra) or (ours == MISSING and last in self.missing)
 
 
 def accepted(path: Path = DIFFERENCES) -> list[Accepted]:
@@ -69,6 +80,7 @@ def accepted(path: Path = DIFFERENCES) -> list[Accepted]:
             fields=tuple(item.get("fields", [])),
             refused=item.get("refused", False),
             extra=tuple(item.get("extra", [])),
+            missing=tuple(item.get("missing", [])),
             ours=item.get("ours"),
             theirs=item.get("theirs"),
         )
@@ -88,7 +100,7 @@ def mismatches(ours: Any, theirs: Any, path: tuple[str, ...] = ()) -> Iterator[M
                 yield Mismatch(path=(*path, key), ours=MISSING, theirs=theirs[key])
             else:
                 yield from mismatches(ours[key], theirs[key], (*path, key))
-    elif isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
+    elif isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs) and path[-1] not in WHOLE:
         for index, (one, other) in enumerate(zip(ours, theirs, strict=True)):
             yield from mismatches(one, other, (*path, str(index)))
     else:
@@ -108,11 +120,9 @@ def sort_out(found: Sequence[Mismatch], listed: Sequence[Accepted]) -> tuple[lis
     return left, used
 
 
-def _is_longer(ours: Any, theirs: Any, extra: Sequence[str]) -> bool:
-    """Whether our list is theirs with more in it, or what is more is alone at its place."""
-    if isinstance(ours, list) and isinstance(theirs, list):
-        return [item for item in ours if item not in extra] == theirs
-    return bool(theirs == MISSING)
+def _less(items: list[Any], names: Sequence[str]) -> list[Any]:
+    """A list without items of these names; an item is a name, or has one as its only key."""
+    return [item for item in items if (next(iter(item), "") if isinstance(item, dict) else item) not in names]
 
 
 def _fits(pattern: Sequence[str], path: Sequence[str]) -> bool:

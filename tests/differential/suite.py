@@ -77,26 +77,35 @@ def write(outcomes: Sequence[Outcome], listed: Sequence[Accepted], path: Path = 
     """The table of fields for the documentation: field path -> "same", "differs (id)" or "refused (id)"."""
     by_id = {item.id: item for item in listed}
     fields: dict[str, str] = {}
+    notes: dict[str, set[str]] = {}
     for outcome in outcomes:
         good = not outcome.left and not outcome.error
         for name in sorted(outcome.fields):
             if outcome.refusal:
                 concerned = by_id.get(outcome.case.refused)
-                if concerned and name in concerned.fields:
+                if concerned and name in concerned.fields and fields.get(name) != "same":
                     fields[name] = f"refused ({concerned.id})"
                 continue
             if not good:
                 fields.setdefault(name, "not proved")
                 continue
-            differs = [key for key in outcome.used if name in by_id[key].fields]
-            if differs:
-                fields[name] = f"differs ({', '.join(sorted(differs))})"
-            elif fields.get(name, "not proved") == "not proved":
+            differs = sorted(key for key in outcome.used if name in by_id[key].fields)
+            for key in differs:
+                notes.setdefault(name, set()).add(key)
+            # What is the same for one value and differs for another is the same, with a note.
+            if not differs:
                 fields[name] = "same"
+            elif fields.get(name) != "same":
+                fields[name] = f"differs ({', '.join(differs)})"
     path.parent.mkdir(exist_ok=True)
     summary = {
         "cases": len(outcomes),
         "same": sum(not o.left and not o.refusal and not o.error for o in outcomes),
         "refused": sum(bool(o.refusal) for o in outcomes),
     }
-    path.write_text(json.dumps({"summary": summary, "fields": dict(sorted(fields.items()))}, indent=1) + "\n")
+    result = {
+        "summary": summary,
+        "fields": dict(sorted(fields.items())),
+        "notes": {name: sorted(ids) for name, ids in sorted(notes.items())},
+    }
+    path.write_text(json.dumps(result, indent=1) + "\n")

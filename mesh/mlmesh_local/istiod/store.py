@@ -79,12 +79,14 @@ class Store:
         metadata["uid"] = metadata.get("uid") or (old or {}).get("metadata", {}).get("uid") or _uid(resource, key)
         if old is not None:
             metadata["resourceVersion"] = old["metadata"]["resourceVersion"]
+            metadata["generation"] = old["metadata"]["generation"]
             metadata.setdefault("creationTimestamp", old["metadata"].get("creationTimestamp"))
             if made == old:
                 return old
         self.version += 1
         metadata["resourceVersion"] = str(self.version)
-        metadata["generation"] = metadata.get("generation", 0) + 1
+        same = old is not None and made.get("spec") == old.get("spec")
+        metadata["generation"] = old["metadata"]["generation"] + (not same) if old is not None else 1
         found[key] = made
         self._note(resource, "ADDED" if old is None else "MODIFIED", made)
         return made
