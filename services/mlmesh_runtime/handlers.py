@@ -236,7 +236,7 @@ class Wrapper:
         self._gate.leave(rpc)
         seconds = time.monotonic() - call.started
         method.meters.handled(rpc.code)
-        method.meters.seconds(seconds)
+        method.meters.seconds(seconds, None if rpc.span is None else rpc.span.exemplar())
         if rpc.span is not None:
             rpc.span.end(rpc.code)
         if logger.isEnabledFor(logging.DEBUG):

@@ -31,6 +31,7 @@ class Meters:
         self._handled: dict[str, Callable[[float], None]] = {}
         self.started = telemetry.RPC_STARTED.labels(*labels).inc
         self.seconds = telemetry.RPC_SECONDS.labels(*labels).observe
+        """Takes seconds, and an exemplar or None."""
         self.observe_many = functools.partial(telemetry.observe_many, telemetry.RPC_SECONDS.labels(*labels))
         self.received = telemetry.MESSAGES_RECEIVED.labels(*labels).inc
         self.sent = telemetry.MESSAGES_SENT.labels(*labels).inc

@@ -3,8 +3,9 @@
 Traces follow the W3C trace context in the metadata. By default a span is recorded only where the caller's *sampled*
 flag is set, so an unsampled request costs no more than reading one header.
 
-Metrics live in `REGISTRY`. A TLS handshake that gRPC refuses is not visible to a Python server, hence in no metric
-here: look at the sidecar's ``ssl.*`` statistics, or at the refused client.
+Metrics live in `REGISTRY`. Whoever scrapes them as OpenMetrics (by `Accept`) gets exemplars, too: with each bucket of
+the RPCs' durations the trace of a call that fell into it. A TLS handshake that gRPC refuses is not visible to a Python
+server, hence in no metric here: look at the sidecar's ``ssl.*`` statistics, or at the refused client.
 """
 
 from __future__ import annotations
@@ -251,6 +252,13 @@ class ServerSpan:
             attributes={"rpc.system": "grpc", "rpc.service": service, "rpc.method": method},
         )
         return cls(opened, otel_context.attach(trace.set_span_in_context(opened, parent)))
+
+    def exemplar(self) -> dict[str, str] | None:
+        """What leads from a histogram to this call's trace; None where the trace is not recorded."""
+        context = self._span.get_span_context()
+        if not context.trace_flags.sampled:
+            return None
+        return {"trace_id": f"{context.trace_id:032x}", "span_id": f"{context.span_id:016x}"}
 
     def end(self, code: str) -> None:
         """Close the span with the RPC's status code."""

@@ -84,8 +84,33 @@ async def test_metrics_by_method_and_code_over_http(each_transport: str) -> None
         assert line in page or _sorted_line(line) in page, line
 
 
-def _get(url: str) -> str:
-    with urllib.request.urlopen(url, timeout=5) as response:  # noqa: S310  our own loopback address
+async def test_durations_lead_to_traces_where_openmetrics_is_asked_for(
+    recording: Recording, each_transport: str
+) -> None:
+    protos = Protos(f"test.exemplars.{each_transport}")
+    async with (
+        serving(echo_service(EchoServicer(protos=protos), protos), metrics_listen="127.0.0.1:0") as server,
+        open_channel(server.address) as channel,
+    ):
+        stub = protos.stub(channel)
+        await stub.Unary(protos.Text(), timeout=5, metadata=(("traceparent", UNSAMPLED),))
+        await stub.Unary(protos.Text(), timeout=5, metadata=(("traceparent", SAMPLED),))
+        page = f"http://{server.metrics_address}/metrics"
+        plain = await asyncio.to_thread(_get, page)
+        asked = await asyncio.to_thread(_get, page, "application/openmetrics-text; version=1.0.0")
+    spans = await recording.spans()
+    (span,) = [span for name, span in spans.items() if name.startswith("SERVER")]
+    of_method = f'grpc_service="test.exemplars.{each_transport}.Echo"'
+    buckets = [line for line in asked.splitlines() if "handling_seconds_bucket" in line and of_method in line]
+    (exemplar,) = [line.partition(" # ")[2] for line in buckets if " # " in line]
+    ids = f'{{span_id="{format_span_id(span.context.span_id)}",trace_id="{TRACE}"}}'
+    assert exemplar.startswith(f"{ids} ")
+    assert TRACE not in plain
+    assert asked.rstrip().endswith("# EOF")
+
+
+def _get(url: str, accept: str = "*/*") -> str:
+    with urllib.request.urlopen(urllib.request.Request(url, headers={"Accept": accept}), timeout=5) as response:  # noqa: S310  our own loopback address
         return str(response.read().decode())
 
 
