@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, ItemsView, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, cast
 
@@ -133,6 +133,8 @@ class Memory:
         self._own_answers: dict[tuple[Read, int], Any] = {}
         self._known: dict[Hashable, Any] = {}
         self._settled: dict[int, tuple[Any, Any]] = {}
+        self._different: dict[tuple[int, int], tuple[Any, Any]] = {}
+        """Answers found to differ, by identity; they are kept alive, so that nothing else gets it."""
         self._proxies: dict[str, ProxyNode] = {}
         self._count = self._alive = 0
         self.made = 0
@@ -144,7 +146,8 @@ class Memory:
         del self._history[:-HISTORY_TURNS]
         self._view = view
         self._turn += 1
-        self._answers, self._own_answers, self._since, self._settled = {}, {}, {}, {}
+        self._answers, self._own_answers, self._since = {}, {}, {}
+        self._settled, self._different = {}, {}
         known = {proxy.id for proxy in view.world.proxies}
         self._proxies = {name: proxy for name, proxy in self._proxies.items() if name in known}
         if self._count > 2 * self._alive + FORGET_FROM:
@@ -248,10 +251,15 @@ class Memory:
         answer = self._answer(read, proxy)
         if answer is value:
             return True
+        pair = (id(answer), id(value))
+        if pair in self._different:
+            return False
         if answer != value:
+            self._different[pair] = (answer, value)
             return False
         # Next time it is the same object, and so is what is made of it.
         self._put(read, proxy, value)
+        self._settled[id(answer)] = (answer, value)
         return True
 
     def _answer(self, read: Read, proxy: ProxyNode | None) -> Any:
@@ -479,6 +487,17 @@ class _Proxy(_Tracked):
         return _Labels(self._memory, self._target)
 
 
+class _LabelItems(ItemsView[str, str]):
+    """So that "has it these labels" reads these labels only: ``selector.items() <= labels.items()``."""
+
+    def __init__(self, labels: Mapping[str, str]) -> None:
+        super().__init__(labels)
+        self._labels = labels
+
+    def __ge__(self, other: Any) -> bool:
+        return all(self._labels.get(key) == value for key, value in other)
+
+
 class _Labels(Mapping[str, str]):
     """Labels of the proxy: most of what reads them asks for one or two, and proxies differ in others."""
 
@@ -505,6 +524,9 @@ class _Labels(Mapping[str, str]):
 
     def __len__(self) -> int:
         return len(self._all())
+
+    def items(self) -> ItemsView[str, str]:
+        return _LabelItems(self)
 
     def _all(self) -> Mapping[str, str]:
         self._memory.note(("proxy", "labels"), self._proxy.labels, own=True)

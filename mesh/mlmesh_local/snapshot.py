@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -113,15 +115,29 @@ class SnapshotBuilder:
     def build(self, world: World) -> dict[str, Snapshot]:
         """Snapshots of every proxy, by node id. Raises InvalidResource when one would not be consistent."""
         version = world.version
-        self.memory.turn(View(world))
-        self._packing.turn()
-        return {
-            proxy.id: self._packing.snapshot(proxy.id, self.memory.translate(proxy), version) for proxy in world.proxies
-        }
+        with _no_collection():
+            self.memory.turn(View(world))
+            self._packing.turn()
+            return {
+                proxy.id: self._packing.snapshot(proxy.id, self.memory.translate(proxy), version)
+                for proxy in world.proxies
+            }
 
     def configuration(self, proxy: ProxyNode) -> Configuration:
         """What a proxy that is not of the world built last would be told in it."""
         return self.memory.translate(proxy)
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """A build makes much that stays and no garbage in cycles; looking for it takes a third of the time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 @dataclass(frozen=True, slots=True)
