@@ -68,7 +68,9 @@ def manager(
         "codec_type": "AUTO",
         "rds": {"config_source": ADS, "route_config_name": route_name},
         "http_filters": _patched(filters, view.patches(proxy, _CONTEXTS[role], port)),
-        **_NORMALIZATIONS.get(getattr(view.mesh_config, "path_normalization", ""), {"normalize_path": True}),
+        **_NORMALIZATIONS.get(
+            view.mesh_config.path_normalization if view.mesh_config else "", {"normalize_path": True}
+        ),
         "stream_idle_timeout": "0s",
         "proxy_100_continue": True,
         "upgrade_configs": [{"upgrade_type": "websocket"}],

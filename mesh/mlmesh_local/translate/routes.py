@@ -90,7 +90,7 @@ class Frame:
     @property
     def default_retries(self) -> Retries | None:
         """The mesh's policy of retries, where it has one."""
-        return getattr(self.view.mesh_config, "default_http_retry_policy", None)
+        return self.view.mesh_config.default_http_retry_policy if self.view.mesh_config else None
 
 
 def provenance(meta: Meta, ours: Json | None = None) -> Json:
