@@ -10,6 +10,7 @@ KUSTOMIZE=v5.8.1
 ISTIOCTL=$(awk '$1 == "istio.io/istio" { print $2 }' tools/go/go.mod)
 CRDSERVER=$(awk '$1 == "k8s.io/apiextensions-apiserver" { print $2 }' tools/go/go.mod)
 TRAINER_CRDS=v2.3.0
+SPIRE=v1.13.3
 
 bin=$PWD/.tools/bin
 logs=$PWD/.tools/logs
@@ -87,6 +88,21 @@ build_istiod-memory() {
 # Kubernetes' own server for custom resources: schemas, defaults, validation and watch as they are in a cluster.
 build_crdserver() { (cd tools/go && CGO_ENABLED=0 go build -mod=readonly -trimpath -ldflags='-s -w' -o "$bin/crdserver" ./crdserver); }
 
+# SPIRE, an issuer of identities by the SPIFFE Workload API. In a module of its own, with SPIRE's own sums: `go install`
+# would ask for the list of all its versions. Its store needs cgo.
+build_spire() {
+  local folder source
+  folder=$(mktemp -d)
+  (cd "$folder" && go mod init spire-tools && go mod edit -require "github.com/spiffe/spire@$SPIRE" &&
+    source=$(go mod download -json "github.com/spiffe/spire@$SPIRE" | awk -F '"' '$2 == "Dir" { print $4 }') &&
+    install -m 644 "$source/go.sum" go.sum &&
+    printf 'package tools\n\nimport (\n\t_ "%s"\n\t_ "%s"\n)\n' \
+      github.com/spiffe/spire/cmd/spire-agent github.com/spiffe/spire/cmd/spire-server >tools.go &&
+    go build -mod=mod -trimpath -ldflags='-s -w' -o "$bin/" \
+      github.com/spiffe/spire/cmd/spire-agent github.com/spiffe/spire/cmd/spire-server)
+  ln -sfn spire-server "$bin/spire"
+}
+
 # The schemas of Kubeflow Trainer, from its module.
 build_trainer_crds() {
   local folder
@@ -162,11 +178,13 @@ for name in "${@:-all}"; do
     crdserver) build crdserver "$CRDSERVER" || failed=1 ;;
     trainer_crds) build trainer_crds "$TRAINER_CRDS" || failed=1 ;;
     istio_crds) build istio_crds "$ISTIOCTL" || failed=1 ;;
+    # Minutes, and 220 MiB: only when it is asked for.
+    spire) build spire "$SPIRE" || failed=1 ;;
     postgresql) package postgresql '/usr/lib/postgresql/*/bin/initdb' || failed=1 ;;
     etcd) package etcd-server '/usr/bin/etcd' || failed=1 ;;
     swift | mlflow | model-signing | kserve | mlserver) ;;
     *)
-      echo "tools: no such tool: $name (grpcurl, kustomize, istioctl, pilot-discovery, istiod-memory, crdserver, trainer_crds, istio_crds, postgresql, etcd, swift, mlflow, model-signing, kserve, mlserver)" >&2
+      echo "tools: no such tool: $name (grpcurl, kustomize, istioctl, pilot-discovery, istiod-memory, crdserver, trainer_crds, istio_crds, spire, postgresql, etcd, swift, mlflow, model-signing, kserve, mlserver)" >&2
       exit 2
       ;;
   esac

@@ -51,6 +51,7 @@ def options(
     control_plane: ControlPlane = "mlmesh",
     istiod: str = "",
     otlp_endpoint: str = "",
+    spiffe_socket: str = "",
 ) -> Options:
     """What the supervisor is started with."""
     return Options(
@@ -61,6 +62,7 @@ def options(
         control_plane=control_plane,
         istiod=istiod,
         otlp_endpoint=otlp_endpoint,
+        spiffe_socket=spiffe_socket,
     )
 
 

@@ -19,7 +19,7 @@ from random import Random
 import grpc
 
 from mlmesh.local.v1 import local_pb2, local_pb2_grpc
-from mlmesh_local import addresses
+from mlmesh_local import addresses, workload_api
 from mlmesh_local.access_logs import AccessLogs
 from mlmesh_local.certificates import Certificates
 from mlmesh_local.changes import Changes
@@ -35,17 +35,19 @@ from mlmesh_local.metering import Metering
 from mlmesh_local.metrics import endpoint
 from mlmesh_local.metrics.exposition import CONTENT_TYPE
 from mlmesh_local.options import Options
-from mlmesh_local.pki import Authority
+from mlmesh_local.pki import TRUST_DOMAIN, Authority, spiffe_id
 from mlmesh_local.poller import StatsPoller
 from mlmesh_local.receiving import receiving
 from mlmesh_local.report import Report
-from mlmesh_local.resources.model import Deployment
+from mlmesh_local.resources.gateway_api.derive import derive
+from mlmesh_local.resources.model import Deployment, MeshConfig
 from mlmesh_local.resources.parse import load_resources, read_documents
 from mlmesh_local.resources.resource_set import ResourceSet
 from mlmesh_local.rotation import RootRotation
 from mlmesh_local.sidecar import TOKEN_HEADER, find_envoy
 from mlmesh_local.state import StateDir
 from mlmesh_local.supervisor import Supervisor
+from mlmesh_local.svids import ForeignIssuer
 from mlmesh_local.traces import TraceStore
 from mlmesh_local.work import Work
 from mlmesh_local.workloads import workload_of
@@ -61,6 +63,7 @@ Token = Callable[[str], str]
 PEER_BYTES_MAX = 16 * 1024 * 1024
 READY_CHECK_S = 0.1
 TELL_S = 2.0
+SVIDS_S = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +76,7 @@ class Start:
     gateway_address: str
     environ: Mapping[str, str]
     otlp_endpoint: str = ""
+    spiffe_socket: str = ""
 
 
 def prepare(options: Options, state: StateDir, environ: Mapping[str, str]) -> Start:
@@ -91,6 +95,7 @@ def prepare(options: Options, state: StateDir, environ: Mapping[str, str]) -> St
         resources=applied.resources,
         gateway_address=gateway_address,
         environ=environ,
+        spiffe_socket=options.spiffe_socket,
         otlp_endpoint=options.otlp_endpoint,
     )
 
@@ -112,6 +117,7 @@ async def _run(start: Start, block: addresses.Block, report: Report) -> None:
     executor = BoundedExecutor("traces", workers_max=1)
     fetching = BoundedExecutor("key-sets", workers_max=4)
     metering = Metering()
+    foreign = await _foreign_issuer(start)
     try:
         async with (
             _control_plane(block, token) as ads,
@@ -132,6 +138,7 @@ async def _run(start: Start, block: addresses.Block, report: Report) -> None:
                 changes=changes,
                 group=instances_group,
                 token=token,
+                foreign=foreign,
             )
             async with _control(mesh, state) as control, asyncio.TaskGroup() as group:
                 beside = [
@@ -147,6 +154,8 @@ async def _run(start: Start, block: addresses.Block, report: Report) -> None:
                         mesh.faults.run(),
                     )
                 ]
+                if foreign is not None:
+                    beside.append(group.create_task(workload_api.follow(start.spiffe_socket, foreign)))
                 beside.append(group.create_task(_tell_start(mesh, report)))
                 _on_signals(mesh)
                 report.step(f"mesh {block.control.rsplit('.', 2)[0]}.0.0/16, state in {state.path}")
@@ -179,11 +188,14 @@ def _build(
     changes: Changes,
     group: asyncio.TaskGroup,
     token: Token,
+    foreign: ForeignIssuer | None,
 ) -> Mesh:
     state = start.state
     folders = Folders(state=state.path, working=Path.cwd())
     authority = Authority(state.authority, clock=_now)
-    certificates = Certificates(authority, ads, clock=_now, changed=changes.notify)
+    certificates = Certificates(authority, ads, clock=_now, changed=changes.notify, foreign=foreign)
+    if foreign is not None:
+        foreign.changed = certificates.renew
     key_sets = KeySets(
         fetch=fetcher(lambda host, port: configuration.address_of(host, port)),  # noqa: PLW0108  (it is made below)
         executor=fetching,
@@ -235,6 +247,18 @@ def _build(
         config_folder=state.config,
         logs=state.logs,
     )
+
+
+async def _foreign_issuer(start: Start) -> ForeignIssuer | None:
+    """Identities from a SPIFFE Workload API, once it has those that are needed. Raises WrongState, InvalidInput."""
+    if not start.spiffe_socket:
+        return None
+    issuer = ForeignIssuer()
+    domain = next((config.trust_domain for config in start.resources.specs(MeshConfig)), "") or TRUST_DOMAIN
+    workloads = [workload_of(deployment) for deployment in derive(start.resources).specs(Deployment)]
+    wanted = [spiffe_id(each.service_account, each.namespace, trust_domain=domain) for each in workloads]
+    await workload_api.obtain(start.spiffe_socket, issuer, wanted, timeout_s=SVIDS_S)
+    return issuer
 
 
 def _tokens(key: bytes) -> Token:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -17,7 +17,9 @@ from mlmesh_local.model import (
     TrustSecret,
 )
 from mlmesh_local.pki import Authority, Certificate, Clock
+from mlmesh_local.svids import ForeignIssuer
 from mlmesh_local.translate import credential_secret
+from mlmesh_runtime.errors import WrongState
 
 logger = logging.getLogger(__name__)
 
@@ -56,10 +58,23 @@ class _Held:
 
 
 class Certificates:
-    """Issues to every Envoy and replaces in time. Open connections keep the certificate that they began with."""
+    """Issues to every Envoy and replaces in time. Open connections keep the certificate that they began with.
 
-    def __init__(self, authority: Authority, sink: Sink, *, clock: Clock, changed: Callable[[], None]) -> None:
+    Identities of workloads are of the authority, or of a ``foreign`` issuer; certificates that gateways show to the
+    outside, and those of tools, are of the authority in both cases.
+    """
+
+    def __init__(
+        self,
+        authority: Authority,
+        sink: Sink,
+        *,
+        clock: Clock,
+        changed: Callable[[], None],
+        foreign: ForeignIssuer | None = None,
+    ) -> None:
         self.authority = authority
+        self.foreign = foreign
         self._sink = sink
         self._clock = clock
         self._changed = changed
@@ -86,6 +101,12 @@ class Certificates:
             return
         self._issue(proxy, credentials, trust_domain)
 
+    def check(self, proxies: Iterable[ProxyNode], *, trust_domain: str = "") -> None:
+        """Raise WrongState when a foreign issuer has no identity for one of these."""
+        if self.foreign is not None:
+            domain = trust_domain or self.authority.trust_domain
+            self.foreign.check(proxy.identity(domain) for proxy in proxies)
+
     def forget(self, node_id: str) -> None:
         """The node is gone."""
         self._held.pop(node_id, None)
@@ -105,6 +126,21 @@ class Certificates:
         self._changed()
         return len(foreign)
 
+    def renew(self) -> int:
+        """Give on what a foreign issuer has renewed; gives how many nodes got one."""
+        issuer = self.foreign
+        if issuer is None:
+            return 0
+        old = [held for held in self._held.values() if not issuer.is_current(held.leaf)]
+        for held in old:
+            try:
+                self._issue(held.proxy, held.credentials, held.trust_domain)
+            except WrongState as error:
+                # It goes on with what it has, until that expires.
+                logger.warning("an identity is issued no more", extra={"problem": error.message})
+        self.redistribute()
+        return len(old)
+
     def redistribute(self) -> None:
         """Give everybody the roots that are trusted now, with the certificates that they have."""
         for held in self._held.values():
@@ -119,6 +155,8 @@ class Certificates:
 
     def rotate_due(self) -> int:
         """Replace the certificates whose time has come; gives how many nodes got one."""
+        if self.foreign is not None:
+            return self.renew()
         now = self._clock().timestamp()
         due = [held for held in self._held.values() if held.rotate_at() <= now]
         for held in due:
@@ -133,18 +171,27 @@ class Certificates:
             proxy=proxy,
             credentials=credentials,
             trust_domain=trust_domain,
-            leaf=self.authority.issue(proxy.service_account, proxy.namespace, trust_domain=trust_domain),
+            leaf=self._leaf(proxy, trust_domain),
             servers={item.name: self.authority.issue_server(item.hosts, item.addresses) for item in credentials},
         )
         self._held[proxy.id] = held
         self._give(held)
 
+    def _leaf(self, proxy: ProxyNode, trust_domain: str) -> Certificate:
+        issuer = self.foreign or self.authority
+        domain = trust_domain or self.authority.trust_domain
+        return issuer.issue(proxy.service_account, proxy.namespace, trust_domain=domain)
+
     def _give(self, held: _Held) -> None:
-        roots = TrustSecret(roots=self.authority.bundle_pem.encode())
+        own = self.authority.bundle_pem
+        peers = self.foreign.bundle_pem if self.foreign else own
+        roots = TrustSecret(roots=peers.encode())
+        # Tools come from outside, through gateways, with certificates of the authority.
+        callers = TrustSecret(roots=(peers if peers == own else own + peers).encode())
         secrets: dict[str, Secret] = {WORKLOAD_SECRET: _secret(held.leaf), TRUST_SECRET: roots}
         for name, certificate in held.servers.items():
             secrets[credential_secret(name)] = _secret(certificate)
-            secrets[f"{credential_secret(name)}-cacert"] = roots
+            secrets[f"{credential_secret(name)}-cacert"] = callers
         self._sink.set_secrets(held.proxy.id, secrets)
 
 

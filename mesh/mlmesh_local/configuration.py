@@ -102,7 +102,7 @@ class Configuration:
     @property
     def trust_domain(self) -> str:
         """Of the identities, as MeshConfig says; empty leaves that of the certificate authority."""
-        return next((config.trust_domain for config in self.resources.specs(MeshConfig)), "")
+        return trust_domain_of(self.resources)
 
     def address_of(self, host: str, port: int) -> str:
         """ "host:port" of a ready endpoint of a service of the mesh, by any of its names; empty for other hosts."""
@@ -139,6 +139,7 @@ class Configuration:
         if not dry_run:
             await self._key_sets.need(applied.resources)
         world = self._world(applied.resources)
+        self._certificates.check(world.proxies, trust_domain=trust_domain_of(applied.resources))
         snapshots = build_snapshots(world)
         if dry_run:
             return ApplyOutcome(changes=applied.changes, warnings=applied.warnings, version=self.version)
@@ -256,6 +257,11 @@ class Configuration:
             ServerCredential(name=name, hosts=tuple(dict.fromkeys(names)), addresses=_ip_only(addresses))
             for name, names in sorted(hosts.items())
         )
+
+
+def trust_domain_of(resources: ResourceSet) -> str:
+    """What MeshConfig says; empty when it says nothing."""
+    return next((config.trust_domain for config in resources.specs(MeshConfig)), "")
 
 
 def gateways_of(resources: ResourceSet, plan: InstancePlan) -> list[Gateway]:

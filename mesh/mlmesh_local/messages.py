@@ -231,10 +231,11 @@ def duration(nanoseconds: int) -> Duration:
 def trust_bundle(mesh: Mesh) -> local_pb2.GetTrustBundleResponse:
     """The roots that are trusted now, in both forms."""
     authority = mesh.certificates.authority
+    issuer = mesh.certificates.foreign or authority
     return local_pb2.GetTrustBundleResponse(
         trust_domain=mesh.configuration.trust_domain or authority.trust_domain,
-        pem=authority.bundle_pem,
-        spiffe_json=spiffe_bundle(authority.roots, authority.sequence),
+        pem=issuer.bundle_pem,
+        spiffe_json=spiffe_bundle(issuer.roots, authority.sequence),
         phase=authority.phase,
     )
 

@@ -19,9 +19,10 @@ class Options:
 
     ``manifests`` and ``istio`` are YAML files or folders of them. ``gateway_address`` is HOST:PORT (port 0: a free one)
     or "none". ``control_plane`` "istiod" runs Istio's pilot-discovery in the place of ours: the program ``istiod``, or
-    that of MLMESH_ISTIOD, or the one on PATH. ``startup_fd`` is a file descriptor that gets progress as JSON lines until
-    the mesh is ready; -1: none. ``otlp_endpoint`` is where spans go besides the laptop's own store:
-    "http://host:port" of an OTLP gRPC collector, or https.
+    that of MLMESH_ISTIOD, or the one on PATH. ``startup_fd`` is a file descriptor that gets progress as JSON lines
+    until the mesh is ready; -1: none. ``otlp_endpoint`` is where spans go besides the laptop's own store:
+    "http://host:port" of an OTLP gRPC collector, or https. ``spiffe_socket`` is the address of a SPIFFE Workload API
+    ("unix:///path") that issues identities in the place of the mesh's own authority; empty: none.
     """
 
     state_dir: Path = Path(".mlmesh")
@@ -33,13 +34,14 @@ class Options:
     control_plane: ControlPlane = "mlmesh"
     istiod: str = ""
     otlp_endpoint: str = ""
+    spiffe_socket: str = ""
 
     def arguments(self) -> list[str]:
         """The command line that gives these options."""
         words = ["--state-dir", str(self.state_dir), "--gateway-address", self.gateway_address]
         words += ["--log-level", self.log_level, "--startup-fd", str(self.startup_fd)]
         words += ["--control-plane", self.control_plane, "--istiod", self.istiod]
-        words += ["--otlp-endpoint", self.otlp_endpoint]
+        words += ["--otlp-endpoint", self.otlp_endpoint, "--spiffe-socket", self.spiffe_socket]
         for path in self.manifests:
             words += ["--manifests", str(path)]
         for path in self.istio or (NOTHING,):
@@ -67,6 +69,9 @@ def parse(arguments: Sequence[str]) -> Options:
     )
     parser.add_argument("--istiod", default="", help="pilot-discovery, the program of Istio's control plane")
     parser.add_argument("--otlp-endpoint", default="", help="where spans go besides the laptop's own store")
+    parser.add_argument(
+        "--spiffe-socket", default="", help="SPIFFE Workload API that issues identities, such as SPIRE's"
+    )
     parser.add_argument("--startup-fd", type=int, default=-1, help=argparse.SUPPRESS)
     found = parser.parse_args(arguments)
     return Options(
@@ -79,4 +84,5 @@ def parse(arguments: Sequence[str]) -> Options:
         control_plane=found.control_plane,
         istiod=found.istiod,
         otlp_endpoint=found.otlp_endpoint,
+        spiffe_socket=found.spiffe_socket,
     )

@@ -54,6 +54,11 @@ class RootRotation:
         with ``now`` those certificates stop working. Raises WrongState while another replacement is under way, TimedOut
         that names who has not taken what it was given: then the step that was reached stays, and `run` goes on.
         """
+        if self._certificates.foreign is not None:
+            raise WrongState(
+                "identities are of another issuer (SPIFFE Workload API): replace its root there",
+                reason="ROTATION_UNDER_WAY",
+            )
         if self._turn.locked():
             raise WrongState("the root is being replaced already", reason="ROTATION_UNDER_WAY")
         async with self._turn:

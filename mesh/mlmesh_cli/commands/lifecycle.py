@@ -88,6 +88,13 @@ def up(
         str,
         typer.Option(help="OTLP gRPC collector that gets spans, too: http://127.0.0.1:4317.", metavar="URL"),
     ] = "",
+    spiffe_socket: Annotated[
+        str,
+        typer.Option(
+            help="SPIFFE Workload API that issues the identities, such as SPIRE's: unix:///run/spire/agent.sock.",
+            metavar="ADDRESS",
+        ),
+    ] = "",
     timeout: Annotated[float, typer.Option(help="Longest wait until it is ready, seconds.", min=1)] = 180.0,
     state_dir: StateDir = DEFAULT_STATE_DIR,
     output: Output = OutputFormat.TABLE,
@@ -126,6 +133,7 @@ def up(
             control_plane=control_plane.value,
             istiod=istiod,
             otlp_endpoint=otlp_endpoint,
+            spiffe_socket=spiffe_socket,
         )
         if foreground:
             # The supervisor takes this process over: signals, exit code and terminal are its own.
