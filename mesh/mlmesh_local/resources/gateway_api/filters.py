@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from mlmesh_local.resources.fields import Fields
 from mlmesh_local.resources.gateway_api.model import (
     BackendRef,
@@ -48,6 +50,7 @@ _FIELD = {
 FILTERS_MAX = 16
 BACKENDS_MAX = 16
 WEIGHT_MAX = 1_000_000
+_ORIGIN = re.compile(r"^\*$|^https?://((\*\.)?([a-zA-Z0-9-]+\.)*[a-zA-Z0-9-]+|\*)(:[0-9]{1,5})?$")
 _METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH", "*")
 
 
@@ -210,7 +213,7 @@ def _rewrite(fields: Fields) -> FilterValue:
 def _cors(fields: Fields) -> FilterValue:
     age = fields.integer("maxAge", low=1)
     found = CorsFilter(
-        origins=fields.texts("allowOrigins"),
+        origins=fields.texts("allowOrigins", lambda word: _ORIGIN.match(word) is not None, "an origin"),
         credentials=fields.boolean("allowCredentials"),
         methods=fields.texts("allowMethods", lambda word: word in _METHODS, "an HTTP method in capitals"),
         headers=fields.texts("allowHeaders", lambda word: HEADER_NAME.match(word) is not None, "a header name"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from mlmesh_local.resources.fields import Fields
+from mlmesh_local.resources.fields import Fields, is_ip
 from mlmesh_local.resources.gateway_api.filters import repeated
 from mlmesh_local.resources.gateway_api.model import (
     GROUP,
@@ -90,6 +90,8 @@ def _addresses(spec: Fields) -> tuple[GatewayAddress, ...]:
             )
             if address.type == "Hostname" and address.value and not HOSTNAME.match(address.value):
                 item.refuse("value", f'"{address.value}" is not a host name')
+            if address.type == "IPAddress" and item.has("value") and not is_ip(address.value):
+                item.refuse("value", f'"{address.value}" is not an IP address')
             if address in found and address.value:
                 item.refuse("value", f'"{address.value}" occurs twice')
             found.append(address)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from mlmesh_local.resources.fields import Fields, is_ip
+from mlmesh_local.resources.fields import Fields
 from mlmesh_local.resources.gateway_api.model import GROUP, LabelRequirement, ParentRef
 from mlmesh_local.resources.problems import At
 
@@ -78,9 +78,6 @@ def hostnames(fields: Fields, *, limit: int = HOSTNAMES_MAX) -> tuple[str, ...]:
         "hostnames", lambda value: len(value) <= 253 and HOSTNAME.match(value) is not None, "a host name in lower case"
     )
     at_most(fields, "hostnames", len(found), limit)
-    for host in found:
-        if is_ip(host):
-            fields.refuse("hostnames", f'"{host}" is an IP address')
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from mlmesh_local.resources.fields import Fields, parse_duration
+from mlmesh_local.resources.fields import Fields, is_ip, parse_duration
 from mlmesh_local.resources.gateway_api.filters import (
     GRPC_FILTERS,
     HTTP_FILTERS,
@@ -71,6 +71,9 @@ def parse_tls_route(meta: Meta, spec: Fields) -> TlsRoute:
     names = hostnames(spec, limit=1024)
     if not names:
         spec.problems.add(spec.at, '"hostnames" needs at least one host name')
+    for name in names:
+        if is_ip(name):
+            spec.refuse("hostnames", f'"{name}" is an IP address')
     return TlsRoute(meta=meta, parents=parent_refs(spec), hostnames=names, rules=_rules(spec, _stream_rule, limit=1))
 
 
