@@ -18,6 +18,7 @@ from mlmesh_local.chaos.faults import DURATION_MAX_S, Part
 from mlmesh_local.mesh import Mesh
 from mlmesh_local.metrics.queries import HISTORY_S, unknown_labels
 from mlmesh_local.pki import LEAF_TTL
+from mlmesh_local.resources.gateway_api.status import text_with_status
 from mlmesh_local.resources.parse import DEFAULT_NAMESPACE, Document
 from mlmesh_local.routes import list_routes
 from mlmesh_runtime.errors import InvalidInput
@@ -89,10 +90,16 @@ class LocalMeshServicer(local_pb2_grpc.LocalMeshServiceServicer):
     async def ListResources(
         self, request: local_pb2.ListResourcesRequest, context: Context
     ) -> local_pb2.ListResourcesResponse:
-        """Active resources."""
+        """Active resources, those of the Gateway API with their statuses."""
+        statuses = self._mesh.statuses()
         return local_pb2.ListResourcesResponse(
             resources=[
-                local_pb2.Resource(kind=item.kind, name=item.name, source=item.source, yaml=item.text)
+                local_pb2.Resource(
+                    kind=item.kind,
+                    name=item.name,
+                    source=item.source,
+                    yaml=text_with_status(item, statuses.get(item.key)),
+                )
                 for item in self._mesh.resources.listed(request.kind)
             ]
         )

@@ -22,6 +22,14 @@ from mlmesh_local.metering import Metering
 from mlmesh_local.pki import Certificate, Clock
 from mlmesh_local.poller import StatsPoller
 from mlmesh_local.process import rotate
+from mlmesh_local.resources.gateway_api.derive import derive
+from mlmesh_local.resources.gateway_api.status import (
+    Key,
+    Status,
+    proxy_addresses,
+    resource_statuses,
+    text_with_status,
+)
 from mlmesh_local.resources.model import Gateway, Service
 from mlmesh_local.resources.parse import Document
 from mlmesh_local.resources.resource_set import ResourceSet
@@ -87,6 +95,7 @@ class Mesh:
         self._ended = asyncio.Event()
         self._steps: list[str] = []
         self._told = 0
+        self._saved_statuses: dict[Key, Status] = {}
 
     # What is.
 
@@ -121,7 +130,7 @@ class Mesh:
 
     def outbound_ports(self) -> list[int]:
         """Ports on which every sidecar listens for its application."""
-        return sorted({port.number for service in self.resources.specs(Service) for port in service.ports})
+        return sorted({port.number for service in derive(self.resources).specs(Service) for port in service.ports})
 
     def _listeners(self, gateway: Gateway, instance: Instance) -> list[GatewayListener]:
         proxies = {proxy.id: proxy for proxy in self.configuration.world.proxies}
@@ -174,9 +183,15 @@ class Mesh:
         """Restart the replicas of a workload, or one instance, one at a time; gives their names."""
         return await self._work.finish(self.supervisor.restart(name))
 
+    def statuses(self) -> dict[Key, Status]:
+        """Statuses of the resources of the Gateway API, by the proxies that are ready now."""
+        return resource_statuses(self.resources, proxy_addresses(self.configuration.world.endpoints))
+
     def save(self) -> None:
         """Keep the active resources as YAML in the state folder, for a person to read or to compare."""
-        text = "\n---\n".join(resource.text for resource in self.resources.listed())
+        found = self.statuses()
+        self._saved_statuses = found
+        text = "\n---\n".join(text_with_status(one, found.get(one.key)) for one in self.resources.listed())
         path = self._config_folder / "active.yaml"
         draft = path.with_suffix(".tmp")
         try:
@@ -244,6 +259,8 @@ class Mesh:
         while True:
             seen = await self.changes.beyond(seen)
             self.configuration.refresh()
+            if self.statuses() != self._saved_statuses:
+                self.save()
 
     async def rotate_logs(self) -> None:
         """Keep logs bounded, for ever."""
