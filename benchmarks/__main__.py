@@ -17,6 +17,7 @@ from benchmarks import (
     inference_scheduler,
     inference_soak,
     memory_unload,
+    mesh_metrics,
     paths,
     registry_search,
     registry_transfer,
@@ -46,7 +47,7 @@ BENCHMARKS |= {"training-ddp": training_ddp.main, "peers": peers.main}
 BENCHMARKS |= {"inference-path": inference_path.main, "inference-soak": inference_soak.main}
 BENCHMARKS |= {"inference-scheduler": inference_scheduler.main, "inference-limits": inference_limits.main}
 BENCHMARKS |= {"inference-overload": inference_overload.main}
-BENCHMARKS |= {"transports": transports.main}
+BENCHMARKS |= {"transports": transports.main, "mesh-metrics": mesh_metrics.main}
 BENCHMARKS |= {"inference-engines": inference_engines.main, "memory-unload": memory_unload.main}
 
 
