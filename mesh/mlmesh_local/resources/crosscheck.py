@@ -12,11 +12,10 @@ from mlmesh_local.resources.catalog import (
     full_gateway,
     full_host,
     host_matches,
-    host_policy,
     selects,
-    workloads_of,
 )
 from mlmesh_local.resources.gateway_api.derive import derive
+from mlmesh_local.resources.indexes import LabelIndex
 from mlmesh_local.resources.model import (
     AuthorizationPolicy,
     Deployment,
@@ -32,6 +31,7 @@ from mlmesh_local.resources.model import (
     VirtualService,
 )
 from mlmesh_local.resources.problems import At, Problems, did_you_mean
+from mlmesh_local.resources.rules import RuleIndex, chosen
 from mlmesh_local.resources.security import security_warnings
 
 if TYPE_CHECKING:
@@ -62,9 +62,11 @@ class _Check:
         self._resources = resources
         # What follows from the Gateway API can be called, too; here it is refused when it asks for what cannot be.
         self._services = catalog(derive(resources), DOMAIN)
+        self._patterns = [host for host in self._services if host.startswith("*")]
         self._gateways = {f"{g.meta.namespace}/{g.meta.name}": g for g in resources.specs(Gateway)}
-        self._rules = resources.specs(DestinationRule)
+        self._rules = RuleIndex(resources.specs(DestinationRule), domain=DOMAIN, root_namespace=ROOT_NAMESPACE)
         self._deployments = resources.specs(Deployment)
+        self._pods = LabelIndex((one.meta.namespace, one.labels, one) for one in self._deployments)
 
     # VirtualService
 
@@ -99,10 +101,17 @@ class _Check:
     def _served(self, service: VirtualService) -> None:
         for host in service.hosts:
             full = full_host(host, service.meta.namespace, DOMAIN)
-            if not any(host_matches(full, known) for known in self._services):
+            known = full in self._services or (
+                full.startswith("*") and any(host_matches(full, service_host) for service_host in self._services)
+            )
+            if not known and not self._wild(full):
                 self.warnings.add(
                     service.meta.at, f'"{full}" is the host of no Service and no ServiceEntry: sidecars do not route it'
                 )
+
+    def _wild(self, host: str) -> bool:
+        """Whether a host with a wildcard covers it."""
+        return any(host_matches(pattern, host) for pattern in self._patterns)
 
     def _rule(self, service: VirtualService, rule: HttpRule) -> None:
         per_try_s = rule.retries.per_try_timeout_s if rule.retries else None
@@ -120,6 +129,8 @@ class _Check:
         host = full_host(destination.host, namespace, DOMAIN)
         target = self._services.get(host)
         at = destination.at
+        if target is None and self._wild(host):
+            return
         if target is None:
             hint = did_you_mean(host, self._services)
             self.problems.add(at.field("host"), f'"{host}" is the host of no Service and no ServiceEntry{hint}')
@@ -132,7 +143,7 @@ class _Check:
             self._subset(target, destination, namespace)
 
     def _subset(self, target: CatalogService, destination: Destination, namespace: str) -> None:
-        policy = host_policy(self._rules, target, namespace, domain=DOMAIN, root_namespace=ROOT_NAMESPACE)
+        policy = chosen(self._rules.candidates(target.host, target.namespace, namespace), namespace, {})
         if policy.subset(destination.subset) is None:
             names = [subset.name for subset in policy.subsets]
             where = " or ".join(policy.rules) if policy.rules else "there is no DestinationRule of that host"
@@ -162,7 +173,7 @@ class _Check:
         target = self._services.get(full_host(service.meta.name, service.meta.namespace, DOMAIN))
         if target is None or target.is_entry:
             return
-        workloads = workloads_of(target, self._deployments)
+        workloads = self._pods.select(target.namespace, target.selector) if target.selector else []
         if not workloads:
             self.warnings.add(service.meta.at, "selects no workload")
         for port in service.ports:
