@@ -19,6 +19,8 @@ DOMAIN = "svc.cluster.local"
 ALL = "*"
 MESH = "mesh"
 Path = tuple[str | int, ...]
+_TREES_MAX = 100
+"""Most resources that are read again for the lines of their fields; of others the line of the resource is told."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +107,8 @@ class Cluster:
         """Line of the deepest field of the path that is there."""
         line = item.meta.at.line
         key = (item.meta.kind, item.meta.namespace, item.meta.name)
+        if len(self._trees) >= _TREES_MAX and key not in self._trees:
+            return line
         if key not in self._trees:
             text = item.resource.text if item.resource else ""
             roots = [tree.root for tree in parse_yaml(item.meta.at.source, text)] if text else []
