@@ -5,22 +5,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 from mlmesh_local.resources.domains import host_covers
 from mlmesh_local.resources.indexes import LabelIndex
 from mlmesh_local.resources.model import (
     Deployment,
-    DestinationRule,
     Resolution,
     Service,
     ServiceEntry,
-    VirtualService,
     WorkloadEntry,
 )
-from mlmesh_local.resources.names import MESH_GATEWAY, exported_to, full_gateway, full_host
+from mlmesh_local.resources.names import MESH_GATEWAY, full_gateway, full_host
 from mlmesh_local.resources.protocols import Protocol
-from mlmesh_local.resources.rules import HostPolicy, RuleIndex, chosen
+from mlmesh_local.resources.rules import HostPolicy
 
 if TYPE_CHECKING:
     from mlmesh_local.resources.resource_set import ResourceSet
@@ -124,7 +122,8 @@ def all_services(resources: ResourceSet, domain: str = "cluster.local") -> list[
     behind = _Behind(deployments, workloads)
     found: dict[tuple[str, str], CatalogService] = {}
     targets: dict[tuple[str, str], str] = {}
-    for service in resources.specs(Service):
+    for resource in sorted(resources.of_kind(Service), key=lambda resource: resource.age):
+        service = cast("Service", resource.spec)
         host = full_host(service.meta.name, service.meta.namespace, domain)
         if service.external_name:
             targets[service.meta.namespace, host] = service.external_name
@@ -258,31 +257,6 @@ def _joined(old: CatalogService, new: CatalogService) -> CatalogService:
     )
 
 
-def host_policy(
-    rules: Iterable[DestinationRule],
-    service: CatalogService,
-    client_namespace: str,
-    *,
-    domain: str,
-    root_namespace: str,
-) -> HostPolicy:
-    """What DestinationRules say of calls of a host by workloads of a namespace that no selector selects."""
-    index = RuleIndex(rules, domain=domain, root_namespace=root_namespace)
-    return chosen(index.candidates(service.host, service.namespace, client_namespace), client_namespace, {})
-
-
-def virtual_services_of(
-    services: Iterable[VirtualService], gateway: str, client_namespace: str, *, domain: str
-) -> tuple[tuple[VirtualService, tuple[str, ...]], ...]:
-    """VirtualServices bound to a gateway ("mesh" or "namespace/name") that a namespace sees, with their full hosts."""
-    return tuple(
-        (service, tuple(full_host(host, service.meta.namespace, domain) for host in service.hosts))
-        for service in services
-        if gateway in {full_gateway(name, service.meta.namespace) for name in service.gateways}
-        and exported_to(service.export_to, service.meta.namespace, client_namespace)
-    )
-
-
 __all__ = [
     "MESH_GATEWAY",
     "CatalogPort",
@@ -294,8 +268,6 @@ __all__ = [
     "full_gateway",
     "full_host",
     "host_matches",
-    "host_policy",
     "selects",
-    "virtual_services_of",
     "workloads_of",
 ]

@@ -43,7 +43,7 @@ _RESOLVER: Json = {
 _DYNAMIC_CONFIG = "envoy.extensions.clusters.dynamic_forward_proxy.v3.ClusterConfig"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class _Target:
     """One cluster to be: a subset (or all) of a service's port, as a proxy sees it."""
 
@@ -58,7 +58,7 @@ class _Target:
     def name(self) -> str:
         return names.outbound_cluster(self.port.number, self.subset, self.service.host)
 
-    @property
+    @functools.cached_property
     def policy(self) -> TrafficPolicy | None:
         return effective_policy(self.rules, self.subset, self.port.number, self.view.settings.default_policy)
 
