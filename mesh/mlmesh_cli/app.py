@@ -19,6 +19,7 @@ from mlmesh_cli.commands.datasets import datasets_app
 from mlmesh_cli.commands.delete import delete
 from mlmesh_cli.commands.demo import demo
 from mlmesh_cli.commands.diffing import diff
+from mlmesh_cli.commands.doctor import doctor
 from mlmesh_cli.commands.engines import engines_app
 from mlmesh_cli.commands.explain import explain
 from mlmesh_cli.commands.infer import infer
@@ -34,6 +35,7 @@ from mlmesh_cli.commands.studies import studies_app
 from mlmesh_cli.commands.traces import traces_app
 from mlmesh_cli.commands.train import train_app
 from mlmesh_cli.commands.translating import translate
+from mlmesh_cli.commands.xds import xds_app
 
 _EPILOG = (
     "Exit codes: 0 ok, 1 failed, 2 wrong usage, 3 no mesh is running, 130 Ctrl-C. "
@@ -89,6 +91,7 @@ app.command(rich_help_panel=_LOOK)(routes)
 app.command(rich_help_panel=_LOOK)(metrics)
 app.command(rich_help_panel=_LOOK)(explain)
 app.command(rich_help_panel=_LOOK)(diff)
+app.command(rich_help_panel=_LOOK)(doctor)
 app.command(rich_help_panel=_LOOK)(translate)
 app.command(rich_help_panel=_LOOK)(analyze)
 app.command(rich_help_panel=_LOOK)(conditions)

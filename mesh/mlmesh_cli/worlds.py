@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,6 +80,12 @@ def read_files(paths: Sequence[Path]) -> tuple[tuple[Document, ...], tuple[str, 
 def files_world(paths: Sequence[Path]) -> Seen:
     """The world that files would make: every replica runs, at addresses that depend on the files alone."""
     documents, notes = read_files(paths)
+    seen = offline(documents)
+    return Seen(world=seen.world, notes=(*notes, *seen.notes))
+
+
+def offline(documents: Iterable[Document]) -> Seen:
+    """The world that documents would make."""
     applied = ResourceSet().apply(load_resources(documents))
     world = offline_world(applied.resources, otlp_address=Block(second=BLOCKS.start).otlp)
-    return Seen(world=world, notes=(*notes, *applied.warnings))
+    return Seen(world=world, notes=tuple(applied.warnings))

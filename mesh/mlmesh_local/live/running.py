@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from mlmesh_local.envoy_types import Json
 
@@ -122,7 +122,7 @@ def _listeners(config: Json) -> Iterator[Running]:
         for key in ("active", "warming", "draining"):
             part = one.get(f"{key}_state")
             if part is not None:
-                yield _running("listeners", part, part.get("listener", {}), cast("State", key), name=name)
+                yield _running("listeners", part, part.get("listener", {}), key, name=name)
         if "error_state" in one:
             error = one["error_state"]
             yield Running(
