@@ -95,7 +95,7 @@ def main() -> int:
     raw: dict[str, dict[str, Resources]] = {}
     if not chosen.theirs:
         try:
-            raw["ours"] = sides.ours(text, found, names)
+            raw["ours"] = sides.ours([text], found, names)
         except MeshError as error:
             sys.stderr.write(f"ours refuses it: {error.message}\n")
     if not chosen.ours:

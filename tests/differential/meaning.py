@@ -8,11 +8,13 @@ is left out here; every other difference must be equal or be listed in differenc
 
 from __future__ import annotations
 
+import functools
 import ipaddress
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from mlmesh_local.envoy_types import CLUSTER, ENDPOINTS, LISTENER, ROUTES, Json, build_bytes
+from mlmesh_local.envoy_types import CLUSTER, ENDPOINTS, LISTENER, ROUTES, Json, build_bytes, canonical
 from mlmesh_local.istiod.client import EXTENSION, Resources
 from mlmesh_local.istiod.wire import decode
 from tests.differential.parts import cluster_meaning, endpoints_meaning, route_meaning, tls_meaning, tracing_meaning
@@ -51,10 +53,16 @@ def meaning(resources: Resources, side: Side) -> Tree:
     """The tree of one proxy's configuration."""
     if side == "ours":
         resources = {
-            type_url: {name: decode(type_url, build_bytes(type_url, item)) for name, item in found.items()}
+            type_url: {name: _built(type_url, canonical(item)) for name, item in found.items()}
             for type_url, found in resources.items()
         }
     return _Meaning(resources, side).tree()
+
+
+@functools.lru_cache(maxsize=4096)
+def _built(type_url: str, text: str) -> Json:
+    """A resource as it arrives at Envoy."""
+    return decode(type_url, build_bytes(type_url, json.loads(text)))
 
 
 def short(type_url: str) -> str:
@@ -226,7 +234,8 @@ class _Meaning:
         hosts: Tree = {}
         for host in table.get("virtual_hosts", []):
             domains = _domains(host.get("domains", []), ignore_port=table.get("ignore_port_in_host_matching", False))
-            name = host["name"] if "*" not in domains else "*"
+            # The host that takes all has names of its own on each side.
+            name = host["name"] if "*" not in domains or "." in host["name"] else "*"
             hosts[name] = {
                 **{k: v for k, v in host.items() if k not in ("name", "domains", "routes")},
                 "domains": domains,

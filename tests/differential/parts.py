@@ -37,9 +37,11 @@ def cluster_meaning(cluster: Json, side: Side) -> Json:
         del http["explicit_http_config"]
     if http:
         result["http"] = http
-    for threshold in result.get("circuit_breakers", {}).get("thresholds", []):
+    if "circuit_breakers" in result:
+        breakers = result["circuit_breakers"]
         # Statistics of what is left; Istio has them by an environment variable.
-        threshold.pop("track_remaining", None)
+        thresholds = [{k: v for k, v in item.items() if k != "track_remaining"} for item in breakers["thresholds"]]
+        result["circuit_breakers"] = {**breakers, "thresholds": thresholds}
     metadata = result.pop("metadata", {}).get("filter_metadata", {}).get("istio", {})
     about = {key: value for key, value in metadata.items() if key in ("config", "subset")}
     if about:
@@ -54,7 +56,7 @@ def cluster_meaning(cluster: Json, side: Side) -> Json:
         del result["common_lb_config"]
     panic = result.get("common_lb_config", {}).get("healthy_panic_threshold")
     if panic == {}:
-        result["common_lb_config"]["healthy_panic_threshold"] = {"value": 0}
+        result["common_lb_config"] = {**result["common_lb_config"], "healthy_panic_threshold": {"value": 0}}
     return result
 
 
@@ -233,7 +235,9 @@ def _fractions(value: Any) -> Any:
     if isinstance(value, dict):
         if value and set(value) <= {"numerator", "denominator"}:
             return {"percent": percent(value)}
-        return {key: _fractions(item) for key, item in value.items()}
+        # A share of nothing at all is written as an empty message.
+        empty = {key: {"percent": 0.0} for key in ("percentage", "default_value") if value.get(key) == {}}
+        return {key: empty.get(key) or _fractions(item) for key, item in value.items()}
     return value
 
 

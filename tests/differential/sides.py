@@ -21,9 +21,9 @@ from tests.differential.worlds import Member, our_world
 WAIT_S = 15.0
 
 
-def ours(text: str, found: Sequence[Member], names: Sequence[str]) -> dict[str, Resources]:
+def ours(texts: Sequence[str], found: Sequence[Member], names: Sequence[str]) -> dict[str, Resources]:
     """What our translator makes for proxies."""
-    world = our_world(text, found)
+    world = our_world(texts, found)
     view = View(world)
     return {proxy.id: translate(view, proxy) for proxy in world.proxies if proxy.id in names}
 
@@ -38,7 +38,7 @@ class Theirs:
     @classmethod
     async def start(cls, program: Path, folder: Path) -> Theirs:
         """Start it."""
-        istiod = Istiod(program, folder)
+        istiod = Istiod(program, folder, environ={"PILOT_DEBOUNCE_AFTER": "10ms"})
         await istiod.start()
         return cls(istiod)
 

@@ -13,7 +13,7 @@ from tests.differential import sides, worlds
 from tests.differential.compare import Accepted, Mismatch, accepted, mismatches, sort_out
 from tests.differential.fields import fields_of
 from tests.differential.meaning import meaning
-from tests.differential.table import Case
+from tests.differential.table import Case, world
 
 RESULT = Path(__file__).resolve().parents[2] / "build" / "differential.json"
 
@@ -35,28 +35,30 @@ async def run(program: Path, folder: Path, table: Iterable[Case]) -> list[Outcom
     listed = accepted()
     theirs = await sides.Theirs.start(program, folder)
     outcomes: list[Outcome] = []
+    fresh = True
     try:
         for case in table:
-            if case.alone:
+            if not fresh or (case.alone and outcomes):
                 await theirs.stop()
                 theirs = await sides.Theirs.start(program, folder)
+            fresh = not case.alone
             try:
                 outcomes.append(await _one(theirs, case, listed))
             except Exception as error:
+                # Istio may fall over a case.
                 outcomes.append(Outcome(case=case, fields=frozenset(), error=f"Istio: {error!r}"))
-                await theirs.stop()
-                theirs = await sides.Theirs.start(program, folder)
+                fresh = False
     finally:
         await theirs.stop()
     return outcomes
 
 
 async def _one(theirs: sides.Theirs, case: Case, listed: Sequence[Accepted]) -> Outcome:
-    documents = worlds.documents(case.text)
+    documents = [*worlds.documents(world(case.world)), *worlds.documents(case.own)]
     members = worlds.members(documents)
     fields = frozenset(fields_of(worlds.documents(case.own)))
     try:
-        ours = sides.ours(case.text, members, case.proxies)
+        ours = sides.ours([world(case.world), case.own], members, case.proxies)
     except InvalidResource as refusal:
         return Outcome(case=case, fields=fields, refusal=refusal.message)
     except Exception as error:

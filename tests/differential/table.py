@@ -37,11 +37,6 @@ class Case:
     alone: bool = False
 
     @property
-    def text(self) -> str:
-        """The world and the case."""
-        return f"{world(self.world)}\n---\n{self.own}"
-
-    @property
     def id(self) -> str:
         """File and name."""
         return f"{self.file}:{self.name}"

@@ -71,8 +71,9 @@ def read(paths: Iterable[Path]) -> str:
     return "\n---\n".join(texts)
 
 
+@functools.lru_cache(maxsize=64)
 def documents(text: str) -> list[dict[str, Any]]:
-    """Plain documents of a text, Lists flattened."""
+    """Plain documents of a text, Lists flattened; not to be changed."""
     found: list[dict[str, Any]] = []
     for document in yaml.load_all(text, Loader=LOADER):
         if isinstance(document, dict):
@@ -118,9 +119,10 @@ def _loaded(text: str) -> ResourceSet:
     return load_resources([Document(source="case.yaml", text=text)])
 
 
-def our_world(text: str, found: Sequence[Member]) -> World:
-    """The world of our translator. Raises InvalidResource for what is refused."""
-    resources = _loaded(text)
+def our_world(texts: Sequence[str], found: Sequence[Member]) -> World:
+    """The world of our translator, of texts of which later ones come first. Raises InvalidResource for refusals."""
+    merged = {resource.key: resource for text in texts for resource in _loaded(text)}
+    resources = ResourceSet.of(merged.values())
     proxies = tuple(member.proxy() for member in found)
     endpoints = service_endpoints(resources, proxies, ready=[proxy.id for proxy in proxies])
     return World(resources=resources, proxies=proxies, endpoints=endpoints)

@@ -12,7 +12,7 @@ import grpc
 
 from mlmesh_local.envoy_types import CLUSTER, ENDPOINTS, LISTENER, ROUTES, TYPE_PREFIX, Json, build, message_class
 from mlmesh_local.istiod.nodes import Node
-from mlmesh_local.istiod.wire import decode
+from mlmesh_local.istiod.wire import decode_shared
 from mlmesh_runtime.errors import TimedOut
 
 logger = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ class Subscription:
         self._versions[type_url] = (response.version_info, response.nonce)
         self._answered.add(type_url)
         self.answers += 1
-        found = (decode(type_url, item.value) for item in response.resources)
+        found = (decode_shared(type_url, item.value) for item in response.resources)
         named = {str(item.get("name") or item.get("cluster_name")): item for item in found}
         if type_url in (CLUSTER, LISTENER):
             self.resources[type_url] = named

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 from typing import Any, cast
 
 from google.protobuf import json_format
@@ -13,6 +14,8 @@ from mlmesh_local.envoy_types import TYPE_PREFIX, Json, message_class, pool
 
 _ANY = "google.protobuf.Any"
 _WELL_KNOWN = "google.protobuf."
+DECODED_MAX = 4096
+"""Most messages that are kept: most of a push is what it was before."""
 OPAQUE = "@opaque"
 """Key under which the content of a message of an unknown type stands, as base64."""
 
@@ -26,6 +29,12 @@ def decode(type_url: str, content: bytes) -> Json:
     except (KeyError, DecodeError):
         return {OPAQUE: base64.b64encode(content).decode()}
     return cast("Json", _message(message))
+
+
+@functools.lru_cache(maxsize=DECODED_MAX)
+def decode_shared(type_url: str, content: bytes) -> Json:
+    """As `decode`; equal content gives the same value, which is not to be changed."""
+    return decode(type_url, content)
 
 
 def _message(message: Message) -> Any:
