@@ -35,6 +35,7 @@ from mlmesh_local.resources.gateway_api.derive import derive
 from mlmesh_local.sidecar import TOKEN_HEADER, SidecarPlan, bootstrap, command, find_envoy
 from mlmesh_local.snapshot import Snapshot, build_snapshots
 from mlmesh_local.translate import View, service_endpoints
+from mlmesh_local.translate.metric_plans import plans_of
 from mlmesh_local.xds import AdsServer
 from tests.support.pki import Authority, Leaf, spiffe
 
@@ -161,7 +162,8 @@ class EnvoyMesh:
             self.ads.update(node_id, snapshot)
         self.ads.update_guests(self.snapshot_of)
         if self.metrics:
-            self.metrics.describe(Directory.of(View(self.world)))
+            view = View(self.world)
+            self.metrics.describe(Directory.of(view), plans_of(view))
         return self.world.version
 
     def snapshot_of(self, node: ProxylessNode) -> Snapshot:
@@ -312,6 +314,17 @@ class EnvoyMesh:
         """End it at once; Envoys go on with what they have."""
         await self._server.stop(None)
 
+    async def restart_envoy(self, instance: str) -> None:
+        """Kill an Envoy and start another in its place; wait until it takes calls."""
+        await _stop(self._envoys[instance])
+        async with asyncio.timeout(READY_S):
+            while self.ads.status(instance).connected:  # noqa: ASYNC110  another process ends when it likes
+                await asyncio.sleep(0.01)
+        for key in [key for key in self._channels if key[0].startswith(instance)]:
+            await self._channels.pop(key).close()
+        await self._start_envoy(self.proxy(instance), self._stack)
+        await self.ads.wait_connected(instance, timeout_s=READY_S)
+
     # Inside
 
     def _plan(self) -> Iterable[ProxyNode]:
@@ -352,6 +365,7 @@ class EnvoyMesh:
         return secrets
 
     async def _serve(self, stack: contextlib.AsyncExitStack) -> None:
+        self._stack = stack
         await self.start_control_plane()
         stack.push_async_callback(self.stop_control_plane)
         stack.push_async_callback(self._close_channels)

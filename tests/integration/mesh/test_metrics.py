@@ -11,8 +11,9 @@ import pytest
 import pytest_asyncio
 
 from mlmesh_local.metrics.registry import Distribution, Sample, samples
-from tests.support.envoy_mesh import CHAT, EnvoyMesh
+from tests.support.envoy_mesh import CHAT, UNARY, EnvoyMesh
 from tests.support.mesh_documents import STRICT, SUBSETS, deployment, service, split
+from tests.support.mesh_world import resource
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -24,6 +25,8 @@ WORKLOADS = (
     + deployment("server-v1", "server", "server", version="v1")
     + deployment("server-v2", "server", "server", version="v2")
     + service("server")
+    + deployment("db", "db", "db")
+    + service("db").replace("{name: grpc, port: 9000, targetPort: grpc}", "{name: tcp, port: 7000, targetPort: grpc}")
 )
 BASE = STRICT + SUBSETS
 REPORTED_S = 10.0
@@ -154,3 +157,87 @@ async def test_calls_that_reach_nobody_are_told_by_their_flags(mesh: EnvoyMesh) 
     labels = dict(sample.labels)
     assert (labels["destination_service_name"], labels["destination_workload"]) == ("server", "unknown")
     assert (labels["response_code"], labels["grpc_response_status"]) == ("200", "14")
+
+
+async def test_connections_count_their_bytes_while_they_are_open(mesh: EnvoyMesh) -> None:
+    def sides(metric: str, **labels: str) -> list[int]:
+        to = {"destination_service_name": "db", "request_protocol": "tcp", **labels}
+        return [count(mesh, metric, reporter=reporter, **to) for reporter in ("source", "destination")]
+
+    async with mesh.channel(port=7000, host="db.mlmesh.svc.cluster.local") as channel:
+        call = channel.unary_unary(UNARY)
+        await call(b"x" * 5000, timeout=5)
+        await until(lambda: min(sides("istio_tcp_connections_opened_total")) == 1)
+        await until(lambda: min(sides("istio_tcp_received_bytes_total")) > 5000)
+        assert sides("istio_tcp_connections_closed_total") == [0, 0]
+    await until(lambda: sides("istio_tcp_connections_closed_total") == [1, 1])
+    assert sides("istio_tcp_connections_opened_total") == [1, 1]
+    secured = sides("istio_tcp_sent_bytes_total", connection_security_policy="mutual_tls", source_workload="client")
+    assert secured[1] > 5000
+
+
+async def test_labels_of_telemetry_are_made_of_headers(mesh: EnvoyMesh) -> None:
+    await mesh.apply(
+        resource(
+            "Telemetry",
+            "{metrics: [{overrides: [{match: {mode: SERVER}, tagOverrides: "
+            "{model: {value: \"request.headers['x-model']\"}, source_app: {operation: REMOVE}}}]}]}",
+            group="telemetry.istio.io/v1",
+        )
+    )
+    async with asyncio.timeout(REPORTED_S):
+        # Connections of the listener before go on for a while.
+        while not (samples_found := found(mesh, "istio_requests_total", model="mnist")):
+            await mesh.call(metadata={"x-model": "mnist"})
+            await asyncio.sleep(0.1)
+    sample = samples_found[0]
+    assert "source_app" not in dict(sample.labels)
+    assert dict(sample.labels)["reporter"] == "destination"
+
+
+async def test_a_sidecar_that_is_killed_takes_no_counts_with_it(mesh: EnvoyMesh) -> None:
+    sides = {"reporter": "source", "source_workload": "other"}
+    before = count(mesh, "istio_requests_total", **sides)
+    await mesh.spread(4, "other-0")
+    await until(lambda: count(mesh, "istio_requests_total", **sides) == before + 4)
+    await mesh.restart_envoy("other-0")
+    await mesh.spread(3, "other-0")
+    await until(lambda: count(mesh, "istio_requests_total", **sides) == before + 7)
+
+
+PROVIDERS = """
+apiVersion: v1
+kind: ConfigMap
+metadata: {name: istio, namespace: istio-system}
+data:
+  mesh: |
+    extensionProviders:
+    - {name: otlp, opentelemetry: {service: server.mlmesh.svc.cluster.local, port: 9000, grpc: {timeout: 1s}}}
+    - {name: otlp-http, opentelemetry: {service: server.mlmesh.svc.cluster.local, port: 9000, http: {path: /v1/traces}}}
+    - {name: zipkin, zipkin: {service: server.mlmesh.svc.cluster.local, port: 9000, maxTagLength: 64}}
+    - {name: datadog, datadog: {service: server.mlmesh.svc.cluster.local, port: 9000}}
+    - {name: skywalking, skywalking: {service: server.mlmesh.svc.cluster.local, port: 9000}}
+    - {name: json, envoyFileAccessLog: {path: /dev/null, logFormat: {labels: {path: "%REQ_WITHOUT_QUERY(:PATH)%"}}}}
+    - {name: otel-log, envoyOtelAls: {service: server.mlmesh.svc.cluster.local, port: 9000, logFormat: {text: a}}}
+    - {name: http-log, envoyHttpAls: {service: server.mlmesh.svc.cluster.local, port: 9000}}
+    - {name: tcp-log, envoyTcpAls: {service: server.mlmesh.svc.cluster.local, port: 9000}}
+---
+"""
+
+
+@pytest.mark.parametrize("name", ["otlp", "otlp-http", "zipkin", "datadog", "skywalking"])
+async def test_envoy_takes_every_provider_of_traces(mesh: EnvoyMesh, name: str) -> None:
+    tags = "a: {literal: {value: b}}, c: {formatter: {value: '%REQ(:METHOD)%'}}, d: {environment: {name: HOME}}"
+    spec = (
+        f"{{tracing: [{{providers: [{{name: {name}}}], useRequestIdForTraceSampling: false, customTags: {{{tags}}}}}]}}"
+    )
+    await mesh.apply(PROVIDERS, resource("Telemetry", spec, group="telemetry.istio.io/v1"))
+    assert (await mesh.call()).code is grpc.StatusCode.OK
+
+
+async def test_envoy_takes_every_provider_of_logs_with_its_filter(mesh: EnvoyMesh) -> None:
+    names = ", ".join(f"{{name: {name}}}" for name in ("envoy", "json", "otel-log", "http-log", "tcp-log"))
+    spec = f"{{accessLogging: [{{providers: [{names}], filter: {{expression: 'response.code >= 400'}}}}]}}"
+    await mesh.apply(PROVIDERS, resource("Telemetry", spec, group="telemetry.istio.io/v1"))
+    assert (await mesh.call()).code is grpc.StatusCode.OK
+    assert (await mesh.call(host="db.mlmesh.svc.cluster.local", port=7000)).code is grpc.StatusCode.OK
