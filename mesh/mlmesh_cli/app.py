@@ -99,6 +99,7 @@ app.add_typer(config_app, name="config", rich_help_panel=_LOOK)
 app.add_typer(streams_app, name="streams", rich_help_panel=_LOOK)
 app.add_typer(traces_app, name="traces", rich_help_panel=_LOOK)
 app.add_typer(certs_app, name="certs", rich_help_panel=_LOOK)
+app.add_typer(xds_app, name="xds", rich_help_panel=_LOOK)
 
 
 def main() -> None:

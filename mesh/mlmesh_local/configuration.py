@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 from mlmesh_local.addresses import Block, split_address
 from mlmesh_local.certificates import Certificates, ServerCredential
@@ -15,16 +17,20 @@ from mlmesh_local.instance import Instance
 from mlmesh_local.instances import InstancePlan
 from mlmesh_local.key_sets import KeySets
 from mlmesh_local.model import Endpoint, NodeStatus, ProxyNode, World
+from mlmesh_local.proxyless.bootstrap import bootstrap
+from mlmesh_local.proxyless.build import Client, client_of
+from mlmesh_local.proxyless.node import ProxylessNode
+from mlmesh_local.proxyless.status import ClientStatus, client_status
 from mlmesh_local.resources.gateway_api.derive import derive
 from mlmesh_local.resources.gateway_api.serving import gateways_serving
 from mlmesh_local.resources.model import Deployment, Gateway, MeshConfig
 from mlmesh_local.resources.parse import Document, load_resources
 from mlmesh_local.resources.resource_set import Applied, Change, ResourceSet
-from mlmesh_local.snapshot import Snapshot, build_snapshots
+from mlmesh_local.snapshot import Snapshot, SnapshotBuilder
 from mlmesh_local.translate import service_endpoints
-from mlmesh_local.workloads import Workload, workload_of
+from mlmesh_local.workloads import Workload, workload_of, workloads_of
 from mlmesh_local.xds import AdsServer, ConfigurationRejectedError, SentResource
-from mlmesh_runtime.errors import MeshError, TimedOut
+from mlmesh_runtime.errors import MeshError, TimedOut, WrongState
 
 logger = logging.getLogger(__name__)
 
@@ -41,11 +47,22 @@ class ApplyOutcome:
     ack_latency_s: float = 0.0
 
 
+class OtherControlPlane(Protocol):
+    """A control plane in the place of ours; see `mlmesh_local.istiod.driver.Driver`."""
+
+    def offer(self, world: World, resources: ResourceSet) -> None:
+        """Show it a world, and the resources that were applied; it configures the proxies."""
+
+    async def delivered(self, version: str, *, timeout_s: float) -> None:
+        """Wait until every proxy was given what it makes of a version."""
+
+
 class Configuration:
     """Builds and pushes configuration. Either a whole change is active everywhere, or nothing changed.
 
     ``gateway_address`` is where the first gateway listens in addition to its pod's address; empty for nowhere.
     ``detour`` gives where an endpoint is dialled while connections to it are disturbed on purpose.
+    ``other`` translates in the place of our own control plane; what ours refuses is refused all the same.
     """
 
     def __init__(
@@ -61,6 +78,8 @@ class Configuration:
         instances: Callable[[], Mapping[str, Instance]],
         detour: Callable[[Endpoint], Endpoint] = lambda endpoint: endpoint,
         describe: Callable[[World], None] = lambda _world: None,
+        other: OtherControlPlane | None = None,
+        token: Callable[[str], str] = lambda _node_id: "",
     ) -> None:
         self.resources = resources
         self.world = World(resources=resources, otlp_address=block.otlp)
@@ -73,8 +92,14 @@ class Configuration:
         self._instances = instances
         self._detour = detour
         self._describe = describe
+        self._other = other
         self._known: set[str] = set()
+        self._token = token
+        self._builder = SnapshotBuilder()
+        self._clients: dict[str, Client] = {}
         self._turn = asyncio.Lock()
+        if other is None:
+            ads.hosts = self
 
     @property
     def version(self) -> str:
@@ -89,7 +114,7 @@ class Configuration:
     @property
     def workloads(self) -> list[Workload]:
         """What the active Deployments ask to run."""
-        return [workload_of(deployment) for deployment in derive(self.resources).specs(Deployment)]
+        return workloads_of(self.resources)
 
     def node_status(self) -> Mapping[str, NodeStatus]:
         """What the control plane knows of each Envoy."""
@@ -98,6 +123,35 @@ class Configuration:
     def sent(self, node_id: str) -> tuple[SentResource, ...]:
         """What an Envoy was told, and what of it it runs."""
         return self._ads.sent(node_id)
+
+    def snapshot_of(self, node: ProxylessNode) -> Snapshot:
+        """What a client without a sidecar is told in the world that was pushed last."""
+        if self._builder.view is None or self._builder.view.world is not self.world:
+            # What was built last was only tried.
+            self._builder.build(self.world)
+        client = client_of(self._builder, node, before=self._clients.get(node.id))
+        self._clients[node.id] = client
+        return client.snapshot(self.version)
+
+    def client_bootstrap(self, node: ProxylessNode, folder: str) -> dict[str, Any]:
+        """The bootstrap of a client without a sidecar. Raises WrongState where another control plane serves."""
+        if self._other is not None:
+            raise WrongState(
+                "gRPC clients without a sidecar are served by mlmesh's own control plane only",
+                reason="NO_PROXYLESS",
+            )
+        proven = dataclasses.replace(node, token=self._token(node.id))
+        return bootstrap(proven, ads=self._block.ads, folder=folder)
+
+    def clients(self) -> list[ClientStatus]:
+        """Clients without a sidecar that are connected, by node id, and what each was refused or does without."""
+        found: dict[str, list[NodeStatus]] = {}
+        nodes: dict[str, ProxylessNode] = {}
+        for node, status in self._ads.guests():
+            found.setdefault(node.id, []).append(status)
+            nodes[node.id] = node
+        self._clients = {name: client for name, client in self._clients.items() if name in nodes}
+        return [client_status(nodes[name], found[name], self._clients.get(name)) for name in sorted(found)]
 
     @property
     def trust_domain(self) -> str:
@@ -115,7 +169,7 @@ class Configuration:
         world = self._world(self.resources)
         if world.version == self.world.version and self._known == {proxy.id for proxy in world.proxies}:
             return
-        self._push(world, build_snapshots(world))
+        self._push(world, self._builder.build(world))
 
     async def endpoints_known(self, timeout_s: float) -> None:
         """Wait until every connected sidecar has acknowledged the last push; the deadline is not an error."""
@@ -140,7 +194,7 @@ class Configuration:
             await self._key_sets.need(applied.resources)
         world = self._world(applied.resources)
         self._certificates.check(world.proxies, trust_domain=trust_domain_of(applied.resources))
-        snapshots = build_snapshots(world)
+        snapshots = self._builder.build(world)
         if dry_run:
             return ApplyOutcome(changes=applied.changes, warnings=applied.warnings, version=self.version)
         before = self.resources
@@ -156,7 +210,7 @@ class Configuration:
         except ConfigurationRejectedError:
             self.resources = before
             last_good = self._world(before)
-            self._push(last_good, build_snapshots(last_good))
+            self._push(last_good, self._builder.build(last_good))
             raise
         return self._outcome(applied.changes, warnings, time.monotonic() - started)
 
@@ -175,6 +229,8 @@ class Configuration:
             version = ""
             while version != self.version:
                 version = self.version
+                if self._other is not None:
+                    await self._other.delivered(version, timeout_s=timeout_s)
                 await self._ads.wait_acked(version, timeout_s=timeout_s)
 
     def _outcome(self, changes: tuple[Change, ...], warnings: tuple[str, ...], latency_s: float) -> ApplyOutcome:
@@ -235,7 +291,12 @@ class Configuration:
             if proxy.id in instances:
                 credentials = self._credentials(instances[proxy.id].plan, world.resources)
                 self._certificates.provide(proxy, credentials, trust_domain=self.trust_domain)
-            self._ads.update(proxy.id, snapshots[proxy.id])
+            if self._other is None:
+                self._ads.update(proxy.id, snapshots[proxy.id])
+        if self._other is not None:
+            self._other.offer(world, self.resources)
+        if self._other is None:
+            self._ads.update_guests(self.snapshot_of)
         gone = self._known - {proxy.id for proxy in world.proxies}
         for node_id in gone:
             self._certificates.forget(node_id)

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import secrets
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -18,6 +20,7 @@ from mlmesh_local.chaos.faults import DURATION_MAX_S, Part
 from mlmesh_local.mesh import Mesh
 from mlmesh_local.metrics.queries import HISTORY_S, unknown_labels
 from mlmesh_local.pki import LEAF_TTL
+from mlmesh_local.proxyless.node import ProxylessNode, node_id, tolerated_fields
 from mlmesh_local.resources.gateway_api.status import text_with_status
 from mlmesh_local.resources.parse import DEFAULT_NAMESPACE, Document
 from mlmesh_local.routes import list_routes
@@ -155,12 +158,25 @@ class LocalMeshServicer(local_pb2_grpc.LocalMeshServiceServicer):
         """A certificate for a tool."""
         ttl_s = _seconds(request, "ttl", 3600.0, most=LEAF_TTL.total_seconds())
         issued = self._mesh.issue(request.service_account, request.namespace or "mlmesh", timedelta(seconds=ttl_s))
-        return local_pb2.IssueCertificateResponse(
-            certificate_chain_pem=issued.chain_pem,
-            private_key_pem=issued.key_pem,
-            trust_bundle_pem=issued.bundle_pem,
-            identity=issued.identity,
-            expire_time=messages.timestamp(issued.not_after),
+        return messages.issued(issued)
+
+    async def IssueXdsBootstrap(
+        self, request: local_pb2.IssueXdsBootstrapRequest, context: Context
+    ) -> local_pb2.IssueXdsBootstrapResponse:
+        """What a gRPC client without a sidecar starts with."""
+        ttl_s = _seconds(request, "ttl", 3600.0, most=LEAF_TTL.total_seconds())
+        namespace = request.namespace or "mlmesh"
+        node = ProxylessNode(
+            id=node_id(namespace, request.service_account, secrets.token_hex(4)),
+            namespace=namespace,
+            service_account=request.service_account,
+            labels=dict(request.labels),
+            tolerated=tolerated_fields(request.tolerated),
+        )
+        content = self._mesh.configuration.client_bootstrap(node, request.folder)
+        issued = self._mesh.issue(request.service_account, namespace, timedelta(seconds=ttl_s))
+        return local_pb2.IssueXdsBootstrapResponse(
+            bootstrap_json=json.dumps(content, indent=2), certificate=messages.issued(issued)
         )
 
     async def RotateCertificates(

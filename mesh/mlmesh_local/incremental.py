@@ -153,6 +153,11 @@ class Memory:
         if self._count > 2 * self._alive + FORGET_FROM:
             self._forget()
 
+    @property
+    def view(self) -> View | None:
+        """The world gone on to last."""
+        return self._view
+
     def translate(self, proxy: ProxyNode) -> Configuration:
         """The configuration of a proxy; sections that did not change are the very same objects as before."""
         before = self._proxies.get(proxy.id)

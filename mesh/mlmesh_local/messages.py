@@ -17,6 +17,9 @@ from mlmesh_local.configuration import ApplyOutcome
 from mlmesh_local.instance import Instance, State
 from mlmesh_local.mesh import Mesh
 from mlmesh_local.metrics.queries import Row
+from mlmesh_local.model import spiffe_id
+from mlmesh_local.pki import Certificate
+from mlmesh_local.proxyless.status import ClientStatus
 from mlmesh_local.routes import Route, configured_shares
 from mlmesh_local.stats import Counts, Destination
 from mlmesh_local.traces import Span, TraceFilter, TraceSummary
@@ -54,6 +57,31 @@ def mesh_status(mesh: Mesh, observed: Mapping[Destination, Counts]) -> local_pb2
         ca_expire_time=timestamp(mesh.certificates.authority.expire_time),
         ready=mesh.ready,
         metrics_address=mesh.configuration.metrics_address,
+        proxyless_clients=[_client(mesh, client) for client in mesh.configuration.clients()],
+    )
+
+
+def _client(mesh: Mesh, client: ClientStatus) -> local_pb2.ProxylessClient:
+    domain = mesh.configuration.trust_domain or mesh.configuration.world.trust_domain
+    return local_pb2.ProxylessClient(
+        node=client.node.id,
+        identity=spiffe_id(domain, client.node.namespace, client.node.service_account),
+        targets=client.targets,
+        acked_version=client.acked_version,
+        rejection=client.rejection,
+        refused=client.refused,
+        does_without=client.does_without,
+    )
+
+
+def issued(certificate: Certificate) -> local_pb2.IssueCertificateResponse:
+    """A certificate with its key, for the user's own socket."""
+    return local_pb2.IssueCertificateResponse(
+        certificate_chain_pem=certificate.chain_pem,
+        private_key_pem=certificate.key_pem,
+        trust_bundle_pem=certificate.bundle_pem,
+        identity=certificate.identity,
+        expire_time=timestamp(certificate.not_after),
     )
 
 

@@ -123,6 +123,11 @@ class SnapshotBuilder:
                 for proxy in world.proxies
             }
 
+    @property
+    def view(self) -> View | None:
+        """The world built last, indexed."""
+        return self.memory.view
+
     def configuration(self, proxy: ProxyNode) -> Configuration:
         """What a proxy that is not of the world built last would be told in it."""
         return self.memory.translate(proxy)

@@ -28,12 +28,12 @@ from mlmesh_local.envoy_types import CLUSTER, build
 from mlmesh_local.metrics.directory import Directory
 from mlmesh_local.metrics.registry import MeshMetrics
 from mlmesh_local.model import CertificateSecret, ProxyNode, Secret, TrustSecret, World
-from mlmesh_local.proxyless.build import client_of
+from mlmesh_local.proxyless.build import Client, client_of
 from mlmesh_local.proxyless.node import ProxylessNode
 from mlmesh_local.resources import Deployment, Document, ResourceSet, load_resources
 from mlmesh_local.resources.gateway_api.derive import derive
 from mlmesh_local.sidecar import TOKEN_HEADER, SidecarPlan, bootstrap, command, find_envoy
-from mlmesh_local.snapshot import Snapshot, build_snapshots
+from mlmesh_local.snapshot import Snapshot, SnapshotBuilder
 from mlmesh_local.translate import View, service_endpoints
 from mlmesh_local.translate.metric_plans import plans_of
 from mlmesh_local.xds import AdsServer
@@ -115,6 +115,8 @@ class EnvoyMesh:
         self.resources = resources
         self.authority = Authority("mesh root")
         self.ads = AdsServer()
+        self.builder = SnapshotBuilder()
+        self.clients: dict[str, Client] = {}
         self.backends: dict[str, Backend] = {}
         self.not_ready: set[str] = set()
         self.otlp_address = ""
@@ -158,7 +160,7 @@ class EnvoyMesh:
 
     def push(self) -> str:
         """Give every sidecar the configuration of the world as it is."""
-        for node_id, snapshot in build_snapshots(self.world).items():
+        for node_id, snapshot in self.builder.build(self.world).items():
             self.ads.update(node_id, snapshot)
         self.ads.update_guests(self.snapshot_of)
         if self.metrics:
@@ -168,8 +170,8 @@ class EnvoyMesh:
 
     def snapshot_of(self, node: ProxylessNode) -> Snapshot:
         """What a client without a sidecar is told now."""
-        world = self.world
-        return client_of(View(world), node).snapshot(world.version)
+        client = self.clients[node.id] = client_of(self.builder, node, before=self.clients.get(node.id))
+        return client.snapshot(self.world.version)
 
     async def apply(self, *texts: str, timeout_s: float = 5.0) -> float:
         """Apply documents; returns the seconds until every sidecar had acknowledged. A refusal changes nothing."""
@@ -242,6 +244,7 @@ class EnvoyMesh:
         *,
         port: int = 9000,
         host: str = "",
+        server_name: str = "",
         metadata: Mapping[str, str] | None = None,
     ) -> Answer:
         """A call past all client sidecars, to a proxy's listener in the mesh; plaintext without a leaf."""
@@ -251,7 +254,8 @@ class EnvoyMesh:
             channel = grpc.aio.insecure_channel(target, options=options)
         else:
             credentials = grpc.ssl_channel_credentials(self.authority.pem, leaf.key, leaf.cert)
-            options.append(("grpc.ssl_target_name_override", "server.test"))
+            # Gateways choose by the server name; sidecars look at none.
+            options.append(("grpc.ssl_target_name_override", server_name or host or "server.test"))
             channel = grpc.aio.secure_channel(target, credentials, options=options)
         async with channel:
             return await unary(channel, b"", metadata, 3.0)
@@ -360,7 +364,9 @@ class EnvoyMesh:
     def _secrets(self, proxy: ProxyNode) -> dict[str, Secret]:
         secrets = self.secrets_of(proxy.service_account)
         if proxy.kind == "gateway":
-            secrets["kubernetes://ingress-cert"] = secrets["default"]
+            leaf = self.authority.leaf(spiffe(proxy.service_account), dns=(HOST, "*.mlmesh.svc.cluster.local"))
+            shown = CertificateSecret(certificate_chain=leaf.cert, private_key=leaf.key)
+            secrets["kubernetes://ingress-cert"] = shown
             secrets["kubernetes://ingress-cert-cacert"] = secrets["ROOTCA"]
         return secrets
 

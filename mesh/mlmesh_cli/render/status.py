@@ -98,6 +98,18 @@ def shares_table(shares: Iterable[pb.SubsetShare]) -> Table:
     return result
 
 
+def clients_table(clients: Iterable[pb.ProxylessClient]) -> RenderableType:
+    """gRPC clients without a sidecar, and what each of them cannot."""
+    result = table("client without a sidecar", "dials", "config", "refused, or done without")
+    for client in clients:
+        notes = [*client.refused, *(f"{text} (does without)" for text in client.does_without)]
+        state = client.acked_version or "under way"
+        if client.rejection:
+            state, notes = "refused", [client.rejection, *notes]
+        result.add_row(client.identity, "\n".join(client.targets), state, "\n".join(notes) or "-")
+    return result
+
+
 def status_view(status: pb.MeshStatus, now: datetime) -> RenderableType:
     """Everything that `mlmesh status` prints."""
     ready = sum(1 for i in status.instances if i.state == pb.INSTANCE_STATE_READY)
@@ -117,6 +129,8 @@ def status_view(status: pb.MeshStatus, now: datetime) -> RenderableType:
     if status.shares:
         parts.append(shares_table(status.shares))
     parts += [Text(f"gateway {g.gateway} listens on {g.address} ({g.tls_mode})") for g in status.gateways]
+    if status.proxyless_clients:
+        parts.append(clients_table(status.proxyless_clients))
     if status.metrics_address:
         parts.append(Text(f"Istio's metrics for Prometheus at http://{status.metrics_address}/metrics"))
     return Group(*parts)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Final
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Final, Protocol
 
 from mlmesh_local.envoy_types import CLUSTER, ENDPOINTS, LISTENER, ROUTES, Json, typed
 from mlmesh_local.model import ProxyNode
@@ -11,9 +11,9 @@ from mlmesh_local.packing import Packed
 from mlmesh_local.proxyless.clusters import client_cluster
 from mlmesh_local.proxyless.node import ProxylessNode
 from mlmesh_local.proxyless.refusals import CLUSTER_PREFIX, Refusal, refused_cluster, refusing
-from mlmesh_local.proxyless.routes import FAULT_FILTER, client_routes
+from mlmesh_local.proxyless.routes import FAULT_FILTER, action_clusters, client_routes
 from mlmesh_local.snapshot import Snapshot, pack_one
-from mlmesh_local.translate import Configuration, View, translate
+from mlmesh_local.translate import Configuration, View
 from mlmesh_local.translate.names import ADS
 
 _MANAGER: Final = "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager"
@@ -49,12 +49,19 @@ class Made(Mapping[str, Packed]):
         return sum(packed is not None for packed in self._made.values())
 
 
+def unknown_target(name: str) -> Refusal:
+    """What a target that nobody serves is told."""
+    why = "no service of the mesh has this host name and port; `mlmesh routes` lists those that exist"
+    return Refusal(where=f"xds:///{name}", field="target", why=why)
+
+
 class Client:
     """What one client may ask for at one version of the world."""
 
     def __init__(self, view: View, node: ProxylessNode, configuration: Configuration) -> None:
         self._view = view
         self._node = node
+        self._asked: set[str] = set()
         self._clusters = configuration[CLUSTER]
         self._endpoints = configuration[ENDPOINTS]
         self._hosts: dict[tuple[str, int], Json] = {}
@@ -85,16 +92,20 @@ class Client:
 
     def listener(self, name: str) -> Json:
         """The listener of "host:port"; one that refuses where nobody serves that."""
+        self._asked.add(name)
         host = self._host(name)
         manager: Json = {"stat_prefix": name, "http_filters": _FILTERS}
         if host is not None:
             manager["rds"] = {"config_source": ADS, "route_config_name": host["name"]}
         else:
-            why = "no service of the mesh has this host name and port; `mlmesh routes` lists those that exist"
-            cluster = refused_cluster([Refusal(where=f"xds:///{name}", field="target", why=why)])
+            cluster = refused_cluster([unknown_target(name)])
             only = {"match": {"prefix": ""}, "route": {"cluster": cluster}}
             manager["route_config"] = {"virtual_hosts": [{"name": name, "domains": ["*"], "routes": [only]}]}
         return {"name": name, "api_listener": {"api_listener": typed(_MANAGER, manager)}}
+
+    def remember(self, targets: Iterable[str]) -> None:
+        """Targets that the client dialled before."""
+        self._asked.update(targets)
 
     def _host(self, name: str) -> Json | None:
         host, separator, port = name.rpartition(":")
@@ -119,9 +130,8 @@ class Client:
 
     def _refuse_destinations(self, route: Json) -> None:
         action = route["route"]
-        entries = action.get("weighted_clusters", {}).get("clusters", ())
         refused: list[Refusal] = []
-        for name in [entry["name"] for entry in entries] or [action["cluster"]]:
+        for name in action_clusters(action):
             if name in self._clusters:
                 refused += self._cluster_refusals(self._clusters[name])
         if refused:
@@ -157,19 +167,42 @@ class Client:
         ]
         return {"cluster_name": name, "endpoints": localities}
 
+    @property
+    def asked(self) -> frozenset[str]:
+        """Targets that the client dialled."""
+        return frozenset(self._asked)
+
     def refusals(self) -> list[Refusal]:
-        """Everything that this client is refused, or does without."""
+        """What this client is refused, or does without, of the targets that it dialled."""
         found: list[Refusal] = []
-        for host in self._routes.values():
-            found += client_routes(host, self._node.tolerated, self._clusters)[1]
-        for name, cluster in self._clusters.items():
-            if name.startswith("outbound|"):
-                found += client_cluster(cluster, self._view)[1]
+        for name in sorted(self._asked):
+            host = self._host(name)
+            if host is None:
+                found.append(unknown_target(name))
+                continue
+            made, own = client_routes(host, self._node.tolerated, self._clusters)
+            found += own
+            for cluster in sorted({cluster for route in made["routes"] for cluster in action_clusters(route["route"])}):
+                if cluster in self._clusters:
+                    found += client_cluster(self._clusters[cluster], self._view)[1]
         return list(dict.fromkeys(found))
 
 
-def client_of(view: View, node: ProxylessNode) -> Client:
-    """A client of a world."""
+class Builder(Protocol):
+    """What makes configurations of a world: `mlmesh_local.snapshot.SnapshotBuilder`."""
+
+    @property
+    def view(self) -> View | None:
+        """The world, indexed."""
+
+    def configuration(self, proxy: ProxyNode) -> Configuration:
+        """What a sidecar would be told."""
+
+
+def client_of(builder: Builder, node: ProxylessNode, *, before: Client | None = None) -> Client:
+    """A client of the world that was built last; ``before`` is the same client in the world before."""
+    if builder.view is None:
+        raise RuntimeError("no world was built")
     proxy = ProxyNode(
         id=node.id,
         namespace=node.namespace,
@@ -179,4 +212,6 @@ def client_of(view: View, node: ProxylessNode) -> Client:
         application_address=_NOWHERE,
         outbound_address=_NOWHERE,
     )
-    return Client(view, node, translate(view, proxy))
+    client = Client(builder.view, node, builder.configuration(proxy))
+    client.remember(before.asked if before else ())
+    return client

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from mlmesh_local.resources.problems import did_you_mean
+from mlmesh_runtime.errors import InvalidInput
 
 PREFIX = "proxyless"
 TOKEN_FIELD = "MLMESH_TOKEN"  # noqa: S105  (a name)
@@ -56,6 +59,17 @@ class ProxylessNode:
             tolerated=frozenset(map(str, tolerated)) if isinstance(tolerated, list) else frozenset(),
             token=str(metadata.get(TOKEN_FIELD, "")),
         )
+
+
+def tolerated_fields(names: Iterable[str]) -> frozenset[str]:
+    """Fields that a client declares to do without. Raises InvalidInput for one that it cannot."""
+    found = frozenset(names)
+    for name in sorted(found - set(TOLERABLE)):
+        hint = did_you_mean(name, TOLERABLE)
+        raise InvalidInput(
+            f"a client cannot do without {name!r}{hint}; it may without: {', '.join(TOLERABLE)}", field="tolerated"
+        )
+    return found
 
 
 def node_id(namespace: str, service_account: str, name: str) -> str:

@@ -151,7 +151,7 @@ def _action(action: Json, where: str, found: list[Refusal], clusters: Mapping[st
         result["weighted_clusters"] = {"clusters": weighted}
     elif "cluster" in action:
         result["cluster"] = action["cluster"]
-    missing = [name for name in _names(result) if name not in clusters]
+    missing = [name for name in action_clusters(result) if name not in clusters]
     found.extend(Refusal(where=where, field="route", why=f"there is no destination {name}") for name in missing)
     hashes = [policy for policy in action.get("hash_policy", ()) if "header" in policy]
     if len(hashes) != len(action.get("hash_policy", ())):
@@ -165,7 +165,8 @@ def _action(action: Json, where: str, found: list[Refusal], clusters: Mapping[st
     return result
 
 
-def _names(action: Json) -> Iterator[str]:
+def action_clusters(action: Json) -> Iterator[str]:
+    """Clusters that an action sends to."""
     if "cluster" in action:
         yield action["cluster"]
     yield from (entry["name"] for entry in action.get("weighted_clusters", {}).get("clusters", ()))

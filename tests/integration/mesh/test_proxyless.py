@@ -8,6 +8,7 @@ import grpc
 import pytest
 import pytest_asyncio
 
+from mlmesh_local.proxyless.status import client_status
 from tests.support.envoy_mesh import EnvoyMesh
 from tests.support.mesh_documents import STRICT, SUBSETS, deployment, service, split
 from tests.support.xds_client import XdsClient
@@ -153,3 +154,13 @@ async def test_an_unproven_identity_is_told_nothing(mesh: EnvoyMesh, client: Xds
     assert (await client.calls())[0][0] == "OK"
     connected = {node.id for node, status in mesh.ads.guests() if status.connected}
     assert connected == {"proxyless~mlmesh~client~one"}
+
+
+async def test_the_status_tells_what_a_client_is_refused(mesh: EnvoyMesh, client: XdsClient) -> None:
+    await mesh.apply(HEADERS)
+    await client.calls()
+    ((node, status), *_) = mesh.ads.guests()
+    known = client_status(node, [status], mesh.clients[node.id])
+    assert "server:9000" in known.targets
+    assert [text for text in known.refused if "mirror" in text]
+    assert known.does_without == ()
