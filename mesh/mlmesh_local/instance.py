@@ -201,7 +201,9 @@ class Instance:
         path = self._setup.run_folder / f"{plan.name}.bootstrap.json"
         write_private(path, json.dumps(document, indent=1))
         return Command(
-            argv=sidecar.command(self._setup.envoy, path),
+            argv=sidecar.command(
+                self._setup.envoy, path, threads=plan.workload.proxy_threads, drain_s=plan.workload.proxy_drain_s
+            ),
             environ=inheritable(self._setup.environ) | {MARK: str(self._setup.state_folder)},
             folder=self._setup.working_folder,
             log=plan.sidecar_log,

@@ -105,20 +105,19 @@ def bootstrap(plan: SidecarPlan) -> dict[str, Any]:
     }
 
 
-def command(envoy: Path, bootstrap_file: Path) -> list[str]:
-    """Command line of a sidecar."""
+def command(envoy: Path, bootstrap_file: Path, *, threads: int = 1, drain_s: int = DRAIN_S) -> list[str]:
+    """Command line of a sidecar. ``threads`` 0 is one for each core."""
     return [
         str(envoy),
         "--config-path",
         str(bootstrap_file),
-        "--concurrency",
-        "1",
+        *(["--concurrency", str(threads)] if threads else []),
         # Hot restart uses shared memory that outlives a kill -9 and would clash between meshes.
         "--disable-hot-restart",
         "--drain-time-s",
-        str(DRAIN_S),
+        str(drain_s),
         "--parent-shutdown-time-s",
-        str(DRAIN_S + 15),
+        str(drain_s + 15),
         "--drain-strategy",
         "immediate",
         "--log-level",

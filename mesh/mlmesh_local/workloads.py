@@ -8,11 +8,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from mlmesh_local.resources.model import Container, Deployment
+from mlmesh_local.resources.gateway_api.derive import derive
+from mlmesh_local.resources.mesh_config import ROOT_NAMESPACE, MeshConfig
+from mlmesh_local.resources.model import Container, Deployment, ProxyConfig
 from mlmesh_local.resources.model import Probe as ProbeSpec
+from mlmesh_local.resources.model_sidecars import ProxySettings
 from mlmesh_local.resources.problems import InvalidResource, Problem
+from mlmesh_local.resources.proxies import settings_of
+from mlmesh_local.resources.resource_set import ResourceSet
 
 REPLICAS_MAX = 100
+DRAIN_S = 45
+"""Istio's drainDuration."""
 _CONTAINER = "spec.template.spec.containers[0]"
 
 
@@ -40,7 +47,10 @@ class EnvironmentEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """A Deployment, reduced to what one machine needs. ``argv`` is empty for a gateway: it is its sidecar."""
+    """A Deployment, reduced to what one machine needs. ``argv`` is empty for a gateway: it is its sidecar.
+
+    ``proxy_threads`` 0 is one for each core; ``proxy_drain_s`` is how long listeners that go keep their connections.
+    """
 
     name: str
     namespace: str
@@ -56,14 +66,29 @@ class Workload:
     startup: Probe | None = None
     grace_s: float = 30.0
     is_gateway: bool = False
+    proxy_threads: int = 1
+    proxy_drain_s: int = DRAIN_S
 
     def instance_name(self, ordinal: int) -> str:
         """Name of a replica, counted from 0."""
         return f"{self.name}-{ordinal}"
 
 
-def workload_of(deployment: Deployment) -> Workload:
+def workloads_of(resources: ResourceSet) -> list[Workload]:
+    """What the Deployments of a whole set ask to run, with the proxies that its ProxyConfigs and MeshConfig ask for."""
+    whole = derive(resources)
+    mesh = next(iter(whole.specs(MeshConfig)), None)
+    configs = whole.specs(ProxyConfig)
+    default = mesh.proxies if mesh else ProxySettings()
+    root = (mesh.root_namespace if mesh else "") or ROOT_NAMESPACE
+    return [
+        workload_of(one, settings_of(configs, default, one, root_namespace=root)) for one in whole.specs(Deployment)
+    ]
+
+
+def workload_of(deployment: Deployment, proxy: ProxySettings | None = None) -> Workload:
     """What to run for a Deployment. Raises InvalidResource that names the path of a field that cannot be served."""
+    proxy = proxy or deployment.proxy
     at = _Refusal(deployment)
     if deployment.replicas > REPLICAS_MAX:
         raise at.refuse("spec.replicas", f"at most {REPLICAS_MAX} replicas run on one machine")
@@ -88,6 +113,8 @@ def workload_of(deployment: Deployment) -> Workload:
         argv=argv,
         environment=_environment(container),
         ports=ports,
+        proxy_threads=1 if proxy.concurrency is None else proxy.concurrency,
+        proxy_drain_s=DRAIN_S if proxy.drain_s is None else int(proxy.drain_s),
         readiness=_probe(at, "readinessProbe", container.readiness if argv and container else None, ports),
         liveness=_probe(at, "livenessProbe", container.liveness if argv and container else None, ports),
         startup=_probe(at, "startupProbe", container.startup if argv and container else None, ports),

@@ -14,11 +14,12 @@ from mlmesh_local.resources.mesh_hosts import HostSettings, host_settings
 from mlmesh_local.resources.meta import Meta
 from mlmesh_local.resources.model_routes import Retries
 from mlmesh_local.resources.model_security import ExternalAuthorizer
+from mlmesh_local.resources.model_sidecars import ProxySettings
 from mlmesh_local.resources.model_telemetry import TelemetrySettings
 from mlmesh_local.resources.problems import At
 from mlmesh_local.resources.providers import parse_authorizers
+from mlmesh_local.resources.proxies import proxy_settings
 from mlmesh_local.resources.telemetry_providers import telemetry_settings
-from mlmesh_local.resources.proxies import ProxySettings, proxy_settings
 from mlmesh_local.resources.tree import Node, parse_yaml
 
 ROOT_NAMESPACE = "istio-system"

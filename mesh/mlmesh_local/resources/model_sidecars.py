@@ -73,3 +73,22 @@ class ProxyConfig:
     meta: Meta
     selector: Mapping[str, str] | None = None
     concurrency: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProxySettings:
+    """What of a proxy's configuration applies on a laptop. None leaves the laptop's own.
+
+    ``concurrency`` 0 is a worker thread for each core; ``drain_s`` is how long listeners that go away keep their
+    connections.
+    """
+
+    concurrency: int | None = None
+    drain_s: float | None = None
+
+    def over(self, base: ProxySettings) -> ProxySettings:
+        """These settings, and those of a wider scope where they say nothing."""
+        return ProxySettings(
+            concurrency=base.concurrency if self.concurrency is None else self.concurrency,
+            drain_s=base.drain_s if self.drain_s is None else self.drain_s,
+        )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from mlmesh_local.resources.meta import Meta
+from mlmesh_local.resources.model_sidecars import ProxySettings
 from mlmesh_local.resources.protocols import Protocol
 
 
@@ -61,7 +62,10 @@ class Container:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deployment:
-    """Replicas of a pod. ``labels`` and ``annotations`` are those of the pod template."""
+    """Replicas of a pod. ``labels`` and ``annotations`` are those of the pod template.
+
+    ``proxy`` is what its annotation `proxy.istio.io/config` says.
+    """
 
     meta: Meta
     replicas: int
@@ -70,6 +74,7 @@ class Deployment:
     service_account: str
     containers: tuple[Container, ...]
     termination_grace_s: int
+    proxy: ProxySettings = field(default_factory=ProxySettings)
 
     @property
     def is_gateway(self) -> bool:

@@ -5,13 +5,18 @@ https://istio.io/latest/docs/reference/config/networking/proxy-config/
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from mlmesh_local.resources.checked import duration_s, selector
 from mlmesh_local.resources.fields import INT32_MAX, Fields
 from mlmesh_local.resources.meta import Meta
-from mlmesh_local.resources.model_sidecars import ProxyConfig
+from mlmesh_local.resources.model_sidecars import ProxyConfig, ProxySettings
+from mlmesh_local.resources.problems import At, Problems
+from mlmesh_local.resources.tree import Node, parse_yaml
+
+if TYPE_CHECKING:
+    from mlmesh_local.resources.model_workload import Deployment
 
 ANNOTATION = "proxy.istio.io/config"
 
@@ -32,25 +37,6 @@ _UNSUPPORTED = (
 # fmt: on
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProxySettings:
-    """What of a proxy's configuration applies on a laptop. None leaves the laptop's own.
-
-    ``concurrency`` 0 is a worker thread for each core; ``drain_s`` is how long listeners that go away keep their
-    connections.
-    """
-
-    concurrency: int | None = None
-    drain_s: float | None = None
-
-    def over(self, base: ProxySettings) -> ProxySettings:
-        """These settings, and those of a wider scope where they say nothing."""
-        return ProxySettings(
-            concurrency=base.concurrency if self.concurrency is None else self.concurrency,
-            drain_s=base.drain_s if self.drain_s is None else self.drain_s,
-        )
-
-
 def proxy_settings(fields: Fields) -> ProxySettings:
     """Read `defaultConfig`, or the annotation, which has the same fields."""
     fields.ignored(*_OF_THE_AGENT)
@@ -61,6 +47,13 @@ def proxy_settings(fields: Fields) -> ProxySettings:
     return ProxySettings(
         concurrency=fields.integer("concurrency", high=INT32_MAX), drain_s=duration_s(fields, "drainDuration")
     )
+
+
+def annotated(text: str, at: At, problems: Problems) -> ProxySettings:
+    """Read the annotation: YAML inside a text, on the lines of the file where it is a block."""
+    trees = list(parse_yaml(at.source, "\n" * at.line + text))
+    with Fields(trees[0].root if trees else Node(at.line, None), at, problems) as fields:
+        return proxy_settings(fields)
 
 
 def parse_proxy_config(meta: Meta, spec: Fields) -> ProxyConfig:
@@ -77,27 +70,25 @@ def parse_proxy_config(meta: Meta, spec: Fields) -> ProxyConfig:
 def settings_of(
     configs: Iterable[ProxyConfig],
     default: ProxySettings,
-    namespace: str,
-    labels: Mapping[str, str],
+    deployment: Deployment,
     *,
     root_namespace: str,
 ) -> ProxySettings:
-    """What applies to a workload: ProxyConfigs of the mesh, over them its namespace's, over them its own.
+    """What applies to a workload: MeshConfig's, over them ProxyConfigs of the mesh and of the namespace.
 
-    In one scope the oldest counts.
+    Over these comes the workload's annotation, and over that a ProxyConfig that selects it. In one scope the oldest
+    counts (pilot/pkg/model/proxy_config.go in Istio's source).
     """
-    found = default
     everything = list(configs)
+    namespace, labels = deployment.meta.namespace, deployment.labels
+    own = [config for config in everything if config.meta.namespace == namespace]
     scopes = (
-        [c for c in everything if c.meta.namespace == root_namespace and not c.selector],
-        [c for c in everything if c.meta.namespace == namespace and not c.selector],
-        [
-            c
-            for c in everything
-            if c.meta.namespace == namespace and c.selector and c.selector.items() <= labels.items()
-        ],
+        [c for c in everything if c.meta.namespace == root_namespace and c.selector is None],
+        [c for c in own if c.selector is None],
     )
+    found = default
     for scope in scopes:
-        if scope:
-            found = ProxySettings(concurrency=scope[0].concurrency).over(found)
-    return found
+        found = ProxySettings(concurrency=scope[0].concurrency).over(found) if scope else found
+    found = deployment.proxy.over(found)
+    selected = next((c for c in own if c.selector and c.selector.items() <= labels.items()), None)
+    return ProxySettings(concurrency=selected.concurrency).over(found) if selected else found

@@ -20,6 +20,8 @@ from mlmesh_local.resources.model import (
     Probe,
     ServiceAccount,
 )
+from mlmesh_local.resources.model_sidecars import ProxySettings
+from mlmesh_local.resources.proxies import ANNOTATION, annotated
 from mlmesh_local.resources.services import port_or_name
 
 REPLICAS_MAX = 100
@@ -56,11 +58,13 @@ def parse_deployment(meta: Meta, spec: Fields) -> Deployment:
         selected = inner.text_map("matchLabels")
     labels: dict[str, str] = {}
     annotations: dict[str, str] = {}
+    proxy = ProxySettings()
     with spec.message("template") as template:
         with template.message("metadata") as metadata:
             metadata.ignored("name", "namespace", "creationTimestamp")
             labels = dict(metadata.text_map("labels"))
             annotations = dict(metadata.text_map("annotations"))
+            proxy = _proxy(metadata)
         with template.message("spec") as pod:
             service_account, grace_s, containers = _pod(pod)
             labels = {**_topology(pod), **labels}
@@ -75,7 +79,15 @@ def parse_deployment(meta: Meta, spec: Fields) -> Deployment:
         service_account=service_account,
         containers=containers,
         termination_grace_s=grace_s,
+        proxy=proxy,
     )
+
+
+def _proxy(metadata: Fields) -> ProxySettings:
+    for key, node, at in metadata.entries("annotations"):
+        if key == ANNOTATION and isinstance(node.value, str):
+            return annotated(node.value, at, metadata.problems)
+    return ProxySettings()
 
 
 def parse_pod(meta: Meta, spec: Fields) -> Deployment:

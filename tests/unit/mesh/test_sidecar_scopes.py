@@ -8,9 +8,9 @@ import pytest
 
 from mlmesh_local.resources import InvalidResource
 from mlmesh_local.resources.mesh_config import MeshConfig
-from mlmesh_local.resources.model import ProxyConfig
-from mlmesh_local.resources.proxies import ProxySettings, settings_of
-from tests.support.mesh_world import HOST, Told, load, load_alone, resource
+from mlmesh_local.resources.model_sidecars import ProxySettings
+from mlmesh_local.workloads import workloads_of
+from tests.support.mesh_world import HOST, WORKLOADS, Told, load, load_alone, resource
 
 NETWORKING = "networking.istio.io/v1"
 OUTSIDE = "a.example.com"
@@ -149,19 +149,31 @@ def test_how_proxies_run() -> None:
     def config(spec: str, name: str, namespace: str = "") -> str:
         return resource("ProxyConfig", spec, name=name, namespace=namespace, group="networking.istio.io/v1beta1")
 
-    found = load(
+    def threads(*texts: str) -> dict[str, int]:
+        return {workload.name: workload.proxy_threads for workload in workloads_of(load(WORKLOADS, *texts))}
+
+    assert set(threads().values()) == {1}
+    found = threads(
         config("{concurrency: 4}", "mesh", "istio-system"),
-        config("{concurrency: 2, image: {imageType: debug}, environmentVariables: {A: b}}", "own"),
         config("{selector: {matchLabels: {app: client}}, concurrency: 0}", "selected"),
-    ).specs(ProxyConfig)
-
-    def of(namespace: str, **labels: str) -> int | None:
-        return settings_of(
-            found, ProxySettings(concurrency=1), namespace, labels, root_namespace="istio-system"
-        ).concurrency
-
-    assert (of("other"), of("mlmesh"), of("mlmesh", app="client")) == (4, 2, 0)
-    assert settings_of((), ProxySettings(concurrency=1), "a", {}, root_namespace="b").concurrency == 1
+        config("{selector: {matchLabels: {app: none}}, image: {imageType: debug}}", "other"),
+    )
+    assert found == {"server-v1": 4, "server-v2": 4, "client": 0, "gateway": 4}
+    assert set(
+        threads(config("{concurrency: 4}", "mesh", "istio-system"), config("{concurrency: 2}", "own")).values()
+    ) == {2}
+    # The annotation of a pod is above its namespace.
+    said = WORKLOADS.replace(
+        "metadata: {labels: {app: client",
+        "metadata: {annotations: {proxy.istio.io/config: '{concurrency: 3, drainDuration: 9s}'}, labels: {app: client",
+    )
+    client = next(w for w in workloads_of(load(said, config("{concurrency: 2}", "own"))) if w.name == "client")
+    assert (client.proxy_threads, client.proxy_drain_s) == (3, 9)
+    with pytest.raises(InvalidResource) as caught:
+        load_alone(said.replace("concurrency: 3", "concurency: 3"))
+    assert 'annotations["proxy.istio.io/config"].concurency: unknown field (did you mean "concurrency"?)' in str(
+        caught.value
+    )
 
 
 def mesh(settings: str) -> str:
