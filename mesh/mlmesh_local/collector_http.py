@@ -104,6 +104,8 @@ def _unpacked(body: bytes) -> bytes:
         raise _RefusedError("400 Bad Request") from error
     if unpacker.unconsumed_tail:
         raise _RefusedError("413 Content Too Large")
+    if not unpacker.eof:
+        raise _RefusedError("400 Bad Request")
     return result
 
 

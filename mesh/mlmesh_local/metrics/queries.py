@@ -97,8 +97,8 @@ def _count(
     if isinstance(series, CountSeries) and series.metrics[0].selector.startswith("TCP_"):
         return
     labels = dict(zip(HTTP_LABELS if http else PEER_LABELS, series.values, strict=True))
-    # Messages have no status: they count for every status of their group's peers.
-    if any(labels.get(name, value) != value for name, value in where.items()):
+    # Messages have no status: by one, or of one, they cannot be told.
+    if any(name not in labels for name in by) or any(labels.get(name) != value for name, value in where.items()):
         return
     group = tuple(labels.get(name, "") for name in by)
     row = rows.setdefault(group, Row(labels=dict(zip(by, group, strict=True))))

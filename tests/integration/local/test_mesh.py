@@ -15,8 +15,10 @@ from typing import Any
 import grpc
 import psutil
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from mlmesh.local.v1 import local_pb2
+from mlmesh_cli.measuring import scrape
 from mlmesh_local.instance import State
 from mlmesh_runtime.channel import ClientTls, open_channel
 from tests.integration.local.conftest import ECHO, ECHO_TARGET, HERE, RunningMesh, answer, start
@@ -323,6 +325,27 @@ async def test_a_killed_sidecar_comes_back_with_its_counts(mesh: RunningMesh) ->
     async with mesh.echo() as stub:
         await answer(stub)
     await mesh.until(lambda status: requests(status) > counted > 0)
+
+
+async def test_istios_metrics_can_be_scraped_and_asked(mesh: RunningMesh) -> None:
+    async with mesh.echo() as stub:
+        for _ in range(3):
+            await answer(stub)
+    labels = ("source_workload", "destination_workload", "connection_security_policy")
+    request = local_pb2.GetMetricsRequest(by=labels, where={"source_workload": "toolbox"})
+    async with mesh.control() as stub, asyncio.timeout(10):
+        found = local_pb2.GetMetricsResponse()
+        while sum(group.requests for group in found.groups) < 3:
+            found = await stub.GetMetrics(request)
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await stub.GetMetrics(local_pb2.GetMetricsRequest(by=["colour"]))
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert {group.labels["connection_security_policy"] for group in found.groups} == {"mutual_tls"}
+    assert {group.labels["destination_workload"] for group in found.groups} <= {"echo-v1", "echo-v2"}
+    assert all(group.statuses for group in found.groups)
+    page = await scrape((await mesh.status()).metrics_address)
+    families = {family.name: family for family in text_string_to_metric_families(page)}
+    assert {sample.labels["reporter"] for sample in families["istio_requests"].samples} == {"source", "destination"}
 
 
 async def test_the_status_is_watched(mesh: RunningMesh) -> None:
