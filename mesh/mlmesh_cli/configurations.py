@@ -42,7 +42,7 @@ class Told:
     def sent(self) -> list[Sent]:
         """Resources but secrets, with their content."""
         return [
-            Sent(type=one.type, name=one.name, version=one.version, content=MessageToDict(one.content))
+            Sent(type=one.type, name=one.name, version=one.version, content=MessageToDict(one.content), acked=one.acked)
             for one in self.message.resources
             if one.type in TYPES
         ]
@@ -134,5 +134,6 @@ async def _live(told: Told, kind: str) -> Live:
 
 
 def not_same(compared: Mapping[str, Live]) -> int:
-    """How many resources are not what was sent; what drains is on its way out and does not count."""
-    return sum(one.verdict not in ("same", "draining") for live in compared.values() for one in live.compared)
+    """How many resources are not what was sent; what drains, and what nothing refers to, does not count."""
+    fine = ("same", "draining", "unused")
+    return sum(one.verdict not in fine for live in compared.values() for one in live.compared)

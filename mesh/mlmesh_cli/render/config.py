@@ -11,7 +11,7 @@ from mlmesh_cli.configurations import Live, Told
 from mlmesh_cli.render.status import table
 from mlmesh_local.inspection import TYPES
 
-_STYLES = {"same": "green", "warming": "yellow", "draining": "dim", "only in Envoy": "yellow"}
+_STYLES = {"same": "green", "warming": "yellow", "draining": "dim", "unused": "dim", "only in Envoy": "yellow"}
 
 
 def summary_table(proxies: Sequence[Told]) -> RenderableType:
@@ -52,7 +52,7 @@ def compared_view(head: RenderableType, compared: Mapping[str, Live], *, only_di
             parts.append(Text(f"{name}: {live.problem}", style="red"))
             continue
         count = sum(one.verdict == "same" for one in live.compared)
-        whole = count == len(live.compared)
+        whole = all(one.verdict in ("same", "unused") for one in live.compared)
         style = "green" if whole else "yellow"
         parts.append(
             Text(f"{name}: Envoy runs {count} of {len(live.compared)} resources as they were sent", style=style)

@@ -112,6 +112,8 @@ def _destination(one: Destination, *, verbose: bool) -> Iterator[Text]:
             yield Text(f"  {endpoint.address} {endpoint.instance or '(outside of the mesh)'}{extra}", style="dim")
     if one.tls is not None:
         yield _tls(one.tls)
+        if one.tls.server_identity and not any(check.action in ("ALLOW", "DENY") for check in one.checks):
+            yield Text("no AuthorizationPolicy speaks of the server: everybody may call it", style="dim")
     yield from _checks(one.checks, verbose=verbose)
 
 

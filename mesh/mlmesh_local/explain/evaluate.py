@@ -16,7 +16,7 @@ from mlmesh_local.envoy_types import Json
 from mlmesh_local.explain.chains import TCP_PROXY, chain_of, network_filter
 from mlmesh_local.explain.destinations import destination
 from mlmesh_local.explain.filters import http_filters, kind_of, pass_filters
-from mlmesh_local.explain.not_given import not_given
+from mlmesh_local.explain.not_given import not_given, without_weight
 from mlmesh_local.explain.policies import GRPC_CODES, faults, header_edits, http_as_grpc, retries, telemetry, timeout
 from mlmesh_local.explain.requests import Request, edited, rewritten
 from mlmesh_local.explain.routing import Tried, choose, describe_match, most_specific, share, virtual_host
@@ -171,6 +171,7 @@ def _routed(scene: Scene, hit: _Hit, request: Request, base: Explanation) -> Exp
         faults=fault,
         headers=tuple(header_edits(hit.levels, action)),
         streams=tuple(streams(hit.manager, action, timed, found)),
+        notes=tuple(without_weight(scene, hit.route)),
         outcome=_outcome(found, fault),
     )
 

@@ -34,6 +34,20 @@ def not_given(scene: Scene, proxy: ProxyNode, host: Json, gateway: str, *, port:
                 yield Rejected(route=rule.name, place=place, matches="", why=why)
 
 
+def without_weight(scene: Scene, route: Json) -> Iterator[str]:
+    """Destinations of a route's rule that have the weight 0: Envoy has never heard of them."""
+    place = scene.provenance.of_route(route)
+    index = route.get("metadata", {}).get("filter_metadata", {}).get("mlmesh", {}).get("rule")
+    if place is None or index is None:
+        return
+    for service in scene.view.resources.specs(VirtualService):
+        if f"{service.meta.namespace}/{service.meta.name}" == place.name and int(index) < len(service.http):
+            rule = service.http[int(index)]
+            if len(rule.destinations) > 1:
+                idle = [one.destination for one in rule.destinations if not one.weight]
+                yield from (f"{one.subset or one.host} has the weight 0 in this rule: it gets nothing" for one in idle)
+
+
 def _given(host: Json) -> set[tuple[str, int, int]]:
     found: set[tuple[str, int, int]] = set()
     for route in host.get("routes", ()):

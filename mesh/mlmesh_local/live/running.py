@@ -12,7 +12,7 @@ REQUEST = "/config_dump?include_eds"
 """What to ask the admin interface for."""
 
 State = Literal["active", "warming", "draining", "refused"]
-Verdict = Literal["same", "differs", "missing", "only in Envoy", "warming", "draining", "refused"]
+Verdict = Literal["same", "differs", "missing", "unused", "only in Envoy", "warming", "draining", "refused"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,12 +28,13 @@ class Running:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sent:
-    """One resource as the control plane has it for the Envoy."""
+    """One resource as the control plane has it for the Envoy; ``acked`` when the Envoy has taken it."""
 
     type: str
     name: str
     version: str
     content: Json
+    acked: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +84,10 @@ def compare(sent: Iterable[Sent], now: Iterable[Running]) -> list[Compared]:
     warming = {(one.type, one.name) for one in result if one.verdict == "warming"}
     for key, sending in wanted.items():
         if key not in active | warming:
-            result.append(Compared(type=key[0], name=key[1], sent=sending.version, running="", verdict="missing"))
+            # Envoy asks for these by name, once something refers to them.
+            idle = not sending.acked and key[0] in ("extensions", "endpoints")
+            verdict: Verdict = "unused" if idle else "missing"
+            result.append(Compared(type=key[0], name=key[1], sent=sending.version, running="", verdict=verdict))
     return sorted(result, key=lambda one: (one.type, one.name, one.verdict))
 
 

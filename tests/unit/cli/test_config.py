@@ -70,12 +70,14 @@ def test_both_sides_are_compared_by_version_and_endpoints_by_address() -> None:
         _sent("clusters", "c", "c4"),
         _sent("listeners", "l", "l3"),
         _sent("endpoints", "a", "e1", **_endpoint(9000)),
+        Sent(type="extensions", name="f", version="f1", content={}, acked=False),
     ]
     found = {(one.type, one.name, one.verdict) for one in compare(sent, running(DUMP))}
     assert found == {
         ("clusters", "a", "same"),
         ("clusters", "b", "warming"),
         ("clusters", "c", "missing"),
+        ("extensions", "f", "unused"),
         ("clusters", "old", "only in Envoy"),
         ("endpoints", "a", "same"),
         ("listeners", "l", "differs"),
