@@ -24,6 +24,8 @@ class Authorizer:
     asked: list[Mapping[str, str]] = field(default_factory=list)
     bodies: list[bytes] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)
+    connections: bool = True
+    """Whether connections that are not HTTP are allowed."""
 
     async def check(self, request: Any, _context: Any) -> Any:
         """Envoy's Check."""
@@ -33,7 +35,7 @@ class Authorizer:
         self.bodies.append(http.raw_body or http.body.encode())
         self.paths.append(http.path)
         response: Any = message_class("envoy.service.auth.v3.CheckResponse")()
-        if not http.path or headers.get(HEADER) == ALLOW:
+        if headers.get(HEADER) == ALLOW if http.path else self.connections:
             response.status.code = grpc.StatusCode.OK.value[0]
             option = response.ok_response.headers.add()
             option.header.key, option.header.value = "x-checked", "yes"
