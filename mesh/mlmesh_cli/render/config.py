@@ -59,7 +59,7 @@ def compared_view(head: RenderableType, compared: Mapping[str, Live], *, only_di
         )
         result = table("type", "name", "sent", "running", "verdict")
         for one in live.compared:
-            if not only_different or one.verdict != "same":
+            if not only_different or one.verdict not in ("same", "unused"):
                 verdict = Text(one.verdict, style=_STYLES.get(one.verdict, "red"))
                 result.add_row(one.type, one.name, one.sent or "-", one.running or "-", verdict)
         if result.row_count:
