@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,11 @@ from mlmesh_cli.errors import CliError, ExitCode
 from mlmesh_cli.render.status import table
 from mlmesh_cli.terminal import Terminal
 from mlmesh_cli.worlds import files_world, live_world, read_files
-from mlmesh_local.resources import Document, InvalidResource, ResourceSet, load_resources
+from mlmesh_local.resources import ResourceSet
 from mlmesh_local.resources.analysis import LEVELS, Message
 from mlmesh_local.resources.analysis import analyze as analyze_resources
+from mlmesh_local.resources.analysis.reading import read_for_analysis
 from mlmesh_local.resources.gateway_api.status import proxy_addresses, resource_statuses
-from mlmesh_local.resources.meta import Meta
-from mlmesh_local.resources.problems import Problem
-from mlmesh_local.resources.resource_set import Resource
 
 _STYLES = {"Error": "bold red", "Warning": "bold yellow", "Info": "bold cyan"}
 
@@ -30,36 +28,14 @@ async def look(
 ) -> tuple[Message, ...]:
     """Findings about files, about the running mesh, or about both together. Raises CliError where none runs."""
     resources = ResourceSet()
-    refused: list[Message] = []
+    refused: tuple[Message, ...] = ()
     if paths is None or live:
         async with Connection.from_environment(state_dir) as connection:
             resources = (await live_world(await connection.control())).world.resources
     if paths is not None:
         documents, _ = read_files(paths)
-        resources, refused = _together(resources, documents)
+        resources, refused = read_for_analysis(documents, resources)
     return (*refused, *analyze_resources(resources, suppress=suppress))
-
-
-def _together(resources: ResourceSet, documents: Iterable[Document]) -> tuple[ResourceSet, list[Message]]:
-    """Resources with those of documents added or replaced; what cannot be read is told and left out."""
-    found: dict[tuple[str, str, str], Resource] = {resource.key: resource for resource in resources}
-    refused: list[Message] = []
-    for document in documents:
-        try:
-            found.update({resource.key: resource for resource in load_resources([document])})
-        except InvalidResource as error:
-            refused += [_refusal(problem) for problem in error.problems]
-    return ResourceSet.of(found.values()), refused
-
-
-def _refusal(problem: Problem) -> Message:
-    kind, _, name = problem.at.resource.partition(" ")
-    namespace, _, short = name.rpartition("/")
-    meta = Meta(
-        kind=kind or "Document", namespace=namespace, name=short or "?", labels={}, annotations={}, at=problem.at
-    )
-    text = f"{problem.at.path}: {problem.message}" if problem.at.path else problem.message
-    return Message(code="IST0106", meta=meta, at=problem.at, text=text, offline=True)
 
 
 def report(terminal: Terminal, found: Sequence[Message], *, show: str, fail: str) -> None:

@@ -15,6 +15,9 @@ Level = Literal["Error", "Warning", "Info"]
 LEVELS: tuple[Level, ...] = ("Info", "Warning", "Error")
 """The mildest first."""
 
+ON_THE_LAPTOP = "MLM0001"
+"""Our own code: Istio takes it, and the laptop mesh refuses it by name."""
+
 CODES: dict[str, tuple[str, Level]] = {
     "IST0002": ("Deprecated", "Warning"),
     "IST0101": ("ReferencedResourceNotFound", "Error"),
@@ -61,6 +64,7 @@ CODES: dict[str, tuple[str, Level]] = {
     "IST0173": ("DestinationRuleSubsetNotSelectPods", "Error"),
     "IST0174": ("UnknownDestinationRuleHost", "Warning"),
     "IST0177": ("ConflictingServiceEntryProtocol", "Warning"),
+    ON_THE_LAPTOP: ("NotOnTheLaptop", "Info"),
 }
 
 
