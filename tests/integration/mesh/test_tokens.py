@@ -105,6 +105,9 @@ def forgeries() -> dict[str, str]:
         "two dots": "..",
         "claims that are no object": TRUSTED.token(body='"text"'),
         "claims that are no JSON": TRUSTED.token(body="{"),
+        "a claim that is there twice": TRUSTED.token(
+            body=f'{{"iss": "{ISSUER}", "aud": "mlmesh", "sub": "somebody", "sub": "admin"}}'
+        ),
         "an expiry that is no number": TRUSTED.token(exp="tomorrow", **good),
     }
 
@@ -199,3 +202,17 @@ async def test_a_change_acts_on_open_connections_and_lets_nothing_through(mesh: 
             assert outcomes.codes() == {OK, UNAUTHENTICATED}
     assert await mesh.configuration("server-0", "?resource=dynamic_listeners") == listeners
     assert await mesh.stats("server-0", "listener_manager.lds.update_success") == before
+
+
+async def test_what_istio_takes_although_one_might_not_expect_it(mesh: EnvoyMesh) -> None:
+    """Envoy takes tokens without expiry, for a minute after it, and with any `crit`: policies may demand claims."""
+    await mesh.apply(TOKENS)
+    for token in (
+        TRUSTED.token(aud="mlmesh", exp=None),
+        TRUSTED.token(aud="mlmesh", exp=int(time.time()) - 30),
+        TRUSTED.token(aud="mlmesh", header={"crit": ["b64"], "b64": False}),
+    ):
+        assert (await mesh.call(metadata=bearer(token))).code is OK
+    needed = policy("required", "rules: [{when: [{key: 'request.auth.claims[scope]', values: ['*']}]}]")
+    await mesh.apply(needed)
+    assert (await mesh.call(metadata=bearer(TRUSTED.token(aud="mlmesh")))).code is DENIED
