@@ -15,7 +15,7 @@ from mlmesh_cli.defaults import choose_folders
 from mlmesh_cli.errors import usage_error
 from mlmesh_local.addresses import BLOCKS, Block
 from mlmesh_local.model import World
-from mlmesh_local.offline import offline_world
+from mlmesh_local.offline import offline_world, only_for_processes
 from mlmesh_local.picture import Placed, resources_of, world_of
 from mlmesh_local.reading import read_paths
 from mlmesh_local.resources import Document, ResourceSet, load_resources
@@ -86,6 +86,6 @@ def files_world(paths: Sequence[Path]) -> Seen:
 
 def offline(documents: Iterable[Document]) -> Seen:
     """The world that documents would make."""
-    applied = ResourceSet().apply(load_resources(documents))
+    applied = ResourceSet().apply(load_resources(documents, overlook=only_for_processes))
     world = offline_world(applied.resources, otlp_address=Block(second=BLOCKS.start).otlp)
     return Seen(world=world, notes=tuple(applied.warnings))

@@ -137,7 +137,8 @@ def _resources(before: ResourceSet, after: ResourceSet) -> Iterator[ResourceDiff
 def _yaml(resource: Resource | None) -> list[str]:
     if resource is None:
         return []
-    return yaml.safe_dump(resource.plain, sort_keys=False, allow_unicode=True, width=120).splitlines()
+    # In one order: what other tools wrote out again differs by what it says alone.
+    return yaml.safe_dump(resource.plain, allow_unicode=True, width=120).splitlines()
 
 
 def _json(content: Json | None) -> list[str]:

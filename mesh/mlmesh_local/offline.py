@@ -18,6 +18,7 @@ from mlmesh_local.addresses import BLOCKS, INSTANCES_MAX, Block, InstanceAddress
 from mlmesh_local.model import ProxyNode, World
 from mlmesh_local.resources.gateway_api.derive import derive
 from mlmesh_local.resources.model import Deployment
+from mlmesh_local.resources.problems import Problem
 from mlmesh_local.resources.resource_set import ResourceSet
 from mlmesh_local.translate import service_endpoints
 from mlmesh_runtime.errors import InvalidInput
@@ -26,6 +27,17 @@ PROXIES_MAX = len(BLOCKS) * INSTANCES_MAX
 """Most proxies of one offline world: 250 in each of 128 blocks of addresses."""
 
 _KEPT = ("pod_address", "application_address", "outbound_address", "extra_addresses", "access_log_path")
+
+
+def only_for_processes(problem: Problem) -> bool:
+    """Whether a problem hinders the running of a process on this machine only, such as a Secret that it reads.
+
+    Give it to `load_resources` as what to overlook where nothing is run.
+    """
+    kind = problem.at.resource.partition(" ")[0]
+    if kind not in ("Deployment", "StatefulSet", "Pod"):
+        return False
+    return problem.message.startswith("not supported: ") or problem.at.path.endswith("valueFrom")
 
 
 def offline_world(resources: ResourceSet, *, not_ready: Collection[str] = (), **fields: Any) -> World:

@@ -51,7 +51,7 @@ def diff(
         from mlmesh_cli.render.diffing import difference_view  # noqa: PLC0415
         from mlmesh_cli.worlds import files_world, look, read_files  # noqa: PLC0415
         from mlmesh_local.differing import compare, document  # noqa: PLC0415
-        from mlmesh_local.offline import following_world  # noqa: PLC0415
+        from mlmesh_local.offline import following_world, only_for_processes  # noqa: PLC0415
         from mlmesh_local.resources import ResourceSet, load_resources  # noqa: PLC0415
 
         if not file:
@@ -59,7 +59,8 @@ def diff(
         documents, notes = read_files(file)
         before = files_world(against) if against else await look(state_dir, None)
         # Against files, both sides are whole: what is in one only was created or deleted.
-        incoming = load_resources(documents)
+        # A running mesh would refuse what it cannot run, and so is it told here.
+        incoming = load_resources(documents, overlook=only_for_processes) if against else load_resources(documents)
         applied = (ResourceSet() if against else before.world.resources).apply(incoming, prune=prune)
         for note in (*notes, *before.notes, *applied.warnings):
             terminal.warn(note)

@@ -154,16 +154,21 @@ IGNORED_KINDS = frozenset(
 """Kinds that mean something to a cluster only."""
 
 
-def load_resources(documents: Iterable[Document], *, default_namespace: str = DEFAULT_NAMESPACE) -> ResourceSet:
+def load_resources(
+    documents: Iterable[Document],
+    *,
+    default_namespace: str = DEFAULT_NAMESPACE,
+    overlook: Callable[[Problem], bool] = lambda _problem: False,
+) -> ResourceSet:
     """Read and validate documents, each resource on its own; `ResourceSet.apply` checks them against each other.
 
-    Raises InvalidResource with every problem found.
+    Raises InvalidResource with every problem found but those to `overlook`: for who looks and does not run.
     """
     problems: list[Problem] = []
     resources: dict[tuple[str, str, str], Resource] = {}
     for document in documents:
         try:
-            found = _document(document, default_namespace)
+            found = _document(document, default_namespace, overlook)
         except InvalidResource as error:
             problems.extend(error.problems)
             continue
@@ -206,7 +211,7 @@ def _refusal(source: str, message: str) -> InvalidResource:
     return InvalidResource([Problem(at=At(source=source, line=0), message=message)])
 
 
-def _document(document: Document, default_namespace: str) -> list[Resource]:
+def _document(document: Document, default_namespace: str, overlook: Callable[[Problem], bool]) -> list[Resource]:
     problems = Problems()
     resources: list[Resource] = []
     for tree in parse_yaml(document.source, document.text):
@@ -214,7 +219,9 @@ def _document(document: Document, default_namespace: str) -> list[Resource]:
             resource = _resource(root, tree, default_namespace, problems)
             if resource is not None:
                 resources.append(resource)
-    problems.refuse()
+    serious = [problem for problem in problems.found() if not overlook(problem)]
+    if serious:
+        raise InvalidResource(serious)
     return resources
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from mlmesh_local.offline import offline_world
+from mlmesh_local.offline import offline_world, only_for_processes
 from mlmesh_local.reading import read_paths
-from mlmesh_local.resources import InvalidResource, load_resources
+from mlmesh_local.resources import Document, InvalidResource, ResourceSet, load_resources
 from mlmesh_local.snapshot import build_snapshots
 from tests.support.mesh_world import SUBSETS, WORKLOADS, load
 
@@ -80,3 +80,16 @@ def test_what_cannot_be_followed_is_refused(tmp_path: Path, text: str, expected:
     (tmp_path / "kustomization.yaml").write_text(text)
     with pytest.raises(InvalidResource, match=expected.replace(".", r"\.")):
         read_paths([tmp_path])
+
+
+def test_what_hinders_only_processes_is_overlooked_where_nothing_runs() -> None:
+    secret = "env: [{name: PASSWORD, valueFrom: {secretKeyRef: {name: a, key: b}}}], lifecycle: {preStop: {}}, ports:"
+    text = WORKLOADS.replace("command: [serve], ports:", f"command: [serve], {secret}")
+    document = Document(source="production.yaml", text=text)
+    with pytest.raises(InvalidResource, match="does not read ConfigMaps and Secrets"):
+        load_resources([document])
+    resources = ResourceSet().apply(load_resources([document], overlook=only_for_processes)).resources
+    assert len(offline_world(resources).proxies) == 4
+    wrong = Document(source="wrong.yaml", text=text.replace("  selector: {app", "  selektor: {app"))
+    with pytest.raises(InvalidResource, match="selektor: unknown field"):
+        load_resources([wrong], overlook=only_for_processes)
