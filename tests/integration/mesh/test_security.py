@@ -127,6 +127,29 @@ async def test_strict_refuses_whoever_is_not_of_the_mesh(mesh: EnvoyMesh) -> Non
     assert (await mesh.direct("server-0", authority.leaf(spiffe("client")))).text == "server-0"
 
 
+SETTINGS = """
+apiVersion: v1
+kind: ConfigMap
+metadata: {name: istio, namespace: istio-system}
+data:
+  mesh: |
+    trustDomainAliases: [old.example]
+---
+"""
+
+
+async def test_an_alias_of_the_trust_domain_means_the_same_workloads(mesh: EnvoyMesh) -> None:
+    old = mesh.authority.leaf("spiffe://old.example/ns/mlmesh/sa/client")
+    assert (await mesh.direct("server-0", old)).code is grpc.StatusCode.UNAVAILABLE
+    await mesh.apply(SETTINGS, allow("client"))
+    assert (await mesh.direct("server-0", old)).code is grpc.StatusCode.OK
+    for uri in ("spiffe://old.example/ns/mlmesh/sa/other", spiffe("other")):
+        refused = await mesh.direct("server-0", mesh.authority.leaf(uri))
+        assert refused.code is grpc.StatusCode.PERMISSION_DENIED
+    elsewhere = mesh.authority.leaf("spiffe://older.example/ns/mlmesh/sa/client")
+    assert (await mesh.direct("server-0", elsewhere)).code is grpc.StatusCode.UNAVAILABLE
+
+
 async def test_a_server_of_another_identity_is_not_trusted(mesh: EnvoyMesh) -> None:
     """A workload that got hold of the address, but not of the identity, gets no call."""
     proxy = mesh.proxy("server-0")
