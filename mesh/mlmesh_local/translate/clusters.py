@@ -179,11 +179,11 @@ def _endpoint(target: _Target, endpoint: Endpoint) -> Json:
 
 
 def _takes_mutual_tls(target: _Target, endpoint: Endpoint) -> bool:
+    if not endpoint.mesh_tls:
+        return False
     mode = _rule_mode(target)
     if mode:
         return mode == "ISTIO_MUTUAL"
-    if not endpoint.mesh_tls:
-        return False
     return target.view.mtls_mode(target.service.namespace, endpoint.labels, endpoint.target_port) != "DISABLE"
 
 
