@@ -7,6 +7,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from mlmesh_local.backoff import Backoff
@@ -35,6 +36,15 @@ WORLDS_MAX = 64
 Deliver = Callable[[str, Snapshot], None]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Round:
+    """A state that Istio was shown; the last of a world's rounds surely has all of it."""
+
+    world: World
+    view: View
+    is_last: bool
+
+
 class Driver:
     """Runs subscriptions in a task group; `deliver` gets every proxy's snapshot, with the version of its world.
 
@@ -48,7 +58,7 @@ class Driver:
         self._group = group
         self._deliver = deliver
         self._number = 0
-        self._worlds: OrderedDict[int, tuple[World, View]] = OrderedDict()
+        self._worlds: OrderedDict[int, _Round] = OrderedDict()
         self._followers: dict[str, asyncio.Task[None]] = {}
         self._proxies: dict[str, ProxyNode] = {}
         self._reached: dict[str, int] = {}
@@ -56,12 +66,9 @@ class Driver:
 
     def offer(self, world: World, resources: ResourceSet) -> None:
         """Show a world to Istio. ``resources`` are those that were applied, without what was derived from them."""
-        self._number += 1
-        self._worlds[self._number] = (world, View(world))
-        while len(self._worlds) > WORLDS_MAX:
-            self._worlds.popitem(last=False)
+        first = self._begin(_Round(world=world, view=View(world), is_last=False))
         objects = cluster(with_surroundings(_plain(resources), world), _pods(world))
-        objects[ENVOY_FILTERS].append(marker(self._number, world.root_namespace))
+        objects[ENVOY_FILTERS].append(first)
         self._istiod.store.replace(objects, OWNED)
         wanted = {proxy.id: proxy for proxy in world.proxies}
         for name in [name for name, proxy in self._proxies.items() if wanted.get(name) != proxy]:
@@ -75,7 +82,7 @@ class Driver:
 
     async def delivered(self, version: str, *, timeout_s: float) -> None:
         """Wait until every proxy was given what Istio makes of this version, or of a later one. Raises TimedOut."""
-        numbers = [number for number, (world, _) in self._worlds.items() if world.version == version]
+        numbers = [number for number, one in self._worlds.items() if one.world.version == version]
         number = numbers[-1] if numbers else self._number
         try:
             async with asyncio.timeout(timeout_s):
@@ -90,6 +97,25 @@ class Driver:
         for task in self._followers.values():
             task.cancel()
         self._followers.clear()
+
+    def _begin(self, begun: _Round) -> Object:
+        """Number a round; gives the marker that Istio's pushes then have."""
+        self._number += 1
+        self._worlds[self._number] = begun
+        while len(self._worlds) > WORLDS_MAX:
+            self._worlds.popitem(last=False)
+        return marker(self._number, begun.world.root_namespace)
+
+    def _confirm(self, number: int) -> None:
+        """Mark once more when the first push has come.
+
+        Istio reads every kind of resource on a stream of its own, so that the marker may overtake another change; it
+        does not by the time that a whole push has been computed and sent.
+        """
+        found = self._worlds[number]
+        if number == self._number and not found.is_last:
+            again = self._begin(_Round(world=found.world, view=found.view, is_last=True))
+            self._istiod.store.put(ENVOY_FILTERS, again)
 
     def _late(self, number: int) -> list[str]:
         return sorted(name for name in self._proxies if self._reached.get(name, 0) < number)
@@ -117,15 +143,20 @@ class Driver:
             number = take(resources)
             if number not in self._worlds:
                 continue
-            world, view = self._worlds[number]
+            found = self._worlds[number]
+            self._confirm(number)
+            # Only the last round counts as acknowledged.
+            version = found.world.version if found.is_last else f"{found.world.version}-first"
             try:
-                configuration: Any = reported(detoured(adapt(resources, proxy), world), view, proxy)
-                self._deliver(proxy.id, pack(proxy.id, configuration, world.version))
+                adapted = detoured(adapt(resources, proxy), found.world)
+                configuration: Any = reported(adapted, found.view, proxy)
+                self._deliver(proxy.id, pack(proxy.id, configuration, version))
             except MeshError as error:
                 logger.warning("what Istio sent cannot be run here", extra={"node": proxy.id, "problem": error.message})
                 continue
-            self._reached[proxy.id] = number
-            self._changes.notify()
+            if found.is_last:
+                self._reached[proxy.id] = number
+                self._changes.notify()
 
 
 def _pods(world: World) -> list[Pod]:
