@@ -151,12 +151,16 @@ def _egress(fields: Fields) -> EgressListener:
             return EgressListener(hosts=hosts, bind=bind)
         number, name, port = _port(fields, unix=True)
         declared = protocol(port, "protocol")
+        if declared == "http-proxy":
+            port.refuse("protocol", "not supported by the laptop mesh: applications call their sidecar by host name")
         if number == 0:
             problem = _endpoint_problem(bind) if bind.startswith(UNIX) else "a port 0 needs a unix socket: unix:///PATH"
             if problem:
                 fields.refuse("bind", problem)
             if capture == "IPTABLES":
                 fields.refuse("captureMode", "a unix socket is not captured")
+            if not problem:
+                fields.refuse("bind", "not supported by the laptop mesh: applications call by TCP; use a port")
         elif bind and not is_ip(bind):
             fields.refuse("bind", f'"{bind}" is not an IP address')
         return EgressListener(hosts=hosts, port=number, name=name, protocol=declared, bind=bind)
