@@ -18,6 +18,9 @@ from benchmarks import (
     inference_soak,
     memory_unload,
     mesh_metrics,
+    mesh_overhead,
+    mesh_robustness,
+    mesh_scale,
     paths,
     registry_search,
     registry_transfer,
@@ -49,6 +52,8 @@ BENCHMARKS |= {"inference-scheduler": inference_scheduler.main, "inference-limit
 BENCHMARKS |= {"inference-overload": inference_overload.main}
 BENCHMARKS |= {"transports": transports.main, "mesh-metrics": mesh_metrics.main}
 BENCHMARKS |= {"inference-engines": inference_engines.main, "memory-unload": memory_unload.main}
+BENCHMARKS |= {"mesh-scale": mesh_scale.main, "mesh-overhead": mesh_overhead.main}
+BENCHMARKS |= {"mesh-robustness": mesh_robustness.main}
 
 
 def main() -> None:

@@ -281,6 +281,10 @@ class EnvoyMesh:
         """ "host:port" of the control plane."""
         return self._claim.block.ads
 
+    def envoy_pids(self) -> list[int]:
+        """Process ids of the Envoys."""
+        return [process.pid for process in self._envoys.values()]
+
     def free_address(self) -> str:
         """A loopback address of this mesh that no instance uses."""
         return self._claim.block.instance(250).application
