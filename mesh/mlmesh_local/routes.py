@@ -109,7 +109,7 @@ def _policy(rule: HttpRule) -> str:
         parts.append(f"delay {rule.fault.delay.fixed_delay_s:g} s for {rule.fault.delay.percent:g} %")
     if rule.fault and rule.fault.abort:
         status = rule.fault.abort.grpc_status or f"HTTP {rule.fault.abort.http_status}"
-        parts.append(f"abort {status} for {rule.fault.abort.percent:g} %")
+        parts.append(f"abort {status} for {rule.fault.abort.percent or 0:g} %")
     parts += [
         f"mirror {mirror.percent:g} % to {mirror.destination.host} {mirror.destination.subset}".rstrip()
         for mirror in rule.mirrors
@@ -118,4 +118,12 @@ def _policy(rule: HttpRule) -> str:
         parts.append("header edits")
     if rule.rewrite:
         parts.append("rewrite")
+    if rule.redirect:
+        parts.append(f"redirect {rule.redirect.code}")
+    if rule.direct_response:
+        parts.append(f"answer {rule.direct_response.status}")
+    if rule.delegate:
+        parts.append(f"delegate {rule.delegate.namespace or 'own'}/{rule.delegate.name}")
+    if rule.cors:
+        parts.append("CORS")
     return ", ".join(parts)

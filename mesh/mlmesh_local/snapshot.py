@@ -23,6 +23,7 @@ from mlmesh_local.packing import VIRTUAL_HOST, Kept, Named, Packed, Packer, find
 from mlmesh_local.references import references
 from mlmesh_local.resources.problems import At, InvalidResource, Problem
 from mlmesh_local.translate import Configuration, View, translate
+from mlmesh_local.translate.routes import UNKNOWN_SERVICE
 
 FORGET_FROM = 10_000
 """Packed resources, beyond twice those in use, from which on the others are forgotten."""
@@ -235,6 +236,10 @@ class _Packing:
         return found[0]
 
 
+# Destinations that do not exist keep their name, as in Istio: Envoy answers for them that there is no such cluster.
+_MAY_BE_MISSING = ("outbound|", UNKNOWN_SERVICE)
+
+
 def _consistent(sections: Mapping[str, _Section]) -> bool:
     clusters, listeners = sections[CLUSTER], sections[LISTENER]
     unknown = sections[ROUTES].refers[CLUSTER] - clusters.named.keys()
@@ -242,7 +247,7 @@ def _consistent(sections: Mapping[str, _Section]) -> bool:
         clusters.refers[ENDPOINTS] <= sections[ENDPOINTS].named.keys()
         and listeners.refers[ROUTES] <= sections[ROUTES].named.keys()
         and listeners.refers[EXTENSIONS] <= sections[EXTENSIONS].named.keys()
-        and all(name.startswith("outbound|") for name in unknown)
+        and all(name.startswith(_MAY_BE_MISSING) for name in unknown)
     )
 
 
@@ -281,7 +286,7 @@ def consistency(configuration: Configuration) -> list[str]:
         problems += [
             f"the route configuration {name} sends to the cluster {cluster}, which there is not"
             for cluster in sorted(set(_clusters_named(routes)) - clusters.keys())
-            if not cluster.startswith("outbound|")
+            if not cluster.startswith(_MAY_BE_MISSING)
         ]
     return problems
 

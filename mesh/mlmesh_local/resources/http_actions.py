@@ -169,7 +169,7 @@ def _abort(fields: Fields) -> FaultAbort | None:
     if not how:
         # Istio takes it, and aborts nothing.
         return None
-    return FaultAbort(http_status=http_status, grpc_status=grpc_status, percent=percent or 0.0)
+    return FaultAbort(http_status=http_status, grpc_status=grpc_status, percent=percent)
 
 
 # Answers of the proxy itself

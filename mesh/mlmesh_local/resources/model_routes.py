@@ -102,11 +102,11 @@ class FaultDelay:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FaultAbort:
-    """Abort of a percentage of requests, with one of the two statuses."""
+    """Abort of a percentage of requests, with one of the two statuses. Without a percentage none is aborted."""
 
     http_status: int | None
     grpc_status: str | None
-    percent: float
+    percent: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

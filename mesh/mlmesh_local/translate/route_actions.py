@@ -145,7 +145,9 @@ def fault_config(fault: Fault) -> Json:
             "percentage": fraction(fault.delay.percent),
         }
     if fault.abort:
-        abort: Json = {"percentage": fraction(fault.abort.percent)}
+        abort: Json = {}
+        if fault.abort.percent is not None:
+            abort["percentage"] = fraction(fault.abort.percent)
         if fault.abort.grpc_status is not None:
             abort["grpc_status"] = GRPC_STATUS.index(fault.abort.grpc_status)
         else:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from mlmesh_local.envoy_types import Json
 from mlmesh_local.model import ProxyNode
 from mlmesh_local.resources.catalog import CatalogService, HostPolicy
+from mlmesh_local.resources.gateway_api.rules import NOWHERE
 from mlmesh_local.resources.meta import Meta
 from mlmesh_local.resources.model import HashKey, TrafficPolicy
 from mlmesh_local.resources.model_routes import (
@@ -38,6 +39,8 @@ from mlmesh_local.translate.route_actions import (
 from mlmesh_local.translate.view import View
 
 GATEWAY_SEMANTICS = "gateway"
+UNKNOWN_SERVICE = "UnknownService"
+"""Istio's cluster, which there is not, of references of the Gateway API that lead nowhere."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +70,8 @@ class Frame:
 
         It need not exist: Envoy answers 503 then, as behind Istio.
         """
+        if destination.host == NOWHERE:
+            return UNKNOWN_SERVICE
         service = self.services.get(destination.host)
         port = destination.port or self.listener_port
         if not destination.port and service is not None and len(service.ports) == 1:

@@ -234,7 +234,7 @@ def test_faults_are_on_the_route_by_name_of_the_status() -> None:
 
 def test_a_fault_without_percentage_is_injected_never() -> None:
     config = told(f"[{{fault: {{abort: {{httpStatus: 503}}}}, {TO_SERVER}}}]").rule()["typed_per_filter_config"][FAULT]
-    assert config["abort"]["percentage"]["numerator"] == 0
+    assert config["abort"] == {"http_status": 503}
 
 
 def test_header_edits_of_routes_and_destinations() -> None:
