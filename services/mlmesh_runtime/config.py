@@ -58,6 +58,11 @@ VARIABLES: tuple[Variable, ...] = (
         meaning="json (one object a line, with trace ids) or text (for people).",
     ),
     Variable(
+        name="MLMESH_CHANNELZ",
+        default="0",
+        meaning="1: channelz is served beside the service: its connections and their figures, for who debugs.",
+    ),
+    Variable(
         name="MLMESH_IDENTITY_SOURCE",
         default="none",
         meaning=(
@@ -173,6 +178,7 @@ class Settings:
     data_dir: Path = Path("data")
     log_level: str = "info"
     log_format: str = "json"
+    channelz: bool = False
     identity_source: str = "none"
     tls: TlsFiles | None = None
     drain_s: float = 0.0
@@ -202,6 +208,7 @@ class Settings:
             data_dir=Path(read.text("MLMESH_DATA_DIR")),
             log_level=read.choice("MLMESH_LOG_LEVEL", {"debug", "info", "warning", "error"}),
             log_format=read.choice("MLMESH_LOG_FORMAT", {"json", "text"}),
+            channelz=read.choice("MLMESH_CHANNELZ", {"0", "1"}) == "1",
             identity_source=read.identity_source(tls),
             tls=tls,
             drain_s=read.seconds("MLMESH_DRAIN_S"),

@@ -201,9 +201,10 @@ class Server:
     def _register(self, server: Any) -> None:
         wrapper = Wrapper(self._gate)
         protocols = [Protocol("v1"), Protocol("v1alpha")]
+        asked = [_channelz()] if self._settings.channelz else []
         index = DescriptorIndex(
             [
-                *(service.descriptor for service in self._services),
+                *(service.descriptor for service in (*self._services, *asked)),
                 health_protocol.DESCRIPTOR,
                 *(protocol.descriptor for protocol in protocols),
             ]
@@ -227,7 +228,7 @@ class Server:
                 for protocol in protocols
             ),
         ]
-        for service in builtin:
+        for service in (*builtin, *asked):
             _add(server, wrapper, service, internal=True)
 
     def _bind(self, server: Any) -> str:
@@ -315,6 +316,17 @@ def _add(server: Any, wrapper: Wrapper, service: Service, *, internal: bool) -> 
         if method.direct is not None:
             direct[method_name] = method, wrapper.ordinary(method, handler)
     transport.register(server, name, wrapped, direct)
+
+
+def _channelz() -> Service:
+    from mlmesh_runtime import channelz  # noqa: PLC0415  only for who debugs
+
+    return Service(
+        add=channelz.add_to_server,
+        servicer=channelz.ChannelzServicer(),
+        descriptor=channelz.DESCRIPTOR,
+        validate=False,
+    )
 
 
 def _metrics_endpoint(listen: str) -> telemetry.MetricsEndpoint:

@@ -8,6 +8,7 @@ import grpc
 import pytest
 from google.protobuf import descriptor_pb2
 from google.protobuf.descriptor_pool import DescriptorPool
+from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
@@ -55,6 +56,42 @@ async def test_health_watch_follows_and_ends_with_the_server() -> None:
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await watch.read()
             assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_channelz_tells_of_connections_only_where_it_is_asked_for() -> None:
+    for asked in (False, True):
+        settings = {"channelz": asked, "transport": "grpcio"}
+        async with serving(echo_service(), **settings) as server, grpc.aio.insecure_channel(server.address) as channel:
+            stub: Any = channelz_pb2_grpc.ChannelzStub(channel)
+            if not asked:
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await stub.GetServers(channelz_pb2.GetServersRequest())
+                assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+                continue
+            # The client's own channel is in this process, too.
+            channels = (await stub.GetTopChannels(channelz_pb2.GetTopChannelsRequest())).channel
+            top = await stub.GetChannel(channelz_pb2.GetChannelRequest(channel_id=channels[-1].ref.channel_id))
+            reference = top.channel.subchannel_ref[0].subchannel_id
+            part = await stub.GetSubchannel(channelz_pb2.GetSubchannelRequest(subchannel_id=reference))
+            assert part.subchannel.ref.subchannel_id == reference
+            found = await _connections(stub)
+            assert max(one.data.streams_started for one in found) >= 3
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stub.GetSocket(channelz_pb2.GetSocketRequest(socket_id=1 << 40))
+            assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+async def _connections(stub: Any) -> list[Any]:
+    """Sockets of all servers of this process."""
+    found: list[Any] = []
+    for server in (await stub.GetServers(channelz_pb2.GetServersRequest())).server:
+        one = await stub.GetServer(channelz_pb2.GetServerRequest(server_id=server.ref.server_id))
+        assert one.server.ref == server.ref
+        request = channelz_pb2.GetServerSocketsRequest(server_id=server.ref.server_id)
+        for reference in (await stub.GetServerSockets(request)).socket_ref:
+            asked = channelz_pb2.GetSocketRequest(socket_id=reference.socket_id)
+            found.append((await stub.GetSocket(asked)).socket)
+    return found
 
 
 async def test_health_list() -> None:
