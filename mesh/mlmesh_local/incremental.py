@@ -114,10 +114,6 @@ class _Made:
         tags = {(str(read[0]), _tag(read)) for reads in (self.reads, self.own_reads) for read in reads}
         self.tags = frozenset(tags).union(*(part.tags for part in self.parts))
 
-    def is_touched(self, changes: frozenset[str]) -> bool:
-        """Whether something that was read may have changed with these."""
-        return any(_related(owner, name, changes) for owner, name in self.tags)
-
 
 class Memory:
     """What was made for worlds before. Use it from one thread."""
@@ -133,6 +129,7 @@ class Memory:
         self._own_answers: dict[tuple[Read, int], Any] = {}
         self._known: dict[Hashable, Any] = {}
         self._settled: dict[int, tuple[Any, Any]] = {}
+        self._touched: dict[tuple[frozenset[tuple[str, str]], frozenset[str]], bool] = {}
         self._different: dict[tuple[int, int], tuple[Any, Any]] = {}
         """Answers found to differ, by identity; they are kept alive, so that nothing else gets it."""
         self._proxies: dict[str, ProxyNode] = {}
@@ -147,7 +144,7 @@ class Memory:
         self._view = view
         self._turn += 1
         self._answers, self._own_answers, self._since = {}, {}, {}
-        self._settled, self._different = {}, {}
+        self._settled, self._different, self._touched = {}, {}, {}
         known = {proxy.id for proxy in view.world.proxies}
         self._proxies = {name: proxy for name, proxy in self._proxies.items() if name in known}
         if self._count > 2 * self._alive + FORGET_FROM:
@@ -230,7 +227,7 @@ class Memory:
     def _is_right(self, made: _Made, proxy: ProxyNode) -> bool:
         _, fitted = made.fits.get(id(proxy), (None, 0))
         changes = self._changes_since(fitted) if fitted else None
-        if changes is not None and not made.is_touched(changes):
+        if changes is not None and not self._is_touched(made.tags, changes):
             made.fits[id(proxy)] = (proxy, self._turn)
             return True
         if made.wrong_at == self._turn:
@@ -249,6 +246,14 @@ class Memory:
             return False
         made.fits[id(proxy)] = (proxy, self._turn)
         return True
+
+    def _is_touched(self, tags: frozenset[tuple[str, str]], changes: frozenset[str]) -> bool:
+        """Whether something that was read may have changed. Parts are many, what they read is of few sorts."""
+        key = (tags, changes)
+        found = self._touched.get(key)
+        if found is None:
+            found = self._touched[key] = any(_related(owner, name, changes) for owner, name in tags)
+        return found
 
     def _same(self, read: Read, value: Any, changes: Changes, proxy: ProxyNode | None) -> bool:
         if changes is not None and not _related(str(read[0]), _tag(read), changes):

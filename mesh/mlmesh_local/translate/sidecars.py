@@ -23,12 +23,13 @@ from mlmesh_local.translate.virtual_hosts import outbound_virtual_hosts, route_c
 
 def clusters(view: View, proxy: ProxyNode) -> dict[str, Json]:
     """CDS."""
-    return outbound_clusters(view, proxy) | inbound_clusters(view, proxy)
+    outbound = view.part(("outbound clusters",), functools.partial(outbound_clusters, view, proxy))
+    return outbound | inbound_clusters(view, proxy)
 
 
 def endpoints(view: View, proxy: ProxyNode) -> dict[str, Json]:
     """EDS."""
-    return outbound_endpoints(view, proxy)
+    return view.part(("outbound endpoints",), functools.partial(outbound_endpoints, view, proxy))
 
 
 def extensions(view: View, proxy: ProxyNode) -> dict[str, Json]:
