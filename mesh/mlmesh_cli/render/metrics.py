@@ -41,11 +41,11 @@ def metrics_view(response: pb.GetMetricsResponse) -> RenderableType:
             f"{group.requests:,}",
             f"{group.rate:.1f}",
             t.percent(group.share),
-            Text(t.percent(group.errors / group.requests if group.requests else 0.0), style=_style(group.errors)),
+            Text(t.percent(group.errors / group.requests), style=_style(group.errors)) if group.requests else "-",
             _failures(group.statuses),
-            t.duration(t.seconds(group.p50)),
-            t.duration(t.seconds(group.p90)),
-            t.duration(t.seconds(group.p99)),
+            t.duration(t.seconds(group.p50)) if group.requests else "-",
+            t.duration(t.seconds(group.p90)) if group.requests else "-",
+            t.duration(t.seconds(group.p99)) if group.requests else "-",
             messages,
         )
     return Group(result, Text(f"the last {window}", style="dim"))

@@ -64,7 +64,8 @@ def route_tracing(view: View, proxy: ProxyNode, role: Role) -> Json | None:
         return None
     return {
         "client_sampling": {"numerator": 100},
-        "random_sampling": names.fraction(spec.sampling_percent),
+        # Envoy draws a number below ten thousand from the request id: a finer fraction would always be met.
+        "random_sampling": {"numerator": round(spec.sampling_percent * 100), "denominator": "TEN_THOUSAND"},
         "overall_sampling": {"numerator": 100},
         "custom_tags": sorted(_tags(proxy, spec, view.world.trust_domain), key=_tag_name),
     }

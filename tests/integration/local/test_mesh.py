@@ -21,6 +21,7 @@ from mlmesh.local.v1 import local_pb2
 from mlmesh_cli.measuring import scrape
 from mlmesh_local.instance import State
 from mlmesh_runtime.channel import ClientTls, open_channel
+from mlmesh_runtime.telemetry import FORCE_HEADER
 from tests.integration.local.conftest import ECHO, ECHO_TARGET, HERE, RunningMesh, answer, start
 from tests.support.echo import PROTOS, Text
 
@@ -266,7 +267,8 @@ async def test_an_unknown_workload_is_not_restarted(mesh: RunningMesh) -> None:
 async def test_a_trace_goes_through_both_sidecars(mesh: RunningMesh) -> None:
     trace_id = os.urandom(16).hex()
     async with mesh.echo() as stub:
-        await answer(stub, metadata=(("traceparent", f"00-{trace_id}-{os.urandom(8).hex()}-01"),))
+        sampled = (("traceparent", f"00-{trace_id}-{os.urandom(8).hex()}-01"), (FORCE_HEADER, trace_id))
+        await answer(stub, metadata=sampled)
     async with mesh.control() as stub, asyncio.timeout(20):
         while True:
             try:

@@ -11,6 +11,7 @@ import pytest
 import pytest_asyncio
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2
 
+from mlmesh_runtime.telemetry import FORCE_HEADER
 from tests.support.envoy_mesh import Backend, EnvoyMesh
 from tests.support.mesh_documents import STRICT, deployment, service
 
@@ -85,16 +86,16 @@ spec: {tracing: [{randomSamplingPercentage: 100}]}
 
 async def test_a_callers_decision_to_sample_is_followed(mesh: EnvoyMesh, collector: tuple[Collector, str]) -> None:
     spans, _ = collector
-    unsampled, sampled = "a" * 32, "b" * 32
+    unsampled, forced = "a" * 32, "b" * 32
     await mesh.call(metadata={"traceparent": f"00-{unsampled}-{'1' * 16}-00"})
-    await mesh.call(metadata={"traceparent": f"00-{sampled}-{'2' * 16}-01"})
-    trace = await spans.trace(2, sampled)
+    await mesh.call(metadata={"traceparent": f"00-{forced}-{'2' * 16}-01", FORCE_HEADER: forced})
+    trace = await spans.trace(2, forced)
     by_kind = {span.kind: span for span in trace}
     client, server = by_kind[3], by_kind[2]
     assert client.parent_span_id.hex() == "2" * 16
     assert server.parent_span_id == client.span_id
     assert unsampled not in spans.spans
-    (received,) = [m for m in mesh.backends["server-0"].metadata if sampled in m.get("traceparent", "")]
+    (received,) = [m for m in mesh.backends["server-0"].metadata if forced in m.get("traceparent", "")]
     assert received["traceparent"].split("-")[2] == server.span_id.hex()
 
 
@@ -107,6 +108,18 @@ async def test_sampling_changes_hot_and_listeners_stay(mesh: EnvoyMesh, collecto
     trace = await spans.trace(2)
     assert {span.kind for span in trace} == {2, 3}
     assert await mesh.configuration("client-0", "?resource=dynamic_listeners") == before
+
+
+async def test_a_share_of_calls_is_sampled(mesh: EnvoyMesh, collector: tuple[Collector, str]) -> None:
+    spans, _ = collector
+    await mesh.apply(EVERYTHING.replace("100", "10"))
+    spans.spans.clear()
+    await mesh.spread(300)
+    last = "c" * 32
+    await mesh.call(metadata={"traceparent": f"00-{last}-{'2' * 16}-01", FORCE_HEADER: last})
+    # Spans leave in the order in which they ended.
+    await spans.trace(2, last)
+    assert 5 <= len(spans.spans) - 1 <= 60
 
 
 ENTRY = """

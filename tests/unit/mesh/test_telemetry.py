@@ -63,7 +63,9 @@ def traced(found: Told, routes: str = "9000") -> dict[str, Any]:
 
 
 def percent(found: Told, routes: str = "9000") -> float:
-    return float(traced(found, routes)["random_sampling"]["numerator"]) / 10_000
+    fraction = traced(found, routes)["random_sampling"]
+    assert fraction["denominator"] == "TEN_THOUSAND"
+    return float(fraction["numerator"]) / 100
 
 
 def proxy_of(found: Any, name: str) -> ProxyNode:
@@ -87,7 +89,7 @@ def test_each_field_comes_from_the_nearest_scope_that_sets_it() -> None:
         telemetry("{selector: {matchLabels: {team: red}}, tracing: [{enableIstioTags: false}]}", name="workload"),
     )
     found = traced(told(*texts))
-    assert found["random_sampling"]["numerator"] == 200_000
+    assert found["random_sampling"]["numerator"] == 2000
     # Tags are replaced as a whole.
     assert found["custom_tags"] == [{"tag": "b", "literal": {"value": "ns"}}]
     others = traced(told(*texts, instance="server-v1"))
