@@ -46,6 +46,7 @@ class RootRotation:
         self._nodes = nodes
         self._clock = clock
         self._turn = asyncio.Lock()
+        self._told = ""
 
     async def rotate(self, *, now: bool = False) -> AsyncIterator[str]:
         """Replace the root and tell each step.
@@ -84,7 +85,9 @@ class RootRotation:
         async with self._turn:
             try:
                 async for step in self._steps(now=False, begin=False):
-                    logger.info("root rotation", extra={"step": step})
+                    if step != self._told:
+                        logger.info("root rotation", extra={"step": step})
+                    self._told = step
             except TimedOut as error:
                 logger.warning("root rotation waits", extra={"problem": error.message})
 

@@ -85,6 +85,12 @@ class Spire:
                 "-selector", f"unix:uid:{os.getuid()}",
             )  # fmt: skip
 
+    async def federate(self, trust_domain: str, bundle: Path) -> str:
+        """Trust another trust domain by its SPIFFE bundle; gives the roots that SPIRE read, PEM."""
+        name = f"spiffe://{trust_domain}"
+        await self._server("bundle", "set", "-format", "spiffe", "-id", name, "-path", str(bundle))
+        return await self._server("bundle", "list", "-format", "pem", "-id", name)
+
     async def _start(self, ttl: str) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

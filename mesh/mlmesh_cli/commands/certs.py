@@ -136,7 +136,7 @@ def rotate_root(
             async for response in control.RotateRoot(pb.RotateRootRequest(now=now), timeout=ROTATION_DEADLINE_S):
                 steps.append(response.message)
                 terminal.say(response.message)
-        terminal.show(Text("the root is replaced" if steps else "nothing was done", style="green"), {"steps": steps})
+        terminal.show(Text("mlmesh certs bundle shows the roots that are trusted", style="green"), {"steps": steps})
 
     run(terminal, main)
 

@@ -118,14 +118,16 @@ def _patched(filters: list[Json], patches: tuple[FilterPatch, ...]) -> list[Json
     """Filters with those that EnvoyFilters add; a patch whose place is not there adds nothing, as in Istio."""
     for patch in patches:
         names = [each["name"] for each in filters]
-        if patch.sub_filter and patch.sub_filter not in names:
+        # Istio has several filters of one name where ours are told apart by an ending: "envoy.filters.http.rbac.deny".
+        found = [n for n, name in enumerate(names) if f"{name}.".startswith(f"{patch.sub_filter}.")]
+        if patch.sub_filter and not found:
             continue
         if patch.operation == "INSERT_FIRST" or (patch.operation == "INSERT_BEFORE" and not patch.sub_filter):
             place = 0
         elif patch.operation == "INSERT_BEFORE":
-            place = names.index(patch.sub_filter)
+            place = found[0]
         else:
-            place = names.index(patch.sub_filter) + 1 if patch.sub_filter else len(names)
+            place = found[0] + 1 if patch.sub_filter else len(names)
         # The router ends every request: nothing comes after it.
         filters.insert(min(place, len(filters) - 1), dict(patch.value))
     return filters

@@ -13,6 +13,7 @@ import grpc
 import pytest
 
 from mlmesh_local import workload_api
+from mlmesh_local.bundles import spiffe_bundle
 from mlmesh_local.certificates import Certificates
 from mlmesh_local.pki import Authority
 from mlmesh_local.svids import ForeignIssuer
@@ -41,6 +42,11 @@ spec: {rules: [{from: [{source: {principals: [cluster.local/ns/mlmesh/sa/client]
 
 def now() -> datetime:
     return datetime.now(UTC)
+
+
+def _certificates(pem: str) -> list[str]:
+    """Certificates of a text, without line ends."""
+    return ["".join(part.split("-----END")[0].split()) for part in pem.split("BEGIN CERTIFICATE-----")[1:]]
 
 
 @contextlib.contextmanager
@@ -127,5 +133,11 @@ async def test_spire_itself(tmp_path: Path, repository: Path) -> None:
             async with mesh_of(issuer, tmp_path) as (mesh, _):
                 assert (await mesh.call()).code is grpc.StatusCode.OK
                 assert spiffe("client") in mesh.backends["server-0"].metadata[-1]["x-forwarded-client-cert"]
+                ours = Authority(tmp_path / "ours", clock=now, trust_domain="laptop.example")
+                ours.prepare_root()
+                (folder / "bundle.json").write_text(spiffe_bundle(ours.roots, ours.sequence))
+                assert sorted(_certificates(await spire.federate("laptop.example", folder / "bundle.json"))) == sorted(
+                    _certificates(ours.bundle_pem)
+                )
                 stranger = mesh.authority.leaf(spiffe("client"))
                 assert (await mesh.direct("server-0", stranger)).code is grpc.StatusCode.UNAVAILABLE

@@ -186,6 +186,28 @@ def test_certificates_are_listed_and_rotated(mesh: FakeMesh) -> None:
     assert "6 certificates rotated" in mesh.run("certs", "rotate").stdout
 
 
+def test_a_new_root_is_told_step_by_step(mesh: FakeMesh) -> None:
+    def rotate(_request: Any, _context: Any) -> Iterator[local.RotateRootResponse]:
+        for step in ("a new root is made", "the old root is trusted no more"):
+            yield local.RotateRootResponse(message=step)
+
+    mesh.local["RotateRoot"] = rotate
+    result = mesh.run("certs", "rotate-root", "--now", "-o", "json")
+    assert json.loads(result.stdout)["steps"] == ["a new root is made", "the old root is trusted no more"]
+    assert mesh.local.requests["RotateRoot"][0].now
+    assert "a new root is made" in mesh.run("certs", "rotate-root").stdout
+
+
+def test_the_bundle_is_shown_in_both_forms(mesh: FakeMesh, tmp_path: Path) -> None:
+    response = local.GetTrustBundleResponse(trust_domain="cluster.local", pem="PEM\n", spiffe_json="{}\n", phase="IDLE")
+    mesh.local["GetTrustBundle"] = lambda _request, _context: response
+    assert mesh.run("certs", "bundle").stdout == "PEM\n"
+    assert mesh.run("certs", "bundle", "--spiffe").stdout == "{}\n"
+    assert mesh.run("certs", "bundle", "--to", str(tmp_path / "ca.pem")).exit_code == 0
+    assert (tmp_path / "ca.pem").read_text() == "PEM\n"
+    assert json.loads(mesh.run("certs", "bundle", "-o", "json").stdout)["phase"] == "IDLE"
+
+
 def _train(mesh: FakeMesh, state: training.JobState.ValueType, error: str = "") -> None:
     def create(request: training.CreateJobRequest, _context: Any) -> training.CreateJobResponse:
         return training.CreateJobResponse(job=training.Job(name="jobs/1", spec=request.spec))

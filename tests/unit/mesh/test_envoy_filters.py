@@ -44,6 +44,9 @@ def test_first_before_and_after() -> None:
     assert names(envoy_filter(f"[{patch('x')}]")) == ["x", *plain]
     assert names(envoy_filter(f"[{patch('x', 'INSERT_BEFORE', sub=ROUTER)}]")) == [*plain[:-1], "x", plain[-1]]
     assert names(envoy_filter(f"[{patch('x', 'INSERT_AFTER', sub=plain[0])}]")) == [plain[0], "x", *plain[1:]]
+    # Istio has several filters of this name.
+    rbac = envoy_filter(f"[{patch('x', 'INSERT_BEFORE', sub='envoy.filters.http.rbac')}]")
+    assert names(rbac)[names(rbac).index("x") + 1].startswith("envoy.filters.http.rbac.")
     # The router stays the last.
     assert names(envoy_filter(f"[{patch('x', 'INSERT_AFTER', sub=ROUTER)}]")) == [*plain[:-1], "x", plain[-1]]
     # Nothing is added beside what is not there.
