@@ -70,7 +70,8 @@ async def test_channelz_tells_of_connections_only_where_it_is_asked_for() -> Non
                 continue
             # The client's own channel is in this process, too.
             channels = (await stub.GetTopChannels(channelz_pb2.GetTopChannelsRequest())).channel
-            top = await stub.GetChannel(channelz_pb2.GetChannelRequest(channel_id=channels[-1].ref.channel_id))
+            connected = next(one for one in channels if one.subchannel_ref)
+            top = await stub.GetChannel(channelz_pb2.GetChannelRequest(channel_id=connected.ref.channel_id))
             reference = top.channel.subchannel_ref[0].subchannel_id
             part = await stub.GetSubchannel(channelz_pb2.GetSubchannelRequest(subchannel_id=reference))
             assert part.subchannel.ref.subchannel_id == reference
