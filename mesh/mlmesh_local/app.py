@@ -29,6 +29,8 @@ from mlmesh_local.control import LocalMeshServicer
 from mlmesh_local.guardian import guard
 from mlmesh_local.instance import SidecarSetup
 from mlmesh_local.instances import Folders
+from mlmesh_local.istiod.driver import Driver
+from mlmesh_local.istiod.process import Istiod, find_program
 from mlmesh_local.key_sets import KeySets, fetcher
 from mlmesh_local.mesh import Mesh, SupervisorTraffic
 from mlmesh_local.metering import Metering
@@ -37,6 +39,7 @@ from mlmesh_local.metrics.exposition import CONTENT_TYPE
 from mlmesh_local.options import Options
 from mlmesh_local.pki import TRUST_DOMAIN, Authority, spiffe_id
 from mlmesh_local.poller import StatsPoller
+from mlmesh_local.process import MARK
 from mlmesh_local.receiving import receiving
 from mlmesh_local.report import Report
 from mlmesh_local.resources.gateway_api.derive import derive
@@ -77,16 +80,19 @@ class Start:
     environ: Mapping[str, str]
     otlp_endpoint: str = ""
     spiffe_socket: str = ""
+    istiod: Path | None = None
+    """The program of Istio's control plane, where that is to configure the Envoys."""
 
 
 def prepare(options: Options, state: StateDir, environ: Mapping[str, str]) -> Start:
     """Find everything that is needed, and refuse early what cannot work. Raises MeshError."""
     envoy = find_envoy(environ.get("PATH"))
+    istiod = find_program(options.istiod, environ) if options.control_plane == "istiod" else None
     documents = read_documents([*options.manifests, *options.istio])
     applied = ResourceSet().apply(load_resources(documents))
     for warning in applied.warnings:
         logger.warning(warning)
-    workloads = [workload_of(deployment) for deployment in applied.resources.specs(Deployment)]
+    workloads = [workload_of(deployment) for deployment in derive(applied.resources).specs(Deployment)]
     has_gateway = any(workload.is_gateway and workload.replicas for workload in workloads)
     gateway_address = _gateway_address(options.gateway_address) if has_gateway else ""
     return Start(
@@ -97,6 +103,7 @@ def prepare(options: Options, state: StateDir, environ: Mapping[str, str]) -> St
         environ=environ,
         spiffe_socket=options.spiffe_socket,
         otlp_endpoint=options.otlp_endpoint,
+        istiod=istiod,
     )
 
 
@@ -124,9 +131,11 @@ async def _run(start: Start, block: addresses.Block, report: Report) -> None:
             receiving(block, traces, executor, otlp_endpoint=start.otlp_endpoint),
             _plain_server(block.als, AccessLogs(metering.metrics).attach),
             endpoint.serve(block.metrics, metering.page, content_type=CONTENT_TYPE),
+            _istiod(start, block) as istiod,
             asyncio.TaskGroup() as instances_group,
         ):
             guardian = instances_group.create_task(guard(state.path))
+            driver = Driver(istiod, instances_group, deliver=ads.update) if istiod else None
             mesh = _build(
                 start,
                 block=block,
@@ -138,6 +147,7 @@ async def _run(start: Start, block: addresses.Block, report: Report) -> None:
                 changes=changes,
                 group=instances_group,
                 token=token,
+                driver=driver,
                 foreign=foreign,
             )
             async with _control(mesh, state) as control, asyncio.TaskGroup() as group:
@@ -169,6 +179,8 @@ async def _run(start: Start, block: addresses.Block, report: Report) -> None:
                     async with asyncio.timeout(TELL_S):
                         await mesh.all_told()
                 await control.stop(drain_s=0, grace_s=1)
+            if driver is not None:
+                driver.close()
             guardian.cancel()
     finally:
         executor.shutdown()
@@ -188,6 +200,7 @@ def _build(
     changes: Changes,
     group: asyncio.TaskGroup,
     token: Token,
+    driver: Driver | None,
     foreign: ForeignIssuer | None,
 ) -> Mesh:
     state = start.state
@@ -225,6 +238,8 @@ def _build(
         instances=lambda: supervisor.instances,
         detour=faults.detour,
         describe=metering.describe,
+        other=driver,
+        token=token,
     )
     stats = StatsPoller(
         lambda: list(supervisor.instances.values()), changed=changes.notify, dropped=metering.metrics.lost
@@ -264,6 +279,24 @@ async def _foreign_issuer(start: Start) -> ForeignIssuer | None:
 def _tokens(key: bytes) -> Token:
     # Loopback is open to every user of the machine; keys must go to this mesh's own sidecars only.
     return lambda node_id: hmac.new(key, node_id.encode(), "sha256").hexdigest()
+
+
+@contextlib.asynccontextmanager
+async def _istiod(start: Start, block: addresses.Block) -> AsyncIterator[Istiod | None]:
+    if start.istiod is None:
+        yield None
+        return
+    folder = start.state.path / "istiod"
+    mark = {MARK: str(start.state.path)}
+    istiod = Istiod(start.istiod, folder, host=block.control, log=start.state.logs / "istiod.log", environ=mark)
+    await istiod.start()
+    try:
+        async with asyncio.TaskGroup() as group:
+            keeper = group.create_task(istiod.keep_running())
+            yield istiod
+            keeper.cancel()
+    finally:
+        await istiod.stop()
 
 
 @contextlib.asynccontextmanager
