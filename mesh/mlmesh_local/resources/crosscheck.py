@@ -71,11 +71,9 @@ class _Check:
     # VirtualService
 
     def virtual_services(self) -> None:
-        owners: dict[str, VirtualService] = {}
         for service in self._resources.specs(VirtualService):
             self._check_gateways(service)
             if MESH_GATEWAY in {full_gateway(name, service.meta.namespace) for name in service.gateways}:
-                self._owned_once(service, owners)
                 self._served(service)
             for rule in service.http:
                 self._rule(service, rule)
@@ -87,16 +85,6 @@ class _Check:
             full = full_gateway(name, service.meta.namespace)
             if full != MESH_GATEWAY and full not in self._gateways:
                 self.problems.add(at, f'there is no Gateway "{full}"{did_you_mean(full, self._gateways)}')
-
-    def _owned_once(self, service: VirtualService, owners: dict[str, VirtualService]) -> None:
-        for host in service.hosts:
-            full = full_host(host, service.meta.namespace, DOMAIN)
-            owner = owners.setdefault(full, service)
-            if owner is not service:
-                place = f"{owner.meta.at.source}:{owner.meta.at.line}"
-                self.problems.add(
-                    service.meta.at, f'the host "{full}" already belongs to {owner.meta} ({place}); merge the two'
-                )
 
     def _served(self, service: VirtualService) -> None:
         for host in service.hosts:

@@ -229,19 +229,6 @@ TOGETHER = {
     'no Service and no ServiceEntry (did you mean "server.mlmesh.svc.cluster.local"?)': (send("{host: sever}"),),
     "has no port 9001; it has 9000, 9090": (send("{host: server, port: {number: 9001}}"),),
     'there is no Gateway "mlmesh/way-in"': (send("{host: server}", "hosts: [server], gateways: [way-in]"),),
-    '"port" is required': (
-        resource(
-            "Gateway",
-            "{servers: [{port: {number: 8080, name: a, protocol: HTTP2}, hosts: ['*']}]}",
-            name="way-in",
-            group="networking.istio.io/v1",
-        ),
-        send("{host: server}", "hosts: [server], gateways: [way-in]"),
-    ),
-    "already belongs to VirtualService mlmesh/server (1.yaml:2)": (
-        send("{host: server}"),
-        send("{host: server}").replace("name: server}", "name: twin}"),
-    ),
     'there is no ServiceAccount "mlmesh/operater"': (
         CLIENT.replace("name: client", "name: toolbox").replace(
             "spec: {containers", "spec: {serviceAccountName: operater, containers"
@@ -264,9 +251,11 @@ def warnings(*texts: str) -> str:
 
 def test_what_is_odd_but_possible_is_a_warning() -> None:
     assert warnings() == ""
-    assert "[IST0173] (DestinationRule mlmesh/it)" in warnings(
+    assert "[IST0173] (DestinationRule mlmesh/server)" in warnings(
         destination_rule("{tls: {mode: ISTIO_MUTUAL}}", "[{name: v3, labels: {version: v3}}]")
     )
+    twin = send("{host: server}").replace("name: server}", "name: twin}")
+    assert "[IST0109] (VirtualService mlmesh/twin)" in warnings(send("{host: server}"), twin)
     one = "{route: [{destination: {host: server}}]}"
     assert "it never acts" in warnings(route("timeout: 1s, retries: {attempts: 1, perTryTimeout: 2s}"))
     assert "sidecars do not route it" in warnings(virtual_service(f"[{one}]", fields="hosts: [shop.example]"))
@@ -279,7 +268,7 @@ def test_what_is_odd_but_possible_is_a_warning() -> None:
 
 
 def test_kinds_that_only_a_cluster_needs_are_ignored() -> None:
-    kinds = ("PodDisruptionBudget", "HorizontalPodAutoscaler", "ServiceMonitor", "Namespace")
+    kinds = ("PodDisruptionBudget", "HorizontalPodAutoscaler", "ServiceMonitor")
     assert len(load_alone(*(resource(kind, "{whatever: 1}", group="any/v1") for kind in kinds))) == 0
     assert len(load_alone("{apiVersion: v1, kind: ConfigMap, metadata: {name: settings}, data: {a: b}}")) == 0
 

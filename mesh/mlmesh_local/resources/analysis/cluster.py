@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlmesh_local.resources.analysis.messages import Message
 from mlmesh_local.resources.gateway_api.status import resource_statuses
+from mlmesh_local.resources.indexes import LabelIndex
 from mlmesh_local.resources.meta import Meta
 from mlmesh_local.resources.problems import At
 from mlmesh_local.resources.tree import Node, parse_yaml
@@ -65,6 +66,7 @@ class Cluster:
 
     def __init__(self, resources: ResourceSet) -> None:
         self._items: dict[str, list[Item]] = {}
+        self._by_key: dict[tuple[str, str, str], Item] = {}
         self.messages: list[Message] = []
         self._trees: dict[tuple[str, str, str], Node | None] = {}
         for resource in sorted(resources, key=lambda one: one.key):
@@ -74,10 +76,16 @@ class Cluster:
                 meta=resource.spec.meta, spec=spec if isinstance(spec, dict) else {}, plain=plain, resource=resource
             )
             self._items.setdefault(resource.kind, []).append(item)
+            self._by_key[resource.kind, item.namespace, item.meta.name] = item
         self._statuses: dict[tuple[str, str, str], dict[str, Any]] | None = None
         self._resources = resources
-        self.pods = tuple(self._pods())
+        pods = tuple(self._pods())
+        # Once by namespace, once with those of all namespaces.
+        self._pod_index = LabelIndex(
+            (namespace, pod.labels, pod) for pod in pods for namespace in dict.fromkeys((pod.namespace, ""))
+        )
         self.hosts = self._hosts()
+        self._wild = [(scope, host, found) for (scope, host), found in self.hosts.items() if host.startswith("*")]
 
     def items(self, kind: str) -> list[Item]:
         """Resources of a kind, by name."""
@@ -85,7 +93,7 @@ class Cluster:
 
     def find(self, kind: str, namespace: str, name: str) -> Item | None:
         """A resource by its name."""
-        return next((i for i in self.items(kind) if (i.namespace, i.meta.name) == (namespace, name)), None)
+        return self._by_key.get((kind, namespace, name))
 
     def status(self, item: Item) -> Mapping[str, Any]:
         """The status that a resource of the Gateway API has."""
@@ -134,7 +142,7 @@ class Cluster:
 
     def selected(self, labels: Mapping[str, str], namespace: str = "") -> list[Pod]:
         """Pods that have labels, in a namespace or anywhere."""
-        return [pod for pod in self.pods if namespace in {"", pod.namespace} and matches(labels, pod.labels)]
+        return self._pod_index.select(namespace, labels)
 
     # Hosts
 
@@ -166,8 +174,8 @@ class Cluster:
         for scope in (ALL, *(scopes(exported, namespace) if exported else (namespace,))):
             if (scope, full) in self.hosts:
                 return self.hosts[scope, full]
-        for (scope, known), found in self.hosts.items():
-            if known.startswith("*") and scope in {ALL, namespace} and host.removeprefix("*").endswith(known[1:]):
+        for scope, known, found in self._wild:
+            if scope in {ALL, namespace} and host.removeprefix("*").endswith(known[1:]):
                 return found
         return None
 

@@ -104,4 +104,4 @@ def _meet(cluster: Cluster, selector: dict[str, str], text: str, other: Item) ->
         return True
     if text not in their_text and their_text not in text:
         return False
-    return any(matches(selector, pod.labels) and matches(theirs, pod.labels) for pod in cluster.pods)
+    return any(matches(theirs, pod.labels) for pod in cluster.selected(selector))

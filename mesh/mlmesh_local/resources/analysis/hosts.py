@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mlmesh_local.resources.analysis.cluster import ALL, Cluster, Item, listed, mapped, matches, scopes
+from mlmesh_local.resources.analysis.cluster import ALL, Cluster, Item, listed, mapped, scopes
 
 _VERIFIED = ("SIMPLE", "MUTUAL")
 _PROTOCOLS = (
@@ -63,7 +63,7 @@ def _subsets(cluster: Cluster, item: Item) -> None:
         return
     for index, subset in enumerate(listed(item.spec.get("subsets"))):
         labels = {**known.workload_labels, **mapped(subset.get("labels"))}
-        if not any(matches(labels, pod.labels) for pod in cluster.pods):
+        if not cluster.selected(labels):
             text = f'no workload has the labels of the subset "{subset.get("name", "")}"'
             cluster.report("IST0173", item, text, "spec", "subsets", index)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from mlmesh_local.resources.analysis.annotations import IGNORED, KNOWN, check
-from mlmesh_local.resources.analysis.cluster import Cluster, Item, listed, mapped, matches
+from mlmesh_local.resources.analysis.cluster import Cluster, Item, listed, mapped
+from mlmesh_local.resources.indexes import LabelIndex
 
 _INJECTION = "istio-injection"
 _REVISION = "istio.io/rev"
@@ -13,8 +14,9 @@ _PROXY_UID = 1337
 
 def analyze_workloads(cluster: Cluster) -> None:
     """Look at all of them."""
+    in_front = _in_front(cluster)
     for item in cluster.items("Deployment"):
-        _services(cluster, item)
+        _services(cluster, item, in_front.get(item.full_name, []))
         _user(cluster, item)
     for item in cluster.items("Namespace"):
         _injection(cluster, item)
@@ -23,15 +25,21 @@ def analyze_workloads(cluster: Cluster) -> None:
             _annotations(cluster, item, kind)
 
 
-def _services(cluster: Cluster, item: Item) -> None:
-    labels = mapped(mapped(mapped(item.spec.get("template")).get("metadata")).get("labels"))
-    services = [
-        service
-        for service in cluster.items("Service")
-        if service.namespace == item.namespace
-        and service.spec.get("selector")
-        and matches(mapped(service.spec["selector"]), labels)
-    ]
+def _in_front(cluster: Cluster) -> dict[str, list[Item]]:
+    """Services by the full names of the Deployments that they select."""
+    deployments = LabelIndex(
+        (item.namespace, mapped(mapped(mapped(item.spec.get("template")).get("metadata")).get("labels")), item)
+        for item in cluster.items("Deployment")
+    )
+    found: dict[str, list[Item]] = {}
+    for service in cluster.items("Service"):
+        selector = mapped(service.spec.get("selector"))
+        for item in deployments.select(service.namespace, selector) if selector else []:
+            found.setdefault(item.full_name, []).append(service)
+    return found
+
+
+def _services(cluster: Cluster, item: Item, services: list[Item]) -> None:
     protocols: dict[int, dict[str, list[str]]] = {}
     targets: dict[str, dict[int, str]] = {}
     for service in services:
