@@ -276,6 +276,8 @@ class DeltaStream(Stream):
         subscription.answered = True
         response = self.response(type_url, changed, removed)
         subscription.under_way = response
+        # The same resources may come back later: what was found for them was about what was there then.
+        subscription.forget_checks()
         for packed in changed:
             subscription.sent[packed.name] = packed.version
         for name in removed:

@@ -164,6 +164,24 @@ def test_the_same_content_under_another_version_is_acknowledged_at_once(envoy: E
     assert envoy.stream.poll() == []
 
 
+def test_what_comes_back_before_anything_else_was_looked_at_is_sent_again(envoy: Envoy) -> None:
+    """Snapshots that follow each other share what is equal, and a change that is taken back shares all of it."""
+    one, two = snapshot("one"), snapshot("two", route="2")
+    envoy.stream.set_snapshot(one)
+    envoy.run()
+    for number in range(3):
+        envoy.stream.set_snapshot(two)
+        (response,) = envoy.stream.poll()
+        envoy.take(response, "")
+        assert envoy.stream.acked_version == "two", number
+        envoy.stream.set_snapshot(one)
+        assert envoy.stream.acked_version == "", number
+        (response,) = envoy.stream.poll()
+        envoy.take(response, "")
+        assert envoy.stream.acked_version == "one", number
+        assert envoy.has[ROUTES] == {"routes": "1"}
+
+
 def test_clusters_come_before_and_go_after_the_routes_that_use_them(envoy: Envoy) -> None:
     envoy.stream.set_snapshot(snapshot("two", clusters="b", route="2"))
     envoy.run()
