@@ -61,7 +61,7 @@ class Verdict:
 def kinds(folder: Path) -> list[Kind]:
     """Kinds of the schemas in a folder, by group and name."""
     documents = [each for file in sorted(folder.glob("*.yaml")) for each in yaml.safe_load_all(file.read_text())]
-    found = [_kind(each["spec"]) for each in documents if each and each["kind"] == "CustomResourceDefinition"]
+    found = [_kind(each["spec"]) for each in documents if each and each.get("kind") == "CustomResourceDefinition"]
     return sorted(found, key=lambda kind: (kind.group, kind.kind))
 
 

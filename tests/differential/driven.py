@@ -30,7 +30,7 @@ class DrivenMesh(EnvoyMesh):
         try:
             async with asyncio.TaskGroup() as group:
                 meshes: list[EnvoyMesh] = []
-                driver = Driver(istiod, group, deliver=lambda *what: meshes[0].ads.update(*what))
+                driver = Driver(istiod, group, deliver=lambda *what: meshes[0].ads.update(*what))  # noqa: PLW0108  (the mesh is made below)
 
                 class Here(cls):  # type: ignore[misc, valid-type]
                     def __init__(self, *arguments: Any) -> None:

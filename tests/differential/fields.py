@@ -1,110 +1,97 @@
-"""Paths of the fields that documents set, such as "VirtualService.spec.http.match.headers"."""
+"""Paths of the fields that documents set, such as "VirtualService.spec.http[].match[].headers.*.exact".
+
+"[]" is an item of a list, "*" a key that is the user's own. Which keys are comes from the schemas of the kinds.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-# Maps whose keys are the user's: what is below is the same field.
-MAPS = frozenset(
+import yaml
+
+from tests.support.tools import ROOT
+from tools.istio_fields import Kind, kinds
+
+SCHEMAS = (ROOT / ".tools" / "crds" / "istio", ROOT / ".tools" / "crds" / "gateway-api")
+GATEWAY_API = "gateway.networking.k8s.io"
+COMPARED = frozenset(
     {
-        "add",
-        "annotations",
-        "claimToHeaders",
-        "distribute",
-        "environmentVariables",
-        "headers",
-        "inclusionPrefixes",
-        "labels",
-        "matchLabels",
-        "nodeSelector",
-        "ports",
-        "queryParams",
-        "selector",
-        "set",
-        "sourceLabels",
-        "tagOverrides",
-        "tags",
-        "customTags",
-        "withoutHeaders",
-        "workloadSelector",
-        "value",
-    }
-)
-KINDS = frozenset(
-    {
-        "VirtualService",
-        "DestinationRule",
-        "Gateway",
-        "ServiceEntry",
-        "WorkloadEntry",
-        "Sidecar",
-        "ProxyConfig",
-        "PeerAuthentication",
         "AuthorizationPolicy",
-        "RequestAuthentication",
-        "Telemetry",
-        "HTTPRoute",
+        "DestinationRule",
         "GRPCRoute",
+        "Gateway",
+        "HTTPRoute",
+        "KubernetesGateway",
+        "PeerAuthentication",
+        "ProxyConfig",
         "ReferenceGrant",
-        "EnvoyFilter",
+        "RequestAuthentication",
+        "ServiceEntry",
+        "Sidecar",
+        "Telemetry",
+        "VirtualService",
+        "WorkloadEntry",
     }
 )
-"""Kinds whose fields the table has."""
+"""Kinds whose fields the table of cases is to have."""
 
 
-def kind_of(document: Mapping[str, Any]) -> str:
-    """Kind; the Gateway of the Gateway API is a KubernetesGateway."""
-    kind = str(document.get("kind", ""))
-    if kind == "Gateway" and str(document.get("apiVersion", "")).startswith("gateway.networking.k8s.io"):
-        return "KubernetesGateway"
-    return kind
+@functools.cache
+def known() -> dict[str, Kind]:
+    """Kinds by title; the Gateway of the Gateway API is a KubernetesGateway. Empty where the schemas are not."""
+    found = [kind for folder in SCHEMAS if folder.is_dir() for kind in kinds(folder)]
+    return {title(kind.group, kind.kind): kind for kind in found}
+
+
+def title(group: str, kind: str) -> str:
+    """A kind's name in paths."""
+    return "KubernetesGateway" if (group, kind) == (GATEWAY_API, "Gateway") else kind
 
 
 def fields_of(documents: Iterable[Mapping[str, Any]]) -> set[str]:
-    """Paths of all fields set in documents of the kinds of the table."""
+    """Paths of all leaves that documents set: of kinds with a schema, and of MeshConfig."""
     found: set[str] = set()
     for document in documents:
-        kind = kind_of(document)
-        if kind in KINDS or kind == "KubernetesGateway":
-            found.update(_paths(document.get("spec"), f"{kind}.spec"))
+        kind = str(document.get("kind", ""))
+        if kind == "ConfigMap" and document["metadata"].get("name") == "istio":
+            settings = yaml.safe_load((document.get("data") or {}).get("mesh", "")) or {}
+            found.update(_generic(settings, "MeshConfig"))
+            continue
+        name = title(str(document.get("apiVersion", "")).rpartition("/")[0], kind)
+        schema = known().get(name)
+        if schema is not None:
+            found.update(
+                f"{name}.{path}" for path, _ in schema.leaves if _is_set(document, path.replace("[]", ".[]").split("."))
+            )
     return found
 
 
-def _paths(value: Any, path: str) -> Iterator[str]:
-    if isinstance(value, Mapping):
+def plain(path: str) -> str:
+    """A path as differences.yaml writes it: without marks of lists and free keys."""
+    return path.replace("[]", "").replace(".*", "")
+
+
+def _is_set(value: Any, parts: list[str]) -> bool:
+    if not parts:
+        return True
+    head, rest = parts[0], parts[1:]
+    if head == "[]":
+        return isinstance(value, list) and any(_is_set(item, rest) for item in value)
+    if not isinstance(value, dict):
+        return False
+    if head == "*":
+        return any(_is_set(item, rest) for item in value.values())
+    return head in value and _is_set(value[head], rest)
+
+
+def _generic(value: Any, path: str) -> Iterator[str]:
+    if isinstance(value, dict) and value:
         for key, item in value.items():
-            if _is_map(path):
-                # Values of the user's keys: matchers have fields of their own.
-                yield from _paths(item, path)
-                continue
-            yield f"{path}.{key}"
-            yield from _paths(item, f"{path}.{key}")
+            yield from _generic(item, f"{path}.{key}")
     elif isinstance(value, list):
         for item in value:
-            yield from _paths(item, path)
-
-
-def _is_map(path: str) -> bool:
-    last = path.rpartition(".")[2]
-    if last not in MAPS:
-        return False
-    # The same word for something else.
-    return not path.endswith(
-        (
-            ".http.headers",
-            ".route.headers",
-            ".spec.ports",
-            ".subsets.trafficPolicy.ports",
-            "Sidecar.spec.workloadSelector",
-            "ServiceEntry.spec.workloadSelector",
-            "DestinationRule.spec.workloadSelector",
-            "AuthorizationPolicy.spec.selector",
-            "RequestAuthentication.spec.selector",
-            "PeerAuthentication.spec.selector",
-            "Telemetry.spec.selector",
-            "ProxyConfig.spec.selector",
-            "delegate.headers",
-            ".set.value",
-        )
-    )
+            yield from _generic(item, f"{path}[]")
+    else:
+        yield path

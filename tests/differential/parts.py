@@ -90,20 +90,9 @@ def tls_meaning(socket: Json | None, side: Side) -> Json | None:
     certificates += [_file_certificate(item) for item in common.get("tls_certificates", [])]
     if certificates:
         result["certificates"] = certificates
-    validation = dict(common.get("validation_context", {}))
-    if "validation_context_sds_secret_config" in common:
-        validation["roots"] = _sds(common["validation_context_sds_secret_config"])
-    combined = common.get("combined_validation_context")
-    if combined:
-        validation.update(combined.get("default_validation_context", {}))
-        if "validation_context_sds_secret_config" in combined:
-            validation["roots"] = _sds(combined["validation_context_sds_secret_config"])
-    roots = validation.get("trusted_ca", {}).get("filename")
-    if roots and "roots" not in validation:
-        del validation["trusted_ca"]
-        validation["roots"] = "file-root:" + ("system" if roots == SYSTEM_ROOTS else roots)
+    validation = _validation(common)
     if validation:
-        result["validation"] = _validation(validation)
+        result["validation"] = validation
     known = {
         "alpn_protocols",
         "tls_params",
@@ -123,8 +112,20 @@ def _file_certificate(item: Json) -> Any:
     return f"file-cert:{files[0]}~{files[1]}" if all(files) else item
 
 
-def _validation(validation: Json) -> Json:
-    """Names of the peer as texts, whether typed by kind of name or not."""
+def _validation(common: Json) -> Json:
+    """What is demanded of the peer's certificate; its names as texts, whether typed by kind of name or not."""
+    validation = dict(common.get("validation_context", {}))
+    if "validation_context_sds_secret_config" in common:
+        validation["roots"] = _sds(common["validation_context_sds_secret_config"])
+    combined = common.get("combined_validation_context")
+    if combined:
+        validation.update(combined.get("default_validation_context", {}))
+        if "validation_context_sds_secret_config" in combined:
+            validation["roots"] = _sds(combined["validation_context_sds_secret_config"])
+    roots = validation.get("trusted_ca", {}).get("filename")
+    if roots and "roots" not in validation:
+        del validation["trusted_ca"]
+        validation["roots"] = "file-root:" + ("system" if roots == SYSTEM_ROOTS else roots)
     names = [_matcher(item) for item in validation.pop("match_subject_alt_names", [])]
     typed = validation.pop("match_typed_subject_alt_names", [])
     names += [_matcher(item["matcher"]) for item in typed]

@@ -11,7 +11,7 @@ from typing import Any
 from mlmesh_local.resources import InvalidResource
 from tests.differential import sides, worlds
 from tests.differential.compare import Accepted, Mismatch, accepted, mismatches, sort_out
-from tests.differential.fields import fields_of
+from tests.differential.fields import fields_of, plain
 from tests.differential.meaning import meaning
 from tests.differential.table import Case, world
 
@@ -76,38 +76,25 @@ async def _one(theirs: sides.Theirs, case: Case, listed: Sequence[Accepted]) -> 
 
 
 def write(outcomes: Sequence[Outcome], listed: Sequence[Accepted], path: Path = RESULT) -> None:
-    """The table of fields for the documentation: field path -> "same", "differs (id)" or "refused (id)"."""
-    by_id = {item.id: item for item in listed}
-    fields: dict[str, str] = {}
-    notes: dict[str, set[str]] = {}
+    """For the page of fields: by field path the cases in which both sides were the same, and accepted differences."""
+    concerned = {item.id: {plain(name) for name in item.fields} for item in listed}
+    fields: dict[str, dict[str, set[str]]] = {}
     for outcome in outcomes:
-        good = not outcome.left and not outcome.error
-        for name in sorted(outcome.fields):
-            if outcome.refusal:
-                concerned = by_id.get(outcome.case.refused)
-                if concerned and name in concerned.fields and fields.get(name) != "same":
-                    fields[name] = f"refused ({concerned.id})"
-                continue
-            if not good:
-                fields.setdefault(name, "not proved")
-                continue
-            differs = sorted(key for key in outcome.used if name in by_id[key].fields)
-            for key in differs:
-                notes.setdefault(name, set()).add(key)
-            # What is the same for one value and differs for another is the same, with a note.
-            if not differs:
-                fields[name] = "same"
-            elif fields.get(name) != "same":
-                fields[name] = f"differs ({', '.join(differs)})"
+        if outcome.left or outcome.error or outcome.refusal:
+            continue
+        for name in outcome.fields:
+            entry = fields.setdefault(name, {"cases": set(), "differs": set()})
+            entry["cases"].add(outcome.case.id)
+            entry["differs"].update(key for key in outcome.used if _concerns(concerned[key], plain(name)))
     path.parent.mkdir(exist_ok=True)
-    summary = {
-        "cases": len(outcomes),
-        "same": sum(not o.left and not o.refusal and not o.error for o in outcomes),
-        "refused": sum(bool(o.refusal) for o in outcomes),
-    }
     result = {
-        "summary": summary,
-        "fields": dict(sorted(fields.items())),
-        "notes": {name: sorted(ids) for name, ids in sorted(notes.items())},
+        "cases": len(outcomes),
+        "fields": {
+            name: {key: sorted(values) for key, values in entry.items()} for name, entry in sorted(fields.items())
+        },
     }
     path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _concerns(names: set[str], field: str) -> bool:
+    return any(field == name or field.startswith(f"{name}.") for name in names)
