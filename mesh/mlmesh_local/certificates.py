@@ -53,8 +53,9 @@ class _Held:
     def rotate_at(self) -> float:
         return min(held.rotate_at().timestamp() for held in (self.leaf, *self.servers.values()))
 
-    def is_of(self, authority: Authority) -> bool:
-        return all(authority.is_signer(held) for held in (self.leaf, *self.servers.values()))
+    def is_of(self, authority: Authority, *, servers: bool) -> bool:
+        own = (self.leaf, *self.servers.values()) if servers else (self.leaf,)
+        return all(authority.is_signer(held) for held in own)
 
 
 class Certificates:
@@ -118,11 +119,15 @@ class Certificates:
         self._changed()
         return len(self._held)
 
-    def rotate_foreign(self) -> int:
-        """New certificates for those whose own is not of the root that signs now; gives how many."""
-        foreign = [held for held in self._held.values() if not held.is_of(self.authority)]
+    def rotate_foreign(self, *, servers: bool) -> int:
+        """New certificates for those whose own is not of the root that signs now; gives how many.
+
+        Without ``servers`` gateways keep what they show to the outside: tools may know only the root before.
+        """
+        foreign = [held for held in self._held.values() if not held.is_of(self.authority, servers=servers)]
         for held in foreign:
-            self._issue(held.proxy, held.credentials, held.trust_domain)
+            kept = {} if servers else held.servers
+            self._issue(held.proxy, held.credentials, held.trust_domain, kept)
         self._changed()
         return len(foreign)
 
@@ -166,13 +171,21 @@ class Certificates:
             self._changed()
         return len(due)
 
-    def _issue(self, proxy: ProxyNode, credentials: tuple[ServerCredential, ...], trust_domain: str) -> None:
+    def _issue(
+        self,
+        proxy: ProxyNode,
+        credentials: tuple[ServerCredential, ...],
+        trust_domain: str,
+        servers: Mapping[str, Certificate] | None = None,
+    ) -> None:
         held = _Held(
             proxy=proxy,
             credentials=credentials,
             trust_domain=trust_domain,
             leaf=self._leaf(proxy, trust_domain),
-            servers={item.name: self.authority.issue_server(item.hosts, item.addresses) for item in credentials},
+            servers=dict(servers)
+            if servers
+            else {item.name: self.authority.issue_server(item.hosts, item.addresses) for item in credentials},
         )
         self._held[proxy.id] = held
         self._give(held)

@@ -102,12 +102,13 @@ class RootRotation:
             yield f"every sidecar trusts it ({len(self._certificates.nodes)})"
             authority.promote_root()
         if authority.phase == "RETIRING":
-            count = self._certificates.rotate_foreign()
+            waits = not now and self._clock() < self._retire_at()
+            count = self._certificates.rotate_foreign(servers=not waits)
             await self._taken()
             await asyncio.sleep(SETTLE_S)
             if count:
                 yield f"it signs: {count} sidecars have new certificates"
-            if not now and self._clock() < self._retire_at():
+            if waits:
                 yield self._wait_text()
                 return
             authority.retire_roots()

@@ -52,6 +52,35 @@ def node(node_id: str, account: str = "registry") -> ProxyNode:
     return ProxyNode(id=node_id, namespace="mlmesh", service_account=account, labels={}, pod_address="127.64.1.1")
 
 
+def test_a_gateway_shows_the_outside_what_tools_know_until_they_need_it_no_more(world: World) -> None:
+    authority = world.certificates.authority
+    world.certificates.provide(node("gateway-0"), (ServerCredential(name="in", hosts=("a.example",)),))
+    before = world.sink.secrets["gateway-0"]
+    authority.prepare_root()
+    authority.promote_root()
+    assert world.certificates.rotate_foreign(servers=False) == 1
+    between = world.sink.secrets["gateway-0"]
+    assert between["default"] != before["default"]
+    assert between["kubernetes://in"] == before["kubernetes://in"]
+    assert world.certificates.rotate_foreign(servers=False) == 0
+    assert world.certificates.rotate_foreign(servers=True) == 1
+    assert world.sink.secrets["gateway-0"]["kubernetes://in"] != before["kubernetes://in"]
+    assert world.certificates.rotate_foreign(servers=True) == 0
+
+
+def test_another_trust_domain_is_another_identity(world: World) -> None:
+    world.certificates.provide(node("registry-0"), ())
+    serial = world.serial("registry-0")
+    world.certificates.provide(node("registry-0"), (), trust_domain="cluster.local")
+    assert world.serial("registry-0") == serial
+    world.certificates.provide(node("registry-0"), (), trust_domain="corp.example")
+    leaf = world.certificates.leaf("registry-0")
+    assert leaf is not None
+    assert leaf.identity == "spiffe://corp.example/ns/mlmesh/sa/registry"
+    world.certificates.rotate()
+    assert world.certificates.leaf("registry-0").identity == leaf.identity  # type: ignore[union-attr]
+
+
 def test_a_node_gets_its_certificate_once(world: World) -> None:
     world.certificates.provide(node("registry-0"), ())
     serial = world.serial("registry-0")
