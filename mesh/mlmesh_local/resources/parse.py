@@ -120,9 +120,7 @@ _KINDS: tuple[_Kind, ...] = (
     _Kind(group=_GATEWAY_API, kind="TLSRoute", versions=_STREAM_ROUTES, parse=parse_tls_route),
     _Kind(group=_GATEWAY_API, kind="TCPRoute", versions=_STREAM_ROUTES, parse=parse_tcp_route),
     _Kind(group=_GATEWAY_API, kind="ReferenceGrant", versions=("v1", "v1beta1"), parse=parse_reference_grant),
-    _Kind(
-        group="", kind="Namespace", versions=("v1",), parse=parse_namespace, body=True, cluster_scoped=True
-    ),
+    _Kind(group="", kind="Namespace", versions=("v1",), parse=parse_namespace, body=True, cluster_scoped=True),
     _Kind(group="apps", kind="Deployment", versions=("v1",), parse=parse_deployment),
     _Kind(group="apps", kind="StatefulSet", versions=("v1",), parse=parse_deployment),
     _Kind(group="", kind="Pod", versions=("v1",), parse=parse_pod),
@@ -211,10 +209,19 @@ def _refusal(source: str, message: str) -> InvalidResource:
     return InvalidResource([Problem(at=At(source=source, line=0), message=message)])
 
 
+def load_tree(tree: Tree) -> list[Resource]:
+    """The resources of one document of a file. Raises InvalidResource with every problem found."""
+    return _trees([tree], DEFAULT_NAMESPACE, lambda _problem: False)
+
+
 def _document(document: Document, default_namespace: str, overlook: Callable[[Problem], bool]) -> list[Resource]:
+    return _trees(parse_yaml(document.source, document.text), default_namespace, overlook)
+
+
+def _trees(trees: Iterable[Tree], default_namespace: str, overlook: Callable[[Problem], bool]) -> list[Resource]:
     problems = Problems()
     resources: list[Resource] = []
-    for tree in parse_yaml(document.source, document.text):
+    for tree in trees:
         for root in _flatten(tree):
             resource = _resource(root, tree, default_namespace, problems)
             if resource is not None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from mlmesh_local.resources.analysis.messages import ON_THE_LAPTOP, Message
 from mlmesh_local.resources.meta import Meta
-from mlmesh_local.resources.parse import DEFAULT_NAMESPACE, Document, load_resources
+from mlmesh_local.resources.parse import DEFAULT_NAMESPACE, Document, load_tree
 from mlmesh_local.resources.problems import At, InvalidResource, Problem
 from mlmesh_local.resources.resource_set import Resource, ResourceSet
 from mlmesh_local.resources.tree import Tree, parse_yaml
@@ -44,10 +44,8 @@ def read_for_analysis(documents: Iterable[Document], base: ResourceSet) -> tuple
 
 
 def _read(tree: Tree, messages: list[Message]) -> Iterator[Resource]:
-    # On the lines of its file.
-    text = "\n" * (tree.root.line - 1) + tree.text
     try:
-        yield from load_resources([Document(source=tree.source, text=text)])
+        yield from load_tree(tree)
     except InvalidResource as error:
         plain = tree.root.plain()
         meta = _meta(tree, plain)
