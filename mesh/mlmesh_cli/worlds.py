@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from google.protobuf.json_format import MessageToDict
 
@@ -14,11 +16,13 @@ from mlmesh_cli.connection import CONTROL_DEADLINE_S, Connection
 from mlmesh_cli.defaults import choose_folders
 from mlmesh_cli.errors import usage_error
 from mlmesh_local.addresses import BLOCKS, Block
+from mlmesh_local.inspection import TYPES
 from mlmesh_local.model import World
 from mlmesh_local.offline import offline_world, only_for_processes
 from mlmesh_local.picture import Placed, resources_of, world_of
 from mlmesh_local.reading import read_paths
 from mlmesh_local.resources import Document, ResourceSet, load_resources
+from mlmesh_local.translate import Configuration
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +31,8 @@ class Seen:
 
     world: World
     notes: tuple[str, ...] = ()
+    sent: Mapping[str, Configuration] = field(default_factory=dict)
+    """What proxies were really told, by instance; empty where nothing runs."""
 
 
 def split_target(text: str) -> tuple[str, int]:
@@ -57,12 +63,36 @@ async def live_world(control: local_pb2_grpc.LocalMeshServiceAsyncStub) -> Seen:
     return Seen(world=world_of(resources, MessageToDict(response.world)))
 
 
-async def look(state_dir: Path, paths: Sequence[Path] | None) -> Seen:
-    """The world that files would make, or the one that runs where none are named."""
+async def sent_to_all(control: local_pb2_grpc.LocalMeshServiceAsyncStub) -> dict[str, Configuration]:
+    """What every connected sidecar was told, whoever made it."""
+    request = local_pb2.GetConfigDumpRequest(content=True)
+    response = await control.GetConfigDump(request, timeout=CONTROL_DEADLINE_S)
+    result: dict[str, Configuration] = {}
+    for proxy in response.proxies:
+        named = result.setdefault(proxy.name, {})
+        for one in proxy.resources:
+            if one.type in TYPES:
+                named.setdefault(TYPES[one.type], {})[one.name] = _whole_numbers(MessageToDict(one.content))
+    return {name: named for name, named in result.items() if named}
+
+
+def _whole_numbers(value: Any) -> Any:
+    """A Struct has one kind of number; ports and weights are whole."""
+    if isinstance(value, dict):
+        return {key: _whole_numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_whole_numbers(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+async def look(state_dir: Path, paths: Sequence[Path] | None, *, sent: bool = False) -> Seen:
+    """The world that files would make, or the one that runs where none are named; `sent`: with what it sent."""
     if paths is not None:
         return files_world(paths)
     async with Connection.from_environment(state_dir) as connection:
-        return await live_world(await connection.control())
+        control = await connection.control()
+        seen = await live_world(control)
+        return dataclasses.replace(seen, sent=await sent_to_all(control)) if sent else seen
 
 
 def read_files(paths: Sequence[Path]) -> tuple[tuple[Document, ...], tuple[str, ...]]:

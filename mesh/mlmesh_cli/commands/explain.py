@@ -81,10 +81,10 @@ def explain(
             source_ip=source_ip,
         )
         expectations = pairs(expect or [], "--expect")
-        seen = await look(state_dir, file)
+        seen = await look(state_dir, file, sent=True)
         for note in seen.notes:
             terminal.warn(note)
-        explanation = explain_call(Scene(seen.world, now_s=time.time()), call)
+        explanation = explain_call(Scene(seen.world, now_s=time.time(), sent=seen.sent), call)
         failed = unmet(explanation, expectations)
         value = {**document(explanation), "unmet": failed}
         terminal.show(lambda: explanation_view(explanation, verbose=verbose), value)

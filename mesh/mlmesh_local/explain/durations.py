@@ -22,7 +22,7 @@ def number(value: object, default: int = 0) -> int:
     """An integer or a wrapped one."""
     if isinstance(value, dict):
         value = value.get("value")
-    return default if value is None else int(str(value))
+    return default if value is None else int(float(str(value)))
 
 
 def text(value_s: float) -> str:

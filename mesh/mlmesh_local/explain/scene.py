@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from mlmesh_local.envoy_types import CLUSTER, ENDPOINTS, EXTENSIONS, LISTENER, ROUTES, Json
 from mlmesh_local.explain.chains import MANAGER, network_filter
@@ -12,14 +12,20 @@ from mlmesh_local.translate import Configuration, View, translate
 
 
 class Scene:
-    """What explanations read. ``now_s`` is seconds since 1970."""
+    """What explanations read.
 
-    def __init__(self, world: World, *, now_s: float) -> None:
+    Args:
+        world: resources, proxies and endpoints.
+        now_s: seconds since 1970, for tokens.
+        sent: what proxies were really told, by node id, where that is known; others are translated from the world.
+    """
+
+    def __init__(self, world: World, *, now_s: float, sent: Mapping[str, Configuration] | None = None) -> None:
         self.world = world
         self.view = View(world)
         self.now_s = now_s
         self.provenance = Provenance(self.view.resources)
-        self._configurations: dict[str, Configuration] = {}
+        self._configurations: dict[str, Configuration] = dict(sent or {})
         self._by_address = {proxy.pod_address: proxy for proxy in world.proxies}
         by_name = {proxy.id: proxy for proxy in world.proxies}
         # Where connections are disturbed on purpose, an instance is dialed at another address than its own.
@@ -37,11 +43,11 @@ class Scene:
 
     def clusters(self, proxy: ProxyNode) -> dict[str, Json]:
         """Clusters by name."""
-        return self.configuration(proxy)[CLUSTER]
+        return self.configuration(proxy).get(CLUSTER, {})
 
     def endpoints(self, proxy: ProxyNode) -> dict[str, Json]:
         """Assignments by name."""
-        return self.configuration(proxy)[ENDPOINTS]
+        return self.configuration(proxy).get(ENDPOINTS, {})
 
     def extensions(self, proxy: ProxyNode) -> dict[str, Json]:
         """Filters that come over ECDS, by name."""
@@ -49,7 +55,7 @@ class Scene:
 
     def listeners(self, proxy: ProxyNode) -> Iterable[Json]:
         """Listeners."""
-        return self.configuration(proxy)[LISTENER].values()
+        return self.configuration(proxy).get(LISTENER, {}).values()
 
     def route_configuration(self, proxy: ProxyNode, manager: Json) -> Json:
         """The routes of a connection manager."""
@@ -57,7 +63,7 @@ class Scene:
             inline: Json = manager["route_config"]
             return inline
         name = str(manager.get("rds", {}).get("route_config_name", ""))
-        return self.configuration(proxy)[ROUTES].get(name, {})
+        return self.configuration(proxy).get(ROUTES, {}).get(name, {})
 
     def identity(self, proxy: ProxyNode) -> str:
         """The SPIFFE id that a proxy shows."""

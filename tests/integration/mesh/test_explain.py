@@ -12,10 +12,11 @@ import pytest
 import pytest_asyncio
 
 from mlmesh_local.envoy_types import Json, plain_bytes
-from mlmesh_local.explain import Call, Explanation, Scene, explain
+from mlmesh_local.explain import Call, Explanation, Scene, document, explain
 from mlmesh_local.inspection import TYPES
 from mlmesh_local.live.running import Sent, compare
 from mlmesh_local.live.running import running as in_envoy
+from mlmesh_local.translate import Configuration
 from mlmesh_local.xds import SentResource
 from tests.support.envoy_mesh import UNARY, EnvoyMesh
 from tests.support.mesh_documents import deployment, service
@@ -298,12 +299,16 @@ async def test_explanations_are_what_envoys_do(running: EnvoyMesh) -> None:
     for policies in (False, True):
         await running.reset(RULES, *([POLICIES] if policies else []))
         scene = Scene(running.world, now_s=time.time())
+        sent = Scene(running.world, now_s=scene.now_s, sent=_sent_to_all(running))
         for asked in (one for one in CALLS if one.policies == policies):
             said = explain(scene, _call(asked))
             done = await _done(running, asked)
             problem = _difference(said, done, asked)
             if problem:
                 differences.append(f"{asked.name}: {problem}\n  said {said.outcome}\n  done {done}")
+            # What was really sent, written out again by protobuf, is read to the same effect.
+            if document(explain(sent, _call(asked))) != document(said):
+                differences.append(f"{asked.name}: what was sent explains otherwise")
     assert not differences, "\n".join(differences)
 
 
@@ -323,6 +328,15 @@ async def test_what_envoys_run_is_what_they_were_sent(running: EnvoyMesh) -> Non
         other = dataclasses.replace(sent[0], version="another")
         again = compare([other], in_envoy(await running.configuration(name)))
         assert [one.verdict for one in again if one.name == other.name] == ["differs"]
+
+
+def _sent_to_all(mesh: EnvoyMesh) -> dict[str, Configuration]:
+    found: dict[str, Configuration] = {}
+    for proxy in mesh.proxies:
+        for one in mesh.ads.sent(proxy.id):
+            if one.type_url in _SHORT:
+                found.setdefault(proxy.id, {}).setdefault(one.type_url, {})[one.name] = _content(one)
+    return found
 
 
 def _content(sent: SentResource) -> Json:

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from mlmesh.local.v1 import local_pb2 as local
 from mlmesh_cli.app import app
+from mlmesh_local.inspection import find_proxies, items
 from mlmesh_local.offline import offline_world
 from mlmesh_local.picture import documents_of, resources_of, values_of, world_of
 from tests.support.mesh_world import SUBSETS, WORKLOADS, load
@@ -120,11 +121,21 @@ def test_a_running_mesh_is_explained_on_the_lines_of_its_files(mesh: FakeMesh, f
     for one in documents_of(world.resources):
         response.documents.add(source=one.source, yaml=one.text, line=one.line)
     mesh.local["GetWorld"] = lambda _request, _context: response
+    dump = local.GetConfigDumpResponse()
+    mesh.local["GetConfigDump"] = lambda _request, _context: dump
     result = mesh.run("explain", *CALL, "-o", "json")
     assert result.exit_code == 0, result.stderr
     said = json.loads(result.stdout)
     assert said["route"]["place"]["source"] == "1.yaml:12"
     assert {one["subset"] for one in said["destinations"]} == {"v1", "v2"}
+
+    # What was really sent counts, whoever made it.
+    proxy = dump.proxies.add(name="client-0")
+    for item in items(world, find_proxies(world, "client-0")):
+        content = json.loads(json.dumps(item.content).replace('"weight": 90', '"weight": 10'))
+        proxy.resources.add(type=item.type, name=item.name).content.update(content)
+    said = json.loads(mesh.run("explain", *CALL, "-o", "json").stdout)
+    assert [(one["subset"], one["weight"]) for one in said["destinations"]] == [("v1", 10), ("v2", 10)]
 
 
 def test_a_picture_of_a_world_is_the_world() -> None:
