@@ -24,6 +24,7 @@ from mlmesh_local.resources.model import (
     EnvoyFilter,
     Gateway,
     HttpRule,
+    MeshConfig,
     PeerAuthentication,
     RequestAuthentication,
     Service,
@@ -181,7 +182,8 @@ class _Check:
             *self._resources.specs(AuthorizationPolicy),
             *self._resources.specs(RequestAuthentication),
         )
-        for problem in security_warnings(checked):
+        known = [one.name for config in self._resources.specs(MeshConfig) for one in config.authorizers]
+        for problem in security_warnings(checked, authorizers=known):
             self.warnings.add(problem.at, problem.message)
         # `analyze` tells it of the others.
         selecting: tuple[PeerAuthentication | RequestAuthentication | EnvoyFilter, ...] = (

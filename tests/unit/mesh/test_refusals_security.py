@@ -128,7 +128,7 @@ REFUSED: dict[str, tuple[str, bool]] = {
     '"x y" is not a header name': (tokens("{issuer: a, outputClaimToHeaders: [{header: x y, claim: a}]}"), True),
     'outputClaimToHeaders[0]: "claim" is required': (tokens("{issuer: a, outputClaimToHeaders: [{header: x}]}"), True),
     "must be at least 0.001 s": (tokens("{issuer: a, timeout: 1us}"), True),
-    'jwksURI: unknown field (did you mean': (tokens("{issuer: a, jwksURI: 'http://a'}"), True),
+    "jwksURI: unknown field (did you mean": (tokens("{issuer: a, jwksURI: 'http://a'}"), True),
     # PeerAuthentication
     '(did you mean "STRICT"?)': (resource("PeerAuthentication", "{mtls: {mode: STRIKT}}"), True),
     "portLevelMtls: must have at least one port": (
@@ -243,6 +243,10 @@ def test_warnings() -> None:
     assert warnings(deny.replace("methods: [GET]", "methods: [GET], ports: ['80']")) == ""
     assert "principals are written without spiffe://" in warnings(source("principals: ['spiffe://a/ns/b/sa/c']"))
     assert '"a*b" of path is compared as it is' in warnings(operation("paths: [a*b]"))
+    assert 'no external authorizer "ext": what it matches is denied' in warnings(custom("{}"))
+    assert '(did you mean "ext"?)' in warnings(
+        custom("{}").replace("name: ext", "name: exd"), settings(f"name: ext, {GRPC % ''}")
+    )
     secret = '{"keys": [{"kty": "oct", "k": "c2VjcmV0"}]}'
     assert "jwtRules[0].jwks: the key at 0 holds secret material" in warnings(
         tokens(f"{{issuer: a, jwks: '{secret}'}}")

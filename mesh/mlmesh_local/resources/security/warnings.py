@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from mlmesh_local.resources.model import (
     AuthorizationPolicy,
@@ -10,7 +10,7 @@ from mlmesh_local.resources.model import (
     RequestAuthentication,
     Values,
 )
-from mlmesh_local.resources.problems import Problem
+from mlmesh_local.resources.problems import Problem, did_you_mean
 from mlmesh_local.resources.security.keys import secret_keys
 
 # Attributes that TCP connections have too (validation.go: tcpRulesInFrom, tcpRulesInTo).
@@ -18,10 +18,16 @@ _TCP_SOURCE = frozenset({"source.principal", "source.namespace", "source.service
 _TCP_OPERATION = frozenset({"destination.port"})
 
 
-def security_warnings(policies: Iterable[AuthorizationPolicy | RequestAuthentication]) -> tuple[Problem, ...]:
-    """Warnings about policies, in their order."""
+def security_warnings(
+    policies: Iterable[AuthorizationPolicy | RequestAuthentication], *, authorizers: Collection[str] = ()
+) -> tuple[Problem, ...]:
+    """Warnings about policies, in their order. ``authorizers`` are the names of those that MeshConfig defines."""
     found: list[Problem] = []
     for policy in policies:
+        if isinstance(policy, AuthorizationPolicy) and policy.provider and policy.provider not in authorizers:
+            hint = did_you_mean(policy.provider, authorizers)
+            message = f'MeshConfig defines no external authorizer "{policy.provider}"{hint}: what it matches is denied'
+            found.append(Problem(at=policy.meta.at.field("spec.provider.name"), message=message))
         room = _authorization(policy) if isinstance(policy, AuthorizationPolicy) else _tokens(policy)
         found += [Problem(at=policy.meta.at.field(path), message=message) for path, message in room]
     return tuple(found)
