@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mlmesh_local.resources.catalog import full_host
+from mlmesh_local.resources.delegates import effective
 from mlmesh_local.resources.model import HttpMatch, HttpRule, Service, VirtualService
+from mlmesh_local.resources.model_routes import Layer4Match, Layer4Rule
 from mlmesh_local.resources.resource_set import ResourceSet
 
 
@@ -34,12 +36,12 @@ def list_routes(resources: ResourceSet, host: str = "", *, domain: str = "cluste
     """Routes (of a host, short or full) in the order in which they are tried."""
     routes: list[Route] = []
     ruled: set[str] = set()
-    for service in resources.specs(VirtualService):
-        for name in service.hosts:
-            full = full_host(name, service.meta.namespace, domain)
+    for service in effective(resources.specs(VirtualService), domain):
+        for full in service.hosts:
             if "mesh" in service.gateways:
                 ruled.add(full)
             routes += [_route(service, full, rule, domain) for rule in service.http]
+            routes += [_connections(service, full, rule) for rule in (*service.tls, *service.tcp)]
     for plain in resources.specs(Service):
         full = full_host(plain.meta.name, plain.meta.namespace, domain)
         if full not in ruled and plain.selector:
@@ -83,20 +85,50 @@ def _route(service: VirtualService, host: str, rule: HttpRule, domain: str) -> R
     )
 
 
+def _connections(service: VirtualService, host: str, rule: Layer4Rule) -> Route:
+    total = sum(item.weight for item in rule.destinations)
+    targets = tuple(
+        Target(
+            host=item.destination.host,
+            subset=item.destination.subset,
+            share=item.weight / total if len(rule.destinations) > 1 and total else 1.0,
+        )
+        for item in rule.destinations
+    )
+    return Route(
+        virtual_service=f"{service.meta.namespace}/{service.meta.name}",
+        host=host,
+        rule="",
+        match=" or ".join(_connection_match(match) for match in rule.matches) or "any connection",
+        targets=targets,
+        policy="",
+    )
+
+
+def _connection_match(match: Layer4Match) -> str:
+    parts = [f"server name {' or '.join(match.sni_hosts)}"] if match.sni_hosts else []
+    parts += [f"to {subnet}" for subnet in match.destination_subnets]
+    return " and ".join([*parts, *_common(match)]) or "any connection"
+
+
 def _match(match: HttpMatch) -> str:
     named = (("uri", match.uri), ("scheme", match.scheme), ("method", match.method), ("authority", match.authority))
     parts = [f"{name} {value}" for name, value in named if value]
     parts += [f"header {name} {value}" for name, value in match.headers]
     parts += [f"not header {name} {value}" for name, value in match.without_headers]
     parts += [f"query {name} {value}" for name, value in match.query_params]
-    if match.port:
-        parts.append(f"port {match.port}")
+    return " and ".join([*parts, *_common(match)]) or "any"
+
+
+def _common(match: HttpMatch | Layer4Match) -> list[str]:
+    """What requests and connections have in common."""
+    parts = [f"port {match.port}"] if match.port else []
     parts += [f"from {key}={value}" for key, value in sorted(match.source_labels.items())]
     if match.source_namespace:
         parts.append(f"from namespace {match.source_namespace}")
     if match.gateways:
         parts.append(f"gateways {', '.join(match.gateways)}")
-    return " and ".join(parts) or "any"
+    return parts
 
 
 def _policy(rule: HttpRule) -> str:

@@ -108,9 +108,11 @@ def _owners(bound: Iterable[VirtualService], seen: Iterable[CatalogService]) -> 
     for virtual_service in bound:
         for host in virtual_service.hosts:
             by_host.setdefault(host, virtual_service)
+    # Hosts are many, wildcards few: only those are compared.
+    wildcards = [host for host in by_host if host.startswith("*")]
     found: dict[str, VirtualService] = {}
     for service in seen:
-        pattern = service.host if service.host in by_host else best_match(by_host, service.host)
+        pattern = service.host if service.host in by_host else best_match(wildcards, service.host)
         if pattern is not None:
             found[service.host] = by_host[pattern]
     return found

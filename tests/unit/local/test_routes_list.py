@@ -55,6 +55,37 @@ def test_rules_come_in_the_order_in_which_they_are_tried(resources: ResourceSet)
     assert [target.share for target in plain.targets] == [-1]
 
 
+MORE = """
+apiVersion: networking.istio.io/v1
+kind: VirtualService
+metadata: {name: shop, namespace: mlmesh}
+spec:
+  hosts: [a.example, b.example]
+  http:
+    - {name: root, match: [{uri: {prefix: /a}}], delegate: {name: leaf}}
+    - {redirect: {uri: /}, corsPolicy: {}}
+  tls: [{match: [{sniHosts: [a.example, b.example], port: 443}], route: [{destination: {host: echo}}]}]
+  tcp: [{match: [{destinationSubnets: [10.0.0.0/8]}], route: [{destination: {host: echo}, weight: 1},
+    {destination: {host: plain}, weight: 3}]}]
+---
+apiVersion: networking.istio.io/v1
+kind: VirtualService
+metadata: {name: leaf, namespace: mlmesh}
+spec: {http: [{name: leaf, directResponse: {status: 404}}]}
+"""
+
+
+def test_delegates_and_connections_are_listed() -> None:
+    found = list_routes(load_resources([Document(source="a.yaml", text=MORE)]), "a.example")
+    assert [(route.rule, route.match, route.policy) for route in found] == [
+        ("root-leaf", "uri prefix /a", "answer 404"),
+        ("", "any", "redirect 301, CORS"),
+        ("", "server name a.example or b.example and port 443", ""),
+        ("", "to 10.0.0.0/8", ""),
+    ]
+    assert [target.share for target in found[-1].targets] == [0.25, 0.75]
+
+
 @pytest.mark.parametrize("host", ["echo", ECHO])
 def test_a_host_may_be_named_short(resources: ResourceSet, host: str) -> None:
     assert {route.host for route in list_routes(resources, host)} == {ECHO}
