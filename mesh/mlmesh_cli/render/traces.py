@@ -16,6 +16,7 @@ from mlmesh_cli.render.status import table
 
 _KIND_STYLES = {"client": "cyan", "server": "green", "internal": "magenta", "producer": "yellow", "consumer": "yellow"}
 _TIMELINE_MIN, _TIMELINE_MAX = 20, 60
+_LINKS_MAX = 8
 # Attributes worth a word, and the word.
 _NOTES = (
     ("rpc.grpc.status_code", "grpc"),
@@ -147,7 +148,15 @@ def trace_view(trace: pb.GetTraceResponse) -> RenderableType:
     head = Text(f"trace {trace.trace_id}", style="bold")
     head.append(f"  {len(rows)} spans, {services} services, {t.duration(total)}", style="default not bold")
     errors = [Text(f"{row.span.name}: {row.span.error}", style="red") for row in rows if row.span.error]
-    return Group(head, Waterfall(trace.spans), *errors)
+    return Group(head, Waterfall(trace.spans), *errors, *_links(rows))
+
+
+def _links(rows: Sequence[Row]) -> list[Text]:
+    """Requests of other traces that a span served as well: a batch serves several."""
+    found = [(row.span.name, link.partition("/")[0]) for row in rows for link in row.span.links]
+    lines = [Text(f"{name} also served trace {trace_id}", style="dim") for name, trace_id in dict.fromkeys(found)]
+    more = len(lines) - _LINKS_MAX
+    return lines if more <= 0 else [*lines[:_LINKS_MAX], Text(f"and {more} more", style="dim")]
 
 
 def traces_table(traces: Iterable[pb.TraceSummary], now: datetime) -> RenderableType:

@@ -91,3 +91,11 @@ def test_traces_are_listed_whole() -> None:
     text = text_of(view.traces_table([summary], NOW))
     for wanted in ("ab" * 16, "mlmesh infer", "5 s ago", "12 ms", "mlmesh-cli, toolbox", "error"):
         assert wanted in text
+
+
+def test_requests_of_other_traces_that_a_batch_served_are_named() -> None:
+    batch = span("batch")
+    batch.links.extend(f"{number:032x}/{1:016x}" for number in range(10))
+    lines = text_of(view.trace_view(pb.GetTraceResponse(trace_id="ab" * 16, spans=[batch]))).splitlines()
+    assert f"batch also served trace {0:032x}" in {line.strip() for line in lines}
+    assert lines[-1].strip() == "and 2 more"

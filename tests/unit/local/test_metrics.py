@@ -291,3 +291,13 @@ def test_istios_dashboards_find_their_metrics_and_labels() -> None:
         assert base in known, name
         assert set(labels) <= known[base], name
     assert "grpc_response_status" in HTTP_LABELS
+
+
+def test_every_metric_and_label_is_documented() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "mesh" / "telemetry.md").read_text()
+    rows = set(re.findall(r"^\| `((?:istio|mlmesh)_[a-z_]+)` \|", page, re.MULTILINE))
+    assert rows == {*(metric.name for metric in STANDARD), *OWN}
+    assert [label for label in HTTP_LABELS if f"`{label}`" not in page] == []
+    assert [
+        name for name in ATTRIBUTES if name.startswith("request.") and name not in page and "size" not in name
+    ] == []
