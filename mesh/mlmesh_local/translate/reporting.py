@@ -7,6 +7,7 @@ the headers that labels are made of: what is counted, and how, is decided where 
 
 from __future__ import annotations
 
+import functools
 from typing import Final, Literal
 
 from mlmesh_local.envoy_types import Json, typed
@@ -41,13 +42,24 @@ def clusters(view: View, proxy: ProxyNode, found: dict[str, Json]) -> dict[str, 
     """
     if not reports(view):
         return found
-    source = {"source_address": {"address": proxy.pod_address, "port_value": 0}}
-    result = {
-        name: {**cluster, "upstream_bind_config": source} if _is_inside(view, name, cluster) else cluster
-        for name, cluster in found.items()
-    }
+    return view.part(("reporting clusters", proxy.id), functools.partial(_clusters, view, proxy, found), found)
+
+
+def _clusters(view: View, proxy: ProxyNode, found: dict[str, Json]) -> dict[str, Json]:
+    result: dict[str, Json] = {}
+    for name, cluster in found.items():
+        if _is_inside(view, name, cluster):
+            make = functools.partial(_bound, cluster, proxy.pod_address)
+            # What stays the same object is not packed again.
+            result[name] = view.part(("reporting cluster", proxy.id, name), make, cluster)
+        else:
+            result[name] = cluster
     result[CLUSTER] = _cluster(view.world.als_address)
     return result
+
+
+def _bound(cluster: Json, pod_address: str) -> Json:
+    return {**cluster, "upstream_bind_config": {"source_address": {"address": pod_address, "port_value": 0}}}
 
 
 def _is_inside(view: View, name: str, cluster: Json) -> bool:
