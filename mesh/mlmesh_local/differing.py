@@ -210,7 +210,10 @@ def _consequences(config: Iterable[ConfigDifference], deleted: tuple[str, ...]) 
     if "routes" in kinds:
         yield "routes change: new calls and new streams follow at once, streams that are open stay where they are"
     if "extensions" in kinds:
-        yield "policies change: every new call is asked by the new ones, on open connections too; open streams go on"
+        yield (
+            "policies change: every new call is asked by the new ones, on open connections too; open streams go on "
+            "(in a cluster istiod writes policies into listeners: there streams are cut after the drain time)"
+        )
     if deleted:
         yield f"{named(deleted)} end: their streams end with UNAVAILABLE at the end of the termination grace"
 

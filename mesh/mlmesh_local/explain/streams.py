@@ -35,8 +35,11 @@ def streams(manager: Json, action: Json, timed: Timed, destinations: tuple[Desti
         f"CUT {DRAIN_S:.0f} s after a change of a listener on its way (ports, TLS modes, filters): the client sees "
         "UNAVAILABLE; `mlmesh diff` tells whether a change is one"
     )
-    yield "not cut by new routes, weights, policies, endpoints or certificates"
-    yield "policies are asked when a stream begins: a new denial ends none that is open"
+    yield "not cut by new routes, weights, endpoints or certificates"
+    yield (
+        "policies are asked when a stream begins: a new denial ends none that is open; Istio's own control plane "
+        "writes them into listeners, so there a change of them cuts like one"
+    )
     for one in destinations:
         renewed = next((part for part in one.connections if part.startswith("renewed")), "")
         if renewed:
