@@ -39,6 +39,7 @@ class Accepted:
     where: tuple[tuple[str, ...], ...]
     fields: tuple[str, ...] = ()
     refused: bool = False
+    by_case: bool = False
     extra: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     ours: Any = field(default=None)
@@ -47,7 +48,7 @@ class Accepted:
     @property
     def compared(self) -> bool:
         """Whether the table of cases meets it; others show in behaviour only."""
-        return bool(self.where) or self.refused
+        return bool(self.where) or self.refused or self.by_case
 
     def covers(self, mismatch: Mismatch) -> bool:
         """Whether a mismatch is this difference."""
@@ -79,6 +80,7 @@ def accepted(path: Path = DIFFERENCES) -> list[Accepted]:
             where=tuple(tuple(part.strip() for part in text.split(" / ")) for text in item.get("where", [])),
             fields=tuple(item.get("fields", [])),
             refused=item.get("refused", False),
+            by_case=item.get("by_case", False),
             extra=tuple(item.get("extra", [])),
             missing=tuple(item.get("missing", [])),
             ours=item.get("ours"),

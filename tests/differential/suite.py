@@ -70,6 +70,8 @@ async def _one(theirs: sides.Theirs, case: Case, listed: Sequence[Accepted]) -> 
         answers = await theirs.ask(documents, members, case.proxies)
         other = {name: meaning(item, "theirs") for name, item in answers.items()}
         left, used = sort_out(list(mismatches(mine, other)), listed)
+        if case.accepted and left:
+            left, used = [], {**used, case.accepted: len(left)}
         if not left:
             break
     return Outcome(case=case, fields=fields, left=tuple(left), used=used)

@@ -6,6 +6,7 @@ A file holds several cases. Comments before the first document of a case say wha
     # proxies: client gateway        which proxies are compared; "client server-v1" when not said
     # world: wide                    a file of worlds/, which stands in front; "small" when not said, "none" for none
     # alone: because of ...          a control plane of its own: Istio keeps something of the case before
+    # accepted: differences-id       whatever differs is that difference
     # refused: differences-id        our side refuses it, on purpose
 """
 
@@ -20,7 +21,7 @@ from pathlib import Path
 from tests.support.mesh_world import WORKLOADS
 
 FOLDER = Path(__file__).resolve().parent
-_HEADER = re.compile(r"^# (case|proxies|world|refused|alone): (.+)$", re.MULTILINE)
+_HEADER = re.compile(r"^# (case|proxies|world|accepted|refused|alone): (.+)$", re.MULTILINE)
 _START = re.compile(r"^(?=# case: )", re.MULTILINE)
 
 
@@ -33,6 +34,7 @@ class Case:
     own: str
     world: str
     proxies: tuple[str, ...]
+    accepted: str = ""
     refused: str = ""
     alone: bool = False
 
@@ -61,6 +63,7 @@ def cases() -> Iterator[Case]:
                 own=text,
                 world=said.get("world", "small"),
                 proxies=tuple(said.get("proxies", "client server-v1").split()),
+                accepted=said.get("accepted", ""),
                 refused=said.get("refused", ""),
                 alone="alone" in said,
             )

@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from tests.differential.compare import accepted
+from tests.differential.page import PAGE, with_list
 from tests.differential.suite import Outcome, run, write
 from tests.differential.table import Case, cases
 from tests.support import tools
@@ -45,3 +46,8 @@ def test_every_accepted_difference_is_needed(outcomes: dict[str, Outcome]) -> No
     met = {key for outcome in outcomes.values() for key in outcome.used}
     met |= {outcome.case.refused for outcome in outcomes.values() if outcome.refusal}
     assert not {item.id for item in accepted() if item.compared} - met
+
+
+def test_the_page_lists_the_differences() -> None:
+    text = PAGE.read_text()
+    assert text == with_list(text), "run python -m tests.differential.page"

@@ -127,6 +127,7 @@ def direct_clusters(
         cluster = clusters.get(origin, {})
         if cluster.get("type") == "EDS":
             kept = ("connect_timeout", "circuit_breakers", "common_lb_config", "outlier_detection", "lb_policy")
+            kept += ("typed_extension_protocol_options",)
             result[name] = {
                 "name": name,
                 "type": "EDS",
