@@ -9,7 +9,7 @@ import pytest
 
 from mlmesh_local.envoy_types import ROUTES
 from mlmesh_local.resources import AuthorizationPolicy
-from mlmesh_local.snapshot import build_snapshots
+from mlmesh_local.snapshot import SnapshotBuilder, build_snapshots
 from mlmesh_local.translate.authorization import (
     ALLOW_FILTER,
     AUDIT_FILTER,
@@ -322,3 +322,38 @@ def test_on_tcp_ports_denials_lose_their_attributes_of_http() -> None:
     (found,) = deny["rules"]["policies"].values()
     assert found["permissions"] == [{"and_rules": {"rules": [any_of("permissions", {"destination_port": 1})]}}]
     assert found["principals"] == [{"and_ids": {"ids": [{"any": True}]}}]
+
+
+AUTHORIZER = """
+apiVersion: v1
+kind: ConfigMap
+metadata: {name: istio, namespace: istio-system}
+data:
+  mesh: |
+    trustDomainAliases: [old]
+    extensionProviders: [{name: ext, envoyExtAuthzGrpc: {service: server.mlmesh.svc.cluster.local, port: 9000}}]
+---
+"""
+
+
+def test_what_is_kept_from_push_to_push_forgets_no_policy() -> None:
+    keys = "https://keys.example/jwks"
+    tokens = resource("RequestAuthentication", f"{{jwtRules: [{{issuer: a, jwksUri: '{keys}'}}]}}")
+    ask = policy("{action: CUSTOM, provider: {name: ext}, rules: [{}]}")
+    allow = policy("{rules: [{from: [{source: {principals: [cluster.local/ns/a/sa/b]}}]}]}", name="allow")
+    builder = SnapshotBuilder()
+    for texts, known in (
+        ((), {}),
+        ((ask,), {}),
+        ((ask, AUTHORIZER), {}),
+        ((ask, AUTHORIZER, allow), {}),
+        ((AUTHORIZER.replace("old", "older"), allow, tokens), {}),
+        ((allow, tokens), {keys: '{"keys": []}'}),
+        ((ask.replace("ext", "another"), AUTHORIZER), {}),
+        ((), {}),
+    ):
+        found = world(*texts, key_sets=known)
+        kept, fresh = builder.build(found), build_snapshots(found)
+        assert {name: each.resources for name, each in kept.items()} == {
+            name: each.resources for name, each in fresh.items()
+        }
