@@ -126,7 +126,14 @@ def direct_clusters(
     for name, origin, _ in _direct(view, proxy, [one for place in places for one in _direct_servers(place.servers)]):
         cluster = clusters.get(origin, {})
         if cluster.get("type") == "EDS":
-            kept = ("connect_timeout", "circuit_breakers", "common_lb_config", "outlier_detection", "lb_policy")
+            kept = (
+                "connect_timeout",
+                "circuit_breakers",
+                "common_lb_config",
+                "outlier_detection",
+                "lb_policy",
+                "typed_extension_protocol_options",
+            )
             kept += ("typed_extension_protocol_options",)
             result[name] = {
                 "name": name,

@@ -15,6 +15,7 @@ import pytest_asyncio
 from tests.support.envoy_mesh import EnvoyMesh
 from tests.support.mesh_documents import deployment, service
 from tests.support.mesh_world import resource
+from tests.support.pki import spiffe
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -118,10 +119,17 @@ def server_context(file: Path, certificate: bytes, key: bytes) -> ssl.SSLContext
     return context
 
 
-async def say(mesh: EnvoyMesh, host: str, port: int, *, server_name: str = "", line: bytes = b"hello") -> str:
+async def say(
+    mesh: EnvoyMesh,
+    host: str,
+    port: int,
+    *,
+    server_name: str = "",
+    line: bytes = b"hello",
+    context: ssl.SSLContext | None = None,
+) -> str:
     """What answers a line; empty when the connection is closed instead. With a server name TLS is made to it."""
-    context: ssl.SSLContext | None = None
-    if server_name:
+    if server_name and context is None:
         context = ssl.create_default_context(cadata=mesh.authority.pem.decode())
     async with asyncio.timeout(5):
         try:
@@ -187,7 +195,8 @@ GATEWAY = resource(
     "Gateway",
     f"""{{selector: {{istio: gateway}}, servers: [
       {{port: {{number: {GATEWAY_TCP}, name: tcp, protocol: TCP}}, hosts: ['*']}},
-      {{port: {{number: {GATEWAY_TLS}, name: tls, protocol: TLS}}, tls: {{mode: PASSTHROUGH}}, hosts: ['*.example']}}]}}""",
+      {{port: {{number: {GATEWAY_TLS}, name: tls, protocol: TLS}}, hosts: ['*.example'],
+        tls: {{mode: PASSTHROUGH}}}}]}}""",
     name="way-in",
     group="networking.istio.io/v1",
 )
@@ -211,3 +220,26 @@ async def test_a_gateway_forwards_connections_and_passes_tls_through_by_server_n
     for name in ("db", "shop"):
         assert await say(mesh, address, GATEWAY_TLS, server_name=f"{name}.example") == f"{name}:hello"
     assert await say(mesh, address, GATEWAY_TLS, server_name="other.example") == ""
+
+
+async def test_a_gateway_passes_mutual_tls_of_sidecars_on(mesh: EnvoyMesh, tmp_path: Path) -> None:
+    server = f"{{port: {{number: {GATEWAY_TLS}, name: tls, protocol: TLS}}, hosts: ['*.local'],"
+    server += " tls: {mode: AUTO_PASSTHROUGH}}"
+    await mesh.apply(
+        resource(
+            "Gateway",
+            f"{{selector: {{istio: gateway}}, servers: [{server}]}}",
+            name="cross",
+            group="networking.istio.io/v1",
+        )
+    )
+    leaf = mesh.authority.leaf(spiffe("client"))
+    (tmp_path / "client.pem").write_bytes(leaf.cert + leaf.key)
+    context = ssl.create_default_context(cadata=mesh.authority.pem.decode())
+    context.check_hostname = False
+    context.load_cert_chain(tmp_path / "client.pem")
+    context.set_alpn_protocols(["istio"])
+    address = mesh.proxy("gateway-0").pod_address
+    for name, answer in {"shop": "shop:hello", "nobody": ""}.items():
+        target = f"outbound_.{TCP}_._.{name}.mlmesh.svc.cluster.local"
+        assert await say(mesh, address, GATEWAY_TLS, server_name=target, context=context) == answer
