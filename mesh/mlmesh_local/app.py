@@ -64,6 +64,12 @@ logger = logging.getLogger(__name__)
 
 Token = Callable[[str], str]
 PEER_BYTES_MAX = 16 * 1024 * 1024
+PEER_OPTIONS = (
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_receive_message_length", PEER_BYTES_MAX),
+    # Envoys ask every 10 s whether we are there; a quiet stream would be ended for that within a minute.
+    ("grpc.http2.min_ping_interval_without_data_ms", 5000),
+)
 READY_CHECK_S = 0.1
 TELL_S = 2.0
 SVIDS_S = 30.0
@@ -312,7 +318,7 @@ async def _control_plane(block: addresses.Block, token: Token) -> AsyncIterator[
 @contextlib.asynccontextmanager
 async def _plain_server(address: str, attach: Callable[[grpc.aio.Server], None]) -> AsyncIterator[None]:
     """A server for Envoy's own protocols: no deadlines, no health, no reflection."""
-    server = grpc.aio.server(options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", PEER_BYTES_MAX)])
+    server = grpc.aio.server(options=PEER_OPTIONS)
     attach(server)
     server.add_insecure_port(address)
     await server.start()
