@@ -11,6 +11,7 @@ import grpc
 import pytest
 import pytest_asyncio
 
+from mlmesh_local.differing import compare as compare_worlds
 from mlmesh_local.envoy_types import Json, plain_bytes
 from mlmesh_local.explain import Call, Explanation, Scene, document, explain
 from mlmesh_local.inspection import TYPES
@@ -328,6 +329,39 @@ async def test_what_envoys_run_is_what_they_were_sent(running: EnvoyMesh) -> Non
         other = dataclasses.replace(sent[0], version="another")
         again = compare([other], in_envoy(await running.configuration(name)))
         assert [one.verdict for one in again if one.name == other.name] == ["differs"]
+
+
+def _servers(*servers: str) -> str:
+    """A gateway with a server for each "name mode" on one port."""
+    listed = "".join(
+        f"{{port: {{number: 8443, name: {name}, protocol: HTTPS}}, hosts: [{name}.example], "
+        f"tls: {{mode: {mode}, credentialName: ingress-cert}}}}, "
+        for name, mode in (one.split() for one in servers)
+    )
+    return f"""
+apiVersion: networking.istio.io/v1
+kind: Gateway
+metadata: {{name: tls}}
+spec: {{selector: {{istio: gateway}}, servers: [{listed}]}}
+---
+"""
+
+
+async def test_what_diff_says_is_cut_is_what_envoy_drains(running: EnvoyMesh) -> None:
+    await running.reset(_servers("a SIMPLE", "b SIMPLE"))
+    for servers, chains in ((("a SIMPLE", "b SIMPLE", "c SIMPLE"), 0), (("a SIMPLE", "b MUTUAL"), 2)):
+        before = running.world
+        draining = await _draining(running)
+        await running.reset(_servers(*servers))
+        (change,) = [one for one in compare_worlds(before, running.world).config if one.type == "listeners"]
+        assert change.cuts == bool(chains)
+        # Only chains that change or go are drained; a new one leaves the others alone.
+        assert await _draining(running) - draining == chains
+
+
+async def _draining(mesh: EnvoyMesh) -> int:
+    stats = await mesh.stats("gateway-0", "listener_manager.total_(filter_chains|listeners)_draining")
+    return sum(stats.values())
 
 
 def _sent_to_all(mesh: EnvoyMesh) -> dict[str, Configuration]:
