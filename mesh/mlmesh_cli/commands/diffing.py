@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from pathlib import Path
 from typing import Annotated
 
@@ -74,5 +75,9 @@ def diff(
     except typer.Exit as ended:
         # 1 says that something differs, as diff(1) does.
         raise typer.Exit(TROUBLE if ended.exit_code == ExitCode.FAILED else ended.exit_code) from None
+    except Exception:
+        # Python would exit with 1, which is no defect here.
+        traceback.print_exc()
+        raise typer.Exit(TROUBLE) from None
     if any(found):
         raise typer.Exit(DIFFERENT)

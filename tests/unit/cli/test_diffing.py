@@ -118,6 +118,16 @@ def test_exit_codes_are_those_of_diff(folder: Path) -> None:
     assert _run("-f", new, "--state-dir", str(folder / "none")).exit_code == 3
 
 
+def test_a_defect_is_no_difference(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_worlds: Any) -> Difference:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("mlmesh_local.differing.compare", broken)
+    result = _run("-f", str(folder / "new"), "--against", str(folder / "old"))
+    assert result.exit_code == 2
+    assert "ZeroDivisionError" in result.stderr
+
+
 def test_scripts_get_a_document(folder: Path) -> None:
     found = json.loads(_run("-f", str(folder / "new"), "--against", str(folder / "old"), "-o", "json").stdout)
     assert found["schema"] == "mlmesh.diff/v1"
