@@ -7,7 +7,7 @@ What is changed, and nothing else:
   unknown destinations is left out, and a port that several TCP services share leads to the first of them by address;
 - a gateway's listeners bind the pod's address, and the address for callers outside of the mesh;
 - inbound clusters dial the application at its own address instead of the connection's original destination;
-- secrets come from the control plane instead of from an agent beside Envoy;
+- secrets come from the control plane instead of from an agent beside Envoy, files that rules name from the files;
 - filters, loggers and options of types that upstream Envoy does not have are left out;
 - clusters keep the statistics' names that the laptop mesh reads.
 """
@@ -22,12 +22,15 @@ from mlmesh_local.envoy_types import CLUSTER, ENDPOINTS, EXTENSIONS, LISTENER, R
 from mlmesh_local.istiod.wire import OPAQUE
 from mlmesh_local.model import ProxyNode, World
 from mlmesh_local.translate import View, reporting
+from mlmesh_local.translate.tls import SYSTEM_ROOTS
 
 _ADS: Final[Json] = {"ads": {}, "resource_api_version": "V3", "initial_fetch_timeout": "0s"}
 _VIRTUAL_INBOUND: Final = "virtualInbound"
 _VIRTUAL_OUTBOUND: Final = "virtualOutbound"
 _PASSTHROUGH: Final = "PassthroughCluster"
 _INBOUND_PASSTHROUGH: Final = "InboundPassthroughCluster"
+_FILE_CERTIFICATE: Final = "file-cert:"
+_FILE_ROOTS: Final = "file-root:"
 _ORIGINAL_DST: Final = "envoy.filters.listener.original_dst"
 _TLS_INSPECTOR: Final = "envoy.filters.listener.tls_inspector"
 _NO_HEADERS: Final[reporting.Headers] = (frozenset(), frozenset())
@@ -245,12 +248,39 @@ def _without_unknown(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_unknown(item) for item in value if not _is_unknown(item)]
     if isinstance(value, dict):
-        return {
+        kept = {
             key: dict(_ADS) if key == "sds_config" else _without_unknown(item)
             for key, item in value.items()
             if not _is_unknown(item)
         }
+        if "common_tls_context" in kept:
+            kept["common_tls_context"] = _with_files(kept["common_tls_context"])
+        return kept
     return value
+
+
+def _with_files(context: Json) -> Json:
+    """A TLS context whose files, which Istio's agent would serve as secrets, are read by Envoy."""
+    result = dict(context)
+    found = context.get("tls_certificate_sds_secret_configs", [])
+    named = [str(item.get("name", "")).removeprefix(_FILE_CERTIFICATE) for item in found]
+    if found and all(str(item.get("name", "")).startswith(_FILE_CERTIFICATE) for item in found):
+        del result["tls_certificate_sds_secret_configs"]
+        pairs = [text.partition("~") for text in named]
+        result["tls_certificates"] = [
+            {"certificate_chain": {"filename": chain}, "private_key": {"filename": key}} for chain, _, key in pairs
+        ]
+    combined = context.get("combined_validation_context", context)
+    roots = str(combined.get("validation_context_sds_secret_config", {}).get("name", ""))
+    if roots.startswith(_FILE_ROOTS):
+        path = roots.removeprefix(_FILE_ROOTS)
+        result.pop("combined_validation_context", None)
+        result.pop("validation_context_sds_secret_config", None)
+        result["validation_context"] = {
+            **combined.get("default_validation_context", {}),
+            "trusted_ca": {"filename": SYSTEM_ROOTS if path == "system" else path},
+        }
+    return result
 
 
 def _is_unknown(value: Any) -> bool:

@@ -80,7 +80,8 @@ class Store:
         if old is not None:
             metadata["resourceVersion"] = old["metadata"]["resourceVersion"]
             metadata["generation"] = old["metadata"]["generation"]
-            metadata.setdefault("creationTimestamp", old["metadata"].get("creationTimestamp"))
+            if "creationTimestamp" in old["metadata"]:
+                metadata.setdefault("creationTimestamp", old["metadata"]["creationTimestamp"])
             if made == old:
                 return old
         self.version += 1
