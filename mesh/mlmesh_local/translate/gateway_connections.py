@@ -14,7 +14,7 @@ from mlmesh_local.resources.domains import host_covers, hosts_overlap
 from mlmesh_local.resources.model_routes import Layer4Match, VirtualService
 from mlmesh_local.translate import names
 from mlmesh_local.translate.gateway_servers import Listening, Served
-from mlmesh_local.translate.layer4 import Chain, forward, tcp_proxy, wanted_names
+from mlmesh_local.translate.layer4 import Chain, counted, forward, tcp_proxy, wanted_names
 from mlmesh_local.translate.routes import Frame
 from mlmesh_local.translate.view import View
 
@@ -34,7 +34,7 @@ def connection_chains(view: View, proxy: ProxyNode, one: Served) -> list[Chain]:
     )
     tls = one.server.tls
     if tls is not None and tls.mode == "AUTO_PASSTHROUGH":
-        return [_direct_chain(frame, name) for name, _, _ in _direct(view, proxy, [one])]
+        return [_direct_chain(frame, name, mongo=mongo) for name, _, mongo in _direct(view, proxy, [one])]
     if tls is not None and tls.passes_through:
         return _passed_through(frame, one)
     chain = _forwarded(frame, one)
@@ -61,7 +61,7 @@ def _forwarded(frame: Frame, one: Served) -> Chain | None:
         for rule in service.tcp:
             fits = not rule.matches or any(_applies(match, frame) for match in rule.matches)
             if rule.destinations and fits:
-                filters = forward(frame, rule.destinations, name)
+                filters = forward(frame, rule.destinations, name, mongo=one.server.protocol == "MONGO")
                 named = one.server_names if one.server.tls is not None else ()
                 return Chain(filters=tuple(filters), server_names=named)
         if service.semantics == "gateway":
@@ -100,8 +100,8 @@ def _direct_servers(servers: list[Served]) -> list[Served]:
     return [one for one in servers if one.server.tls is not None and one.server.tls.mode == "AUTO_PASSTHROUGH"]
 
 
-def _direct(view: View, proxy: ProxyNode, servers: list[Served]) -> Iterator[tuple[str, str, str]]:
-    """Server name, cluster and subset of what servers of that mode pass on."""
+def _direct(view: View, proxy: ProxyNode, servers: list[Served]) -> Iterator[tuple[str, str, bool]]:
+    """Server name and cluster of what servers of that mode pass on, and whether it is a port of Mongo."""
     hosts = tuple(host for one in servers for host in one.server.hosts)
     for service in view.services_seen_by(proxy):
         if service.external or not any(host_covers(host, service.host) for host in hosts):
@@ -110,11 +110,11 @@ def _direct(view: View, proxy: ProxyNode, servers: list[Served]) -> Iterator[tup
         for port in service.ports:
             for subset in subsets:
                 name = names.sni(port.number, subset, service.host)
-                yield name, names.outbound_cluster(port.number, subset, service.host), subset
+                yield name, names.outbound_cluster(port.number, subset, service.host), port.protocol == "mongo"
 
 
-def _direct_chain(frame: Frame, name: str) -> Chain:
-    filters = (tcp_proxy(frame, {"cluster": name}, name, HostPolicy(), ""),)
+def _direct_chain(frame: Frame, name: str, *, mongo: bool) -> Chain:
+    filters = (*counted(name, mongo), tcp_proxy(frame, {"cluster": name}, name, HostPolicy(), ""))
     return Chain(filters=filters, server_names=(name,), protocols=MESH_ALPN)
 
 
