@@ -115,12 +115,16 @@ class CpuMeter:
     @contextlib.contextmanager
     def measuring(self) -> Iterator[None]:
         """Fills `used_s` with user and system seconds by name when the block ends."""
-        processes = {name: _tree(pids) for name, pids in self._trees.items()}
-        before = {name: _cpu_s(found) for name, found in processes.items()}
+        before = {name: _cpu_s(_tree(pids)) for name, pids in self._trees.items()}
         try:
             yield
         finally:
-            self.used_s = {name: _cpu_s(found) - before[name] for name, found in processes.items()}
+            # A child that ended meanwhile (one that tries engines, say) is left out of both.
+            after = {name: _cpu_s(found) for name, found in before.items()}
+            self.used_s = {
+                name: sum(used - before[name][process] for process, used in found.items())
+                for name, found in after.items()
+            }
 
 
 def _tree(pids: Iterable[int]) -> list[psutil.Process]:
@@ -128,12 +132,13 @@ def _tree(pids: Iterable[int]) -> list[psutil.Process]:
     return [process for root in roots for process in (root, *root.children(recursive=True))]
 
 
-def _cpu_s(processes: Iterable[psutil.Process]) -> float:
-    total = 0.0
+def _cpu_s(processes: Iterable[psutil.Process]) -> dict[psutil.Process, float]:
+    found: dict[psutil.Process, float] = {}
     for process in processes:
-        times = process.cpu_times()
-        total += times.user + times.system
-    return total
+        with contextlib.suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            found[process] = times.user + times.system
+    return found
 
 
 def _result(recorder: Recorder, elapsed_s: float, meter: CpuMeter, offered_per_s: float = 0.0) -> Result:
