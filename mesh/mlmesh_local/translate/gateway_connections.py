@@ -134,7 +134,6 @@ def direct_clusters(
                 "lb_policy",
                 "typed_extension_protocol_options",
             )
-            kept += ("typed_extension_protocol_options",)
             result[name] = {
                 "name": name,
                 "type": "EDS",

@@ -163,12 +163,10 @@ def _virtual_hosts(served: list[tuple[Served, Frame]]) -> list[Json]:
             for host in common:
                 virtual_host = by_host.setdefault(host, _virtual_host(host, one.server.port))
                 virtual_host["routes"].extend(found)
-        if one.server.tls is not None and one.server.tls.https_redirect:
-            for host in one.server.hosts:
-                by_host.setdefault(host, _virtual_host(host, one.server.port))["require_tls"] = "ALL"
-            for host, virtual_host in by_host.items():
-                if any(host_covers(own, host) for own in one.server.hosts):
+                if _redirects(one):
                     virtual_host["require_tls"] = "ALL"
+        for host in one.hosts_for("*") if _redirects(one) else ():
+            by_host.setdefault(host, _virtual_host(host, one.server.port))["require_tls"] = "ALL"
     if not by_host:
         port = served[0][0].server.port
         return [{"name": f"blackhole:{port}", "domains": ["*"], "routes": []}]
@@ -177,6 +175,10 @@ def _virtual_hosts(served: list[tuple[Served, Frame]]) -> list[Json]:
         # What takes everything comes last, whichever VirtualService it is of.
         virtual_host["routes"] = sorted(virtual_host["routes"], key=lambda route: is_catch_all(route["match"]))
     return sorted(merged, key=lambda virtual_host: str(virtual_host["name"]))
+
+
+def _redirects(one: Served) -> bool:
+    return one.server.tls is not None and one.server.tls.https_redirect
 
 
 def _routes_of(made: _Routes, frame: Frame, service: VirtualService) -> list[Json]:

@@ -148,6 +148,7 @@ def _tls_chains(frame: Frame, service: CatalogService, bound: list[VirtualServic
 
 def _tcp_chains(frame: Frame, service: CatalogService, bound: list[VirtualService]) -> list[Chain]:
     chains: list[Chain] = []
+    mongo = _is_mongo(service, frame.listener_port)
     for virtual_service in bound:
         for rule in virtual_service.tcp:
             if not rule.destinations:
@@ -155,11 +156,13 @@ def _tcp_chains(frame: Frame, service: CatalogService, bound: list[VirtualServic
             applying = [match for _, match in _matches(frame, virtual_service, (rule,))]
             if not rule.matches or any(not match.destination_subnets for match in applying):
                 # It takes every connection: nothing after it is reached.
-                chains.append(_rule_chain(frame, virtual_service, rule, None))
+                chains.append(_rule_chain(frame, virtual_service, rule, None, mongo=mongo))
                 return chains
             subnets = tuple(subnet for match in applying for subnet in match.destination_subnets)
             if subnets:
-                chains.append(replace(_rule_chain(frame, virtual_service, rule, None), subnets=subnets, config=None))
+                chains.append(
+                    replace(_rule_chain(frame, virtual_service, rule, None, mongo=mongo), subnets=subnets, config=None)
+                )
     return [*chains, _service_chain(frame, service, ())]
 
 
@@ -175,9 +178,11 @@ def _matches(
     ]
 
 
-def _rule_chain(frame: Frame, service: VirtualService, rule: Layer4Rule, match: Layer4Match | None) -> Chain:
+def _rule_chain(
+    frame: Frame, service: VirtualService, rule: Layer4Rule, match: Layer4Match | None, *, mongo: bool = False
+) -> Chain:
     return Chain(
-        filters=tuple(forward(frame, rule.destinations, f"{service.meta.name}.{service.meta.namespace}")),
+        filters=tuple(forward(frame, rule.destinations, f"{service.meta.name}.{service.meta.namespace}", mongo=mongo)),
         server_names=wanted_names(match.sni_hosts) if match else (),
         subnets=match.destination_subnets if match else (),
         config=provenance(service.meta),
@@ -188,11 +193,7 @@ def _service_chain(frame: Frame, service: CatalogService, named: tuple[str, ...]
     port = frame.listener_port
     cluster = names.outbound_cluster(port, "", service.host)
     rules = frame.view.policy(service, frame.proxy)
-    filters = [tcp_proxy(frame, {"cluster": cluster}, cluster, rules, "")]
-    described = service.port(port)
-    if described is not None and described.protocol == "mongo":
-        # It counts what is asked; Istio's only filter of this kind that is on unless turned off.
-        filters.insert(0, filter_of("envoy.filters.network.mongo_proxy", _MONGO, {"stat_prefix": cluster}))
+    filters = [*counted(cluster, _is_mongo(service, port)), tcp_proxy(frame, {"cluster": cluster}, cluster, rules, "")]
     if is_dynamic(service):
         filters.insert(0, _resolve_server_name(service, port))
     return Chain(filters=tuple(filters), server_names=named)
@@ -210,18 +211,27 @@ def server_names(service: CatalogService, domain: str, namespace: str) -> tuple[
     return wanted_names(tuple(found))
 
 
-def forward(frame: Frame, destinations: tuple[WeightedDestination, ...], name: str) -> list[Json]:
-    """Network filters that send connections to destinations by weight."""
+def forward(
+    frame: Frame, destinations: tuple[WeightedDestination, ...], name: str, *, mongo: bool = False
+) -> list[Json]:
+    """Network filters that send connections to destinations by weight. ``mongo``: what is asked is counted."""
     first = destinations[0].destination
     service = frame.services.get(first.host)
     rules = frame.view.policy(service, frame.proxy) if service else HostPolicy()
     if len(destinations) == 1:
         cluster = frame.cluster(first)
-        return [tcp_proxy(frame, {"cluster": cluster}, cluster, rules, first.subset)]
+        return [*counted(cluster, mongo), tcp_proxy(frame, {"cluster": cluster}, cluster, rules, first.subset)]
     clusters = [
         {"name": frame.cluster(item.destination), "weight": item.weight} for item in destinations if item.weight
     ]
-    return [tcp_proxy(frame, {"weighted_clusters": {"clusters": clusters}}, name, rules, "")]
+    proxy = tcp_proxy(frame, {"weighted_clusters": {"clusters": clusters}}, name, rules, "")
+    return [*counted(name, mongo), proxy]
+
+
+def counted(stat_prefix: str, mongo: bool) -> list[Json]:
+    """The filter that counts what Mongo is asked: the only one of its kind that is on in Istio unless turned off."""
+    config = {"stat_prefix": stat_prefix}
+    return [filter_of("envoy.filters.network.mongo_proxy", _MONGO, config)] if mongo else []
 
 
 def tcp_proxy(frame: Frame, target: Mapping[str, Json | str], stat_prefix: str, rules: HostPolicy, subset: str) -> Json:
@@ -253,6 +263,11 @@ def _hashes_source(rules: HostPolicy, subset: str) -> bool:
     own = chosen.policy.load_balancer if chosen and chosen.policy else None
     balancer = own or (rules.policy.load_balancer if rules.policy else None)
     return balancer is not None and balancer.hash_key is not None and balancer.hash_key.how == "source_ip"
+
+
+def _is_mongo(service: CatalogService, port: int) -> bool:
+    described = service.port(port)
+    return described is not None and described.protocol == "mongo"
 
 
 def _resolve_server_name(service: CatalogService, port: int) -> Json:
