@@ -74,7 +74,7 @@ def _served(
             continue
         workloads.add(key)
         dialed = Dialed(client=proxy, context=client_context(cluster, endpoint), request=request)
-        results.append(serve(scene, dialed, server, int(port or 0)))
+        results.append(serve(scene, dialed, server, int(port) if port.isdigit() else 0))
     if not results:
         dialed = Dialed(client=proxy, context=client_context(cluster, {}), request=request)
         return serve(scene, dialed, None, 0)
@@ -104,7 +104,7 @@ def _endpoints(scene: Scene, proxy: ProxyNode, cluster: Json) -> Iterator[tuple[
             server = scene.at(address)
             yield (
                 EndpointSeen(
-                    address=f"{address}:{socket.get('port_value', 0)}" if socket else str(place),
+                    address=f"{address}:{socket.get('port_value', 0)}" if socket else _other(place),
                     instance=server.id if server else "",
                     weight=number(one.get("load_balancing_weight"), 1),
                     priority=int(group.get("priority", 0)),
@@ -112,6 +112,13 @@ def _endpoints(scene: Scene, proxy: ProxyNode, cluster: Json) -> Iterator[tuple[
                 ),
                 one,
             )
+
+
+def _other(address: Json) -> str:
+    """An address that is no socket's: a pipe, or another listener of the same Envoy."""
+    if "pipe" in address:
+        return f"unix:{address['pipe'].get('path', '')}"
+    return str(address.get("envoy_internal_address", {}).get("server_listener_name", ""))
 
 
 def _rule(scene: Scene, cluster: Json, subset: str) -> Place | None:

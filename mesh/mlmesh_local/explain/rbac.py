@@ -5,6 +5,7 @@ https://www.envoyproxy.io/docs/envoy/v1.40.0/api-v3/config/rbac/v3/rbac.proto
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -12,10 +13,14 @@ from mlmesh_local.envoy_types import Json
 from mlmesh_local.explain.chains import inside
 from mlmesh_local.explain.requests import Request
 from mlmesh_local.explain.routing import metadata_mismatch
-from mlmesh_local.explain.strings import header_mismatch, string_matches, without_query
+from mlmesh_local.explain.strings import header_mismatch, regex_matches, string_matches, without_query
+from mlmesh_runtime.errors import InvalidInput
 
 PEER_STATE = "io.istio.peer_principal"
 """Filter state in which Istio keeps the identity of the peer."""
+
+
+_Holds = Callable[[Json, Request], bool]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +57,7 @@ def permitted(permission: Json, request: Request) -> bool:
         return any(permitted(one, request) for one in value.get("rules", ()))
     if kind == "not_rule":
         return not permitted(value, request)
-    return _PERMISSIONS[kind](value, request) if kind in _PERMISSIONS else _COMMON[kind](value, request)
+    return _holds(_PERMISSIONS, kind)(value, request)
 
 
 def is_principal(principal: Json, request: Request) -> bool:
@@ -64,7 +69,14 @@ def is_principal(principal: Json, request: Request) -> bool:
         return any(is_principal(one, request) for one in value.get("ids", ()))
     if kind == "not_id":
         return not is_principal(value, request)
-    return _PRINCIPALS[kind](value, request) if kind in _PRINCIPALS else _COMMON[kind](value, request)
+    return _holds(_PRINCIPALS, kind)(value, request)
+
+
+def _holds(own: Mapping[str, _Holds], kind: str) -> _Holds:
+    found = own.get(kind) or _COMMON.get(kind)
+    if found is None:
+        raise InvalidInput(f"a policy asks by {kind}, of which it cannot be told here whether it holds")
+    return found
 
 
 def _only(rule: Json) -> tuple[str, Json]:
@@ -90,7 +102,16 @@ def _filter_state(value: Json, request: Request) -> bool:
     return string_matches(value.get("string_match", {}), request.peer)
 
 
-_Holds = Callable[[Json, Request], bool]
+def _uri_template(value: Json, request: Request) -> bool:
+    """Istio's "{*}" is one segment of the path, "{**}" any number of them."""
+    template = str(value.get("typed_config", {}).get("path_template", ""))
+    # Longest first: "{**}" before "{*}", and both in Envoy's form without braces, too.
+    parts = re.split(r"(\{\*\*\}|\{\*\}|\*\*|\*)", template)
+    pattern = "".join(_SEGMENTS.get(part.strip("{}"), re.escape(part)) for part in parts)
+    return regex_matches(pattern, without_query(request.path))
+
+
+_SEGMENTS = {"**": ".*", "*": "[^/]+"}
 _COMMON: Mapping[str, _Holds] = {
     "any": lambda value, _request: bool(value),
     "header": lambda value, request: not header_mismatch(value, request.headers),
@@ -102,6 +123,7 @@ _PERMISSIONS: Mapping[str, _Holds] = {
     "destination_ip": lambda value, request: _block(value, request.destination),
     "destination_port": lambda value, request: int(str(value)) == request.port,
     "destination_port_range": lambda value, request: int(value.get("start", 0)) <= request.port < int(value["end"]),
+    "uri_template": _uri_template,
     "requested_server_name": lambda value, request: string_matches(value, request.sni),
 }
 _PRINCIPALS: Mapping[str, _Holds] = {

@@ -190,6 +190,7 @@ spec:
   rules:
     - when: [{{key: "request.headers[x-secret]", values: ["*"]}}]
     - to: [{{operation: {{paths: ["/test.Echo/Forbidden*"], notMethods: [GET]}}}}]
+    - to: [{{operation: {{paths: ["/{{*}}/Templated", "/deep/{{**}}/end"]}}}}]
 ---
 apiVersion: security.istio.io/v1
 kind: AuthorizationPolicy
@@ -273,6 +274,10 @@ CALLS = (
     Asked("denied by a header that the route sets", {"x-go": "denied-by-mesh"}, policies=True),
     Asked("denied by the path", path="/test.Echo/ForbiddenThing", policies=True),
     Asked("denied by the path behind a rewrite", path="/old.Echo/Forbidden", policies=True),
+    Asked("denied by a template", path="/test.Echo/Templated", policies=True),
+    Asked("a template of one segment", path="/test/Echo/Templated", policies=True),
+    Asked("a template of many segments", path="/deep/a/b/end", policies=True),
+    Asked("a template and more", path="/deep/a/b/end/more", policies=True),
     Asked("no token of another identity", client="other", policies=True),
     Asked("token with the role", bearer(aud="mlmesh", role="admin"), client="other", policies=True),
     Asked("token with another role", bearer(aud="mlmesh", role="user"), client="other", policies=True),
