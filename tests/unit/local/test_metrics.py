@@ -149,6 +149,12 @@ def test_both_sides_report_with_istios_labels() -> None:
         assert value(metrics, "istio_requests_total", **labels) == 1
 
 
+def test_a_gateway_reports_as_source() -> None:
+    metrics, _ = counting()
+    metrics.http(call(peers=OUT._replace(role="gateway")))
+    assert value(metrics, "istio_requests_total", reporter="source", source_workload="client") == 1
+
+
 def test_who_is_not_known_is_unknown() -> None:
     metrics, _ = counting()
     metrics.http(call(peers=IN._replace(downstream_host="10.9.9.9", downstream_peer="", downstream_local="")))
