@@ -53,6 +53,7 @@ def annotated(text: str, at: At, problems: Problems) -> ProxySettings:
     """Read the annotation: YAML inside a text, on the lines of the file where it is a block."""
     trees = list(parse_yaml(at.source, "\n" * at.line + text))
     with Fields(trees[0].root if trees else Node(at.line, None), at, problems) as fields:
+        fields.unsupported("tracing", why="say it in a Telemetry that selects the workload")
         return proxy_settings(fields)
 
 

@@ -11,7 +11,7 @@ from mlmesh_local.model import ProxyNode
 from mlmesh_local.resources import InvalidResource
 from mlmesh_local.translate import View
 from mlmesh_local.translate.metric_plans import plan_of
-from tests.support.mesh_world import Told, load, resource, world
+from tests.support.mesh_world import WORKLOADS, Told, load, resource, world
 
 ROOT = "istio-system"
 OUTBOUND, INBOUND = "OUTBOUND", "INBOUND"
@@ -362,3 +362,12 @@ def test_settings_are_refused_in_words(text: str, part: str) -> None:
     with pytest.raises(InvalidResource) as caught:
         load(mesh_config(text))
     assert part in str(caught.value)
+
+
+def test_tracing_in_the_annotation_of_a_pod_is_refused() -> None:
+    annotation = "annotations: {proxy.istio.io/config: 'tracing: {sampling: 5}'}"
+    text = WORKLOADS.replace(
+        "metadata: {labels: {app: client, team: red}}", f"metadata: {{labels: {{app: client}}, {annotation}}}"
+    )
+    with pytest.raises(InvalidResource, match="say it in a Telemetry that selects the workload"):
+        load(text)
