@@ -16,15 +16,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, ItemsView, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, cast
 
 from mlmesh_local.model import ProxyNode, World
+from mlmesh_local.tracking import OWN_LABELS, SELF, Read, Same, TrackedProxy, TrackedView
 from mlmesh_local.translate import SECTIONS, Configuration, View
 
-SELF: Final = "<proxy>"
-OWN_LABELS: Final = "<its labels>"
 KEPT_TURNS = 3
 """Worlds after which what was no longer asked for may be forgotten: a refused change comes back to the world before."""
 HISTORY_TURNS = 256
@@ -70,24 +69,8 @@ UNRELATED: Final[Mapping[str, frozenset[str]]] = {
 """What questions to a view do not depend on: kinds, "endpoints" or "proxies" of the world. They are then not asked
 again. What is not named here is asked again whenever anything has changed; that costs time and is never wrong."""
 
-Read = tuple[Hashable, ...]
 Changes = frozenset[str] | None
 """Kinds whose resources differ, "endpoints", "proxies"; None where more than that differs."""
-
-
-class _Same:
-    """An argument that has no hash, by identity; it stays alive with the note."""
-
-    __slots__ = ("value",)
-
-    def __init__(self, value: object) -> None:
-        self.value = value
-
-    def __hash__(self) -> int:
-        return id(self.value)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and (self.value is other.value or bool(self.value == other.value))
 
 
 @dataclass(slots=True, eq=False)
@@ -161,8 +144,8 @@ class Memory:
         if before is not None and before == proxy:
             proxy = before
         self._proxies[proxy.id] = proxy
-        tracked = cast("ProxyNode", _Proxy(self, proxy))
-        view = cast("View", _View(self, self._real(), proxy))
+        tracked = cast("ProxyNode", TrackedProxy(self, proxy))
+        view = cast("View", TrackedView(self, self._real(), proxy))
         return {
             name: self.part((name, proxy.id), functools.partial(make, view, tracked), (), proxy)
             for name, make in SECTIONS
@@ -258,7 +241,7 @@ class Memory:
     def _same(self, read: Read, value: Any, changes: Changes, proxy: ProxyNode | None) -> bool:
         if changes is not None and not _related(str(read[0]), _tag(read), changes):
             return True
-        answer = self._answer(read, proxy)
+        answer = self.answer(read, proxy)
         if answer is value:
             return True
         pair = (id(answer), id(value))
@@ -272,7 +255,8 @@ class Memory:
         self._settled[id(answer)] = (answer, value)
         return True
 
-    def _answer(self, read: Read, proxy: ProxyNode | None) -> Any:
+    def answer(self, read: Read, proxy: ProxyNode | None) -> Any:
+        """What is answered in this world; ``proxy`` where the question is about it."""
         found = self._own_answers.get((read, id(proxy)), self) if proxy else self._answers.get(read, self)
         return self._put(read, proxy, self.settle(self._ask(read, proxy))) if found is self else found
 
@@ -340,7 +324,7 @@ def _argument(item: Any, proxy: ProxyNode | None) -> Any:
         return proxy
     if item is OWN_LABELS:
         return proxy.labels if proxy else {}
-    return item.value if isinstance(item, _Same) else item
+    return item.value if isinstance(item, Same) else item
 
 
 def _name_of(value: Any) -> Hashable:
@@ -387,157 +371,3 @@ def _by_kind(view: View) -> dict[str, list[Any]]:
     for resource in view.resources:
         found.setdefault(type(resource.spec).__name__, []).append(resource.spec)
     return found
-
-
-# What translation sees
-
-
-class _Tracked:
-    """Something whose attributes are noted when they are read."""
-
-    _owner = ""
-
-    def __init__(self, memory: Memory, target: Any, proxy: ProxyNode) -> None:
-        self._memory = memory
-        self._target = target
-        self._proxy = proxy
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self._target, name)
-        if callable(value) and not isinstance(value, type):
-            question = _Question(self, name)
-            self.__dict__[name] = question
-            return question
-        value = self._memory.settle(value)
-        self._memory.note((self._owner, name), value, own=self._owner == "proxy")
-        return value
-
-
-class _Question:
-    """A method whose answers are noted with their arguments."""
-
-    __slots__ = ("_about", "_name")
-
-    def __init__(self, about: _Tracked, name: str) -> None:
-        self._about = about
-        self._name = name
-
-    def __call__(self, *positional: Any, **named: Any) -> Any:
-        about = self._about
-        arguments = tuple(map(_key, positional))
-        more = tuple((name, _key(value)) for name, value in sorted(named.items()))
-        read: Read = (about._owner, self._name, arguments, more)
-        given = [*arguments, *(value for _, value in more)]
-        own = about._owner in ("proxy", "labels") or any(item is SELF or item is OWN_LABELS for item in given)
-        value = about._memory._answer(read, about._proxy if own else None)
-        about._memory.note(read, value, own=own)
-        return value
-
-
-def _key(value: Any) -> Hashable:
-    if isinstance(value, _Proxy):
-        return SELF
-    if isinstance(value, _Labels):
-        return OWN_LABELS
-    if isinstance(value, _Tracked):
-        raise TypeError(f"{type(value._target).__name__} is not to be handed to a view")
-    try:
-        hash(value)
-    except TypeError:
-        return _Same(value)
-    return cast("Hashable", value)
-
-
-class _View(_Tracked):
-    _owner = "view"
-
-    @property
-    def world(self) -> Any:
-        return _World(self._memory, self._target.world, self._proxy)
-
-    @property
-    def resources(self) -> Any:
-        return _Resources(self._memory, self._target.resources, self._proxy)
-
-    def part(self, key: Hashable, make: Callable[[], Any], *given: Any) -> Any:
-        return self._memory.part(key, make, given, self._proxy)
-
-
-class _World(_Tracked):
-    _owner = "world"
-
-    @property
-    def resources(self) -> Any:
-        tracked = _Resources(self._memory, self._target.resources, self._proxy)
-        tracked._owner = "world.resources"
-        return tracked
-
-
-class _Resources(_Tracked):
-    _owner = "resources"
-
-    def __iter__(self) -> Iterator[Any]:
-        content = tuple(self._target)
-        self._memory.note((self._owner, "digest"), self._target.digest, own=False)
-        return iter(content)
-
-    def __len__(self) -> int:
-        self._memory.note((self._owner, "digest"), self._target.digest, own=False)
-        return len(self._target)
-
-
-class _Proxy(_Tracked):
-    _owner = "proxy"
-
-    def __init__(self, memory: Memory, target: ProxyNode) -> None:
-        super().__init__(memory, target, target)
-
-    @property
-    def labels(self) -> Any:
-        return _Labels(self._memory, self._target)
-
-
-class _LabelItems(ItemsView[str, str]):
-    """So that "has it these labels" reads these labels only: ``selector.items() <= labels.items()``."""
-
-    def __init__(self, labels: Mapping[str, str]) -> None:
-        super().__init__(labels)
-        self._labels = labels
-
-    def __ge__(self, other: Any) -> bool:
-        return all(self._labels.get(key) == value for key, value in other)
-
-
-class _Labels(Mapping[str, str]):
-    """Labels of the proxy: most of what reads them asks for one or two, and proxies differ in others."""
-
-    def __init__(self, memory: Memory, proxy: ProxyNode) -> None:
-        self._memory = memory
-        self._proxy = proxy
-
-    def get(self, key: str, default: Any = None) -> Any:
-        value = self._proxy.labels.get(key)
-        self._memory.note(("labels", "get", (key,), ()), value, own=True)
-        return default if value is None else value
-
-    def __getitem__(self, key: str) -> str:
-        value = self.get(key)
-        if value is None:
-            raise KeyError(key)
-        return str(value)
-
-    def __contains__(self, key: object) -> bool:
-        return self.get(str(key)) is not None
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._all())
-
-    def __len__(self) -> int:
-        return len(self._all())
-
-    def items(self) -> ItemsView[str, str]:
-        return _LabelItems(self)
-
-    def _all(self) -> Mapping[str, str]:
-        self._memory.note(("proxy", "labels"), self._proxy.labels, own=True)
-        return self._proxy.labels
