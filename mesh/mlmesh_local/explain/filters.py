@@ -60,7 +60,7 @@ def pass_filters(
         elif kind_of(plain) == "JwtAuthentication":
             if not config.get("rules"):
                 continue
-            check, request, code = _token(name, config, request, now_s)
+            check, request, code = _token(name, config, request, provenance, now_s)
             if check.verdict == "deny":
                 ended = Outcome(kind="unauthenticated", code=code, why=check.why)
                 return Filtered(request=request, checks=(*checks, check), ended=ended)
@@ -126,7 +126,9 @@ def _reason(action: str, policy: str, rules: Json) -> str:
     return "no rule denies it" if action == "DENY" else "no rule records it"
 
 
-def _token(name: str, config: Json, request: Request, now_s: float) -> tuple[Check, Request, str]:
+def _token(
+    name: str, config: Json, request: Request, provenance: Provenance, now_s: float
+) -> tuple[Check, Request, str]:
     result = authenticate(config, request, now_s=now_s)
     if result.metadata:
         merged = {**request.metadata, METADATA: {**request.metadata.get(METADATA, {}), **result.metadata}}
@@ -136,7 +138,7 @@ def _token(name: str, config: Json, request: Request, now_s: float) -> tuple[Che
         action="JWT",
         verdict="allow" if result.allowed else "deny",
         policy=result.provider,
-        place=None,
+        place=provenance.of_issuer(result.provider),
         why=result.why,
     )
     return check, request, result.code

@@ -70,6 +70,16 @@ class Provenance:
         namespace, name, index = found.groups()
         return self.place("AuthorizationPolicy", f"{namespace}/{name}", "spec", "rules", int(index))
 
+    def of_issuer(self, issuer: str) -> Place | None:
+        """The rule of a RequestAuthentication that knows an issuer of tokens."""
+        for resource in self._by_name.values():
+            if resource.kind != "RequestAuthentication" or not issuer:
+                continue
+            for index, rule in enumerate(resource.plain.get("spec", {}).get("jwtRules", ())):
+                if rule.get("issuer") == issuer:
+                    return self.place(resource.kind, resource.name, "spec", "jwtRules", index)
+        return None
+
     def _tree(self, resource: Resource) -> Node | None:
         key = (resource.kind, resource.name)
         if key not in self._trees:

@@ -93,7 +93,7 @@ def _of_provider(provider: Json, audiences: Any, request: Request, now_s: float)
             return TokenResult(allowed=True, why=found, metadata=metadata, provider=issuer)
     # Envoy tells a token for others from one that is not valid.
     code = "PERMISSION_DENIED" if "is for" in why else "UNAUTHENTICATED"
-    return TokenResult(allowed=False, why=why, metadata={}, code=code)
+    return TokenResult(allowed=False, why=why, metadata={}, provider=issuer, code=code)
 
 
 def _normal(claims: dict[str, Any], provider: Json) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def test_all_checks_are_listed() -> None:
     assert checks[-1]["id"] in _run("--list").stdout
 
 
-@pytest.mark.parametrize("overlay", ["cpu", "gpu", "prod", "json", "kubeflow"])
+@pytest.mark.parametrize("overlay", ["cpu", "gpu", "prod", "json", "kubeflow", "ambient"])
 def test_our_own_manifests_give_no_finding(overlay: str) -> None:
     result = _run("-f", str(ROOT / "manifests" / "overlays" / overlay), "-o", "json", "--fail-on", "info")
     assert result.exit_code == 0, result.stdout

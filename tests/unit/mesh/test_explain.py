@@ -330,6 +330,19 @@ def test_plaintext_to_a_strict_server_names_the_policy() -> None:
     assert (one.tls.server, one.tls.place.source) == ("STRICT", "1.yaml:5")
 
 
+def test_a_token_that_is_refused_names_the_rule_that_knows_its_issuer() -> None:
+    issuer = Issuer()
+    known = f"{{issuer: '{issuer.name}', jwks: '{issuer.jwks}'}}"
+    rule = f"{{selector: {{matchLabels: {{app: server}}}}, jwtRules: [{known}]}}"
+    scene = Scene(offline_world(load(WORKLOADS, resource("RequestAuthentication", rule, name="tokens"))), now_s=NOW_S)
+    headers = {"authorization": f"Bearer {issuer.token(exp=1)}"}
+    said = explain(scene, Call(source="client", host="server", port=9000, path="/a.B/C", headers=headers))
+    assert (said.outcome.kind, said.outcome.code) == ("unauthenticated", "UNAUTHENTICATED")
+    (check,) = said.destinations[0].checks
+    assert check.place is not None
+    assert (check.why, check.place.part) == ("the token has expired", "spec.jwtRules[0]")
+
+
 def test_a_host_that_nobody_serves_and_a_port_that_nobody_listens_on() -> None:
     scene = Scene(offline_world(load(WORKLOADS)), now_s=NOW_S)
     nowhere = explain(scene, Call(source="client", host="server", port=1, path="/"))
