@@ -29,6 +29,7 @@ def test_the_files_as_they_are() -> None:
     written = manifests.documents(manifests.BASE) + manifests.documents(manifests.ISTIO)
     kinds = ISTIO_KINDS | {"Deployment", "Service", "ServiceAccount"}
     expected = {(d["kind"], f"mlmesh/{d['metadata']['name']}") for d in written if d["kind"] in kinds}
+    expected |= {("Namespace", f"/{d['metadata']['name']}") for d in written if d["kind"] == "Namespace"}
     assert {(change.kind, change.name) for change in applied.changes} == expected
     replicas = {d.meta.name: d.replicas for d in applied.resources.specs(Deployment)}
     assert replicas["inference-v1"] == 2
