@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 
 from mlmesh_local.envoy_types import CLUSTER, ENDPOINTS, LISTENER, ROUTES, TYPE_PREFIX, Json, build, message_class
+from mlmesh_local.istiod.marker import mark
 from mlmesh_local.istiod.nodes import Node
 from mlmesh_local.istiod.wire import decode_shared
 from mlmesh_runtime.errors import TimedOut
@@ -38,6 +39,7 @@ class Subscription:
         self.answers = 0
         self._wanted: dict[str, tuple[str, ...]] = {}
         self._answered: set[str] = set()
+        self._floor = 0
         self._versions: dict[str, tuple[str, str]] = {}
         self._changed = asyncio.Event()
         self._requests: asyncio.Queue[Any] = asyncio.Queue(maxsize=REQUESTS_MAX)
@@ -48,8 +50,8 @@ class Subscription:
         if not {CLUSTER, LISTENER} <= self._answered:
             return False
         wanted = [LISTENER, *(type_url for type_url in (ROUTES, EXTENSION) if self._wanted.get(type_url))]
-        if any(self._push_of(type_url) < self._push_of(CLUSTER) for type_url in wanted):
-            # Istio sends one push type by type.
+        if any(self._push_of(type_url) < self._floor for type_url in wanted):
+            # Istio sends a push type by type, and leaves out types that it cannot have changed: not after a new marker.
             return False
         return all(
             type_url in self._answered and set(names) <= self.resources[type_url].keys()
@@ -111,6 +113,8 @@ class Subscription:
         self.answers += 1
         found = (decode_shared(type_url, item.value) for item in response.resources)
         named = {str(item.get("name") or item.get("cluster_name")): item for item in found}
+        if type_url == CLUSTER and mark(named) != mark(self.resources[CLUSTER]):
+            self._floor = self._push_of(CLUSTER)
         if type_url in (CLUSTER, LISTENER):
             self.resources[type_url] = named
         else:

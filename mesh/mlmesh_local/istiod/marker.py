@@ -5,7 +5,7 @@ An EnvoyFilter of the root namespace reaches all proxies, whatever their Sidecar
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Iterable, MutableMapping
 from typing import Any
 
 from mlmesh_local.envoy_types import CLUSTER, Json
@@ -39,11 +39,16 @@ def cluster_name(number: int) -> str:
     return f"{NAME}-{number}"
 
 
+def mark(clusters: Iterable[str]) -> str:
+    """The marker's name among those of clusters; empty when there is none."""
+    return next((name for name in clusters if name.startswith(f"{NAME}-")), "")
+
+
 def take(resources: MutableMapping[str, dict[str, Any]]) -> int:
     """Remove the marker from a proxy's resources, and give its number; 0 when there is none."""
     clusters: dict[str, Json] = resources.get(CLUSTER, {})
-    name = next((name for name in clusters if name.startswith(f"{NAME}-")), None)
-    if name is None:
+    name = mark(clusters)
+    if not name:
         return 0
     del clusters[name]
     return int(name.rpartition("-")[2])
