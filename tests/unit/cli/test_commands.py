@@ -39,7 +39,8 @@ def test_every_command_of_the_issue_is_here() -> None:
     assert names == {
         "metrics", "init", "up", "down", "status", "apply", "demo", "train",
         "studies", "jobs", "models", "datasets", "infer", "routes", "traces", "certs",
-        "quota", "audit", "optimize", "streams", "engines", "translate", "explain", "diff", "chaos", "delete", "config", "doctor", "analyze", "conditions", "xds",
+        "quota", "audit", "optimize", "streams", "engines", "translate", "explain", "diff",
+        "chaos", "delete", "config", "doctor", "analyze", "conditions", "xds",
     }  # fmt: skip
 
 
