@@ -55,12 +55,12 @@ class Scope:
         return None
 
     def ports(self) -> tuple[int, ...]:
-        """Ports on which the workload calls, in order."""
+        """Ports on which the workload calls, in order; one without a service is none, as in Istio."""
         found: set[int] = set()
         for egress in self.egress:
             if egress.port is None:
                 found.update(port.number for service in egress.services for port in service.ports)
-            elif egress.port:
+            elif egress.port and egress.services:
                 found.add(egress.port)
         return tuple(sorted(found))
 
