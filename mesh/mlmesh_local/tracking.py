@@ -33,23 +33,23 @@ class Same:
 
 
 class _Tracked:
-    """Something whose attributes are noted when they are read."""
+    """Something whose attributes are noted when they are read. Its own have names that nothing tracked has."""
 
-    owner = ""
+    tracked_owner = ""
 
     def __init__(self, memory: Memory, target: Any, proxy: ProxyNode) -> None:
-        self.memory = memory
-        self.target = target
-        self.proxy = proxy
+        self.tracked_memory = memory
+        self.tracked_target = target
+        self.tracked_proxy = proxy
 
     def __getattr__(self, name: str) -> Any:
-        value = getattr(self.target, name)
+        value = getattr(self.tracked_target, name)
         if callable(value) and not isinstance(value, type):
             question = _Question(self, name)
             self.__dict__[name] = question
             return question
-        value = self.memory.settle(value)
-        self.memory.note((self.owner, name), value, own=self.owner == "proxy")
+        value = self.tracked_memory.settle(value)
+        self.tracked_memory.note((self.tracked_owner, name), value, own=self.tracked_owner == "proxy")
         return value
 
 
@@ -66,11 +66,11 @@ class _Question:
         about = self._about
         arguments = tuple(map(_key, positional))
         more = tuple((name, _key(value)) for name, value in sorted(named.items()))
-        read: Read = (about.owner, self._name, arguments, more)
+        read: Read = (about.tracked_owner, self._name, arguments, more)
         given = [*arguments, *(value for _, value in more)]
-        own = about.owner in ("proxy", "labels") or any(item is SELF or item is OWN_LABELS for item in given)
-        value = about.memory.answer(read, about.proxy if own else None)
-        about.memory.note(read, value, own=own)
+        own = about.tracked_owner in ("proxy", "labels") or any(item is SELF or item is OWN_LABELS for item in given)
+        value = about.tracked_memory.answer(read, about.tracked_proxy if own else None)
+        about.tracked_memory.note(read, value, own=own)
         return value
 
 
@@ -80,7 +80,7 @@ def _key(value: Any) -> Hashable:
     if isinstance(value, _Labels):
         return OWN_LABELS
     if isinstance(value, _Tracked):
-        raise TypeError(f"{type(value.target).__name__} is not to be handed to a view")
+        raise TypeError(f"{type(value.tracked_target).__name__} is not to be handed to a view")
     try:
         hash(value)
     except TypeError:
@@ -89,52 +89,52 @@ def _key(value: Any) -> Hashable:
 
 
 class TrackedView(_Tracked):
-    owner = "view"
+    tracked_owner = "view"
 
     @property
     def world(self) -> Any:
-        return _World(self.memory, self.target.world, self.proxy)
+        return _World(self.tracked_memory, self.tracked_target.world, self.tracked_proxy)
 
     @property
     def resources(self) -> Any:
-        return _Resources(self.memory, self.target.resources, self.proxy)
+        return _Resources(self.tracked_memory, self.tracked_target.resources, self.tracked_proxy)
 
     def part(self, key: Hashable, make: Callable[[], Any], *given: Any) -> Any:
-        return self.memory.part(key, make, given, self.proxy)
+        return self.tracked_memory.part(key, make, given, self.tracked_proxy)
 
 
 class _World(_Tracked):
-    owner = "world"
+    tracked_owner = "world"
 
     @property
     def resources(self) -> Any:
-        tracked = _Resources(self.memory, self.target.resources, self.proxy)
-        tracked.owner = "world.resources"
+        tracked = _Resources(self.tracked_memory, self.tracked_target.resources, self.tracked_proxy)
+        tracked.tracked_owner = "world.resources"
         return tracked
 
 
 class _Resources(_Tracked):
-    owner = "resources"
+    tracked_owner = "resources"
 
     def __iter__(self) -> Iterator[Any]:
-        content = tuple(self.target)
-        self.memory.note((self.owner, "digest"), self.target.digest, own=False)
+        content = tuple(self.tracked_target)
+        self.tracked_memory.note((self.tracked_owner, "digest"), self.tracked_target.digest, own=False)
         return iter(content)
 
     def __len__(self) -> int:
-        self.memory.note((self.owner, "digest"), self.target.digest, own=False)
-        return len(self.target)
+        self.tracked_memory.note((self.tracked_owner, "digest"), self.tracked_target.digest, own=False)
+        return len(self.tracked_target)
 
 
 class TrackedProxy(_Tracked):
-    owner = "proxy"
+    tracked_owner = "proxy"
 
     def __init__(self, memory: Memory, target: ProxyNode) -> None:
         super().__init__(memory, target, target)
 
     @property
     def labels(self) -> Any:
-        return _Labels(self.memory, self.target)
+        return _Labels(self.tracked_memory, self.tracked_target)
 
 
 class _LabelItems(ItemsView[str, str]):
@@ -152,12 +152,12 @@ class _Labels(Mapping[str, str]):
     """Labels of the proxy: most of what reads them asks for one or two, and proxies differ in others."""
 
     def __init__(self, memory: Memory, proxy: ProxyNode) -> None:
-        self.memory = memory
-        self.proxy = proxy
+        self.tracked_memory = memory
+        self.tracked_proxy = proxy
 
     def get(self, key: str, default: Any = None) -> Any:
-        value = self.proxy.labels.get(key)
-        self.memory.note(("labels", "get", (key,), ()), value, own=True)
+        value = self.tracked_proxy.labels.get(key)
+        self.tracked_memory.note(("labels", "get", (key,), ()), value, own=True)
         return default if value is None else value
 
     def __getitem__(self, key: str) -> str:
@@ -179,5 +179,5 @@ class _Labels(Mapping[str, str]):
         return _LabelItems(self)
 
     def _all(self) -> Mapping[str, str]:
-        self.memory.note(("proxy", "labels"), self.proxy.labels, own=True)
-        return self.proxy.labels
+        self.tracked_memory.note(("proxy", "labels"), self.tracked_proxy.labels, own=True)
+        return self.tracked_proxy.labels
