@@ -151,7 +151,7 @@ RULES = {
         "{servers: [{port: {number: 1, name: a, protocol: HTTP}, hosts: [shop]}]}",
         group="networking.istio.io/v1",
     ),
-    'cannot be set together with "credentialName"': resource(
+    'tls.credentialNames: cannot be set together with "credentialName"': resource(
         "Gateway",
         "{servers: [{port: {number: 1, name: a, protocol: HTTPS}, hosts: ['*'],"
         " tls: {mode: SIMPLE, credentialName: c, credentialNames: [d]}}]}",

@@ -193,17 +193,6 @@ RETRIES = {
             },
         },
     },
-    "{attempts: 1, retryRemoteLocalities: true}": {
-        "num_retries": 1,
-        "retry_priority": {
-            "name": "envoy.retry_priorities.previous_priorities",
-            "typed_config": {
-                "@type": "type.googleapis.com/"
-                "envoy.extensions.retry.priority.previous_priorities.v3.PreviousPrioritiesConfig",
-                "update_frequency": 2,
-            },
-        },
-    },
 }
 
 
