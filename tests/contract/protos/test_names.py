@@ -14,6 +14,7 @@ METHODS = {m.full_name: m for m in contract.methods()}
 SHORT_LISTS = {
     "mlmesh.inference.v1.InferenceControlService/ListEngines",
     "mlmesh.inference.v1.InferenceControlService/ListServedVersions",
+    "mlmesh.local.v1.LocalMeshService/ListFaults",
     "mlmesh.local.v1.LocalMeshService/ListResources",
     "mlmesh.local.v1.LocalMeshService/ListRoutes",
     "mlmesh.local.v1.LocalMeshService/ListTraces",
