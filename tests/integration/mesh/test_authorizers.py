@@ -72,7 +72,8 @@ HTTP = provider(
     "envoyExtAuthzHttp",
     PORTS["http"],
     ", pathPrefix: /check, includeRequestHeadersInCheck: [x-ext-authz],"
-    " includeAdditionalHeadersInCheck: {x-extra: '1'}, headersToUpstreamOnAllow: [x-checked], headersToDownstreamOnDeny: [x-reason]",
+    " includeAdditionalHeadersInCheck: {x-extra: '1'}, headersToUpstreamOnAllow: [x-checked],"
+    " headersToDownstreamOnDeny: [x-reason]",
 )
 
 

@@ -249,7 +249,7 @@ async def test_refused_by_envoy_keeps_the_last_good(mesh: EnvoyMesh) -> None:
     await mesh.apply(split(0, 100))
     # Which variables there are only Envoy knows; Istio's validation and this one look at their form.
     bad = split(0, 100, extra="      headers: {request: {set: {x-who: '%NOBODY%'}}}")
-    with pytest.raises(ConfigurationRejectedError, match="Envoy refused it: .*NOBODY"):
+    with pytest.raises(ConfigurationRejectedError, match=r"Envoy refused it: .*NOBODY"):
         await mesh.apply(bad)
     assert await mesh.spread(20) == {"server-v2-0": 20}
     assert mesh.ads.status("client-0").rejection == ""
