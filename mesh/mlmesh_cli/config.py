@@ -23,6 +23,11 @@ VARIABLES: tuple[Variable, ...] = (
         default=".mlmesh",
         meaning="The state folder of the laptop mesh that `mlmesh` commands act on, where --state-dir does not say.",
     ),
+    Variable(
+        name="MLMESH_ISTIOD",
+        default="",
+        meaning="Istio's pilot-discovery, for `mlmesh up --control-plane istiod` without --istiod. Empty: on PATH.",
+    ),
     *(
         Variable(
             name=f"MLMESH_{service.upper()}_TARGET",
