@@ -1,4 +1,4 @@
-"""Writes docs/mesh/fields.md: every field of Istio's API, and what the laptop mesh makes of it.
+"""Writes docs/mesh/fields.md: every field of Istio's API and of the Gateway API, and what the laptop mesh makes of it.
 
     python tools/istio_fields.py [--check]
 
@@ -24,14 +24,21 @@ from mlmesh_local.resources.parse import Document, load_resources
 from mlmesh_local.resources.problems import InvalidResource, Problem
 
 ROOT = Path(__file__).resolve().parent.parent
-SCHEMAS = ROOT / ".tools" / "crds" / "istio"
+SCHEMAS = (ROOT / ".tools" / "crds" / "istio", ROOT / ".tools" / "crds" / "gateway-api")
+GATEWAY_API = "gateway.networking.k8s.io"
 RESULTS = ROOT / "build" / "differential.json"
 PAGE = ROOT / "docs" / "mesh" / "fields.md"
 
 Schema = Mapping[str, Any]
 _BOGUS = "aFieldThatNobodyKnows"
 _REFUSALS = ("unknown field", "not supported")
-_LINK = "https://istio.io/latest/docs/reference/config/"
+_UNREAD = "never read"
+# Members of unions that are told by a word beside them.
+_UNIONS = {
+    "filters[]": {"urlRewrite": "URLRewrite", "cors": "CORS"},
+    "path": {"replaceFullPath": "ReplaceFullPath", "replacePrefixMatch": "ReplacePrefixMatch"},
+}
+_VERDICTS = ("same", "differs", "accepted", "no effect", "refused")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +51,11 @@ class Kind:
     leaves: tuple[tuple[str, Schema], ...]
 
     @property
+    def title(self) -> str:
+        """The kind's name in paths: that of Istio and that of the Gateway API are both a Gateway."""
+        return "KubernetesGateway" if (self.group, self.kind) == (GATEWAY_API, "Gateway") else self.kind
+
+    @property
     def api_version(self) -> str:
         """Group and version."""
         return f"{self.group}/{self.version}"
@@ -51,7 +63,7 @@ class Kind:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What becomes of a field: "same", "differs", "accepted" or "refused", and why."""
+    """What becomes of a field, one of `_VERDICTS`, and why."""
 
     field: str
     verdict: str
@@ -90,14 +102,20 @@ def probe(kind: Kind, path: str, schema: Schema) -> str:
     for problem in problems:
         if problem.message.startswith(_REFUSALS) and _covers(problem.at.path, path):
             return problem.message.partition(" (did you mean")[0]
-        if problem.at.path in {"kind", "apiVersion"}:
+        if problem.at.path in {"kind", "apiVersion"} or _is_word_of(problem, path):
             return problem.message
     # A place that is never looked at refuses nothing; that it is looked at shows by a field that nobody knows.
     parent, dot, _ = path.rpartition(".")
     beside = _problems(kind, f"{parent}{dot}{_BOGUS}" if not parent.endswith("*") else path, "x")
     if parent.endswith("*") or any(_BOGUS in problem.at.path or _BOGUS in problem.message for problem in beside):
         return ""
-    return "" if _free(kind, path) else "never read"
+    return "" if _free(kind, path) else _UNREAD
+
+
+def _is_word_of(problem: Problem, path: str) -> bool:
+    """Whether a problem is with the word that tells the member of a union which the field is in."""
+    around, dot, word = problem.at.path.replace("[0]", "[]").rpartition(".")
+    return word == "type" and bool(dot) and path.startswith(f"{around}.") and "support" in problem.message
 
 
 def _free(kind: Kind, path: str) -> bool:
@@ -124,6 +142,10 @@ def _nested(steps: list[str], leaf: Any) -> dict[str, Any]:
     depth = step.count("[]")
     name = step.removesuffix("[]" * depth) if depth else step
     value: Any = _nested(rest, leaf) if rest else leaf
+    union = _UNIONS.get(step)
+    if union is not None and rest:
+        member = rest[0].removesuffix("[]")
+        value = {"type": union.get(member, member[:1].upper() + member[1:]), **value}
     for _ in range(depth):
         value = [value]
     return {"probe" if name == "*" else name: value}
@@ -152,61 +174,70 @@ def verdicts(kind: Kind, results: Mapping[str, Any]) -> list[Verdict]:
     """What becomes of every field of a kind."""
     found = []
     for path, schema in kind.leaves:
-        field = f"{kind.kind}.{path}"
+        field = f"{kind.title}.{path}"
         refusal = probe(kind, path, schema)
         compared = results.get(field, {})
-        if refusal:
+        if refusal == _UNREAD and not compared:
+            found.append(Verdict(field=field, verdict="no effect"))
+        elif refusal and refusal != _UNREAD:
             found.append(Verdict(field=field, verdict="refused", why=refusal.removeprefix("not supported: ")))
         elif compared.get("differs"):
             links = ", ".join(f"[{name}](differential.md#{name})" for name in sorted(compared["differs"]))
             found.append(Verdict(field=field, verdict="differs", why=links))
         elif compared.get("cases"):
-            found.append(Verdict(field=field, verdict="same", why=f"{len(compared['cases'])} cases"))
+            found.append(Verdict(field=field, verdict="same"))
         else:
             found.append(Verdict(field=field, verdict="accepted"))
     return found
 
 
-def page(all_kinds: Iterable[Kind], results: Mapping[str, Any]) -> str:
+def all_kinds() -> list[Kind]:
+    """Kinds of Istio's API, then those of the Gateway API that are no experiments under another group."""
+    return [kind for folder in SCHEMAS for kind in kinds(folder) if not kind.group.endswith("x-k8s.io")]
+
+
+def page(listed: Iterable[Kind], results: Mapping[str, Any]) -> str:
     """The page."""
     lines = [
-        "# Every field of Istio's API on the laptop mesh",
+        "# Every field of Istio's API and of the Gateway API on the laptop mesh",
         "",
         "Made by `python tools/istio_fields.py` from the schemas of Istio's API, from what the reader takes, and from",
         "the comparison with Istio's own control plane; a test keeps it as it is.",
         "",
-        "- **same**: taken; Istio's control plane and ours made the same of it, in so many cases of the differential",
-        "  suite.",
+        "- **same**: taken; Istio's control plane and ours made the same of it in every case of the differential suite",
+        "  that has it.",
         "- **differs**: taken; the effect differs, for the reason that is linked.",
         "- **accepted**: taken; the two were not compared on it: it leaves nothing in Envoy's configuration, or no",
         "  case has it.",
+        "- **no effect**: taken, and means nothing here: what it sets exists in a cluster only, or Istio makes nothing",
+        "  of it either.",
         "- **refused**: applying it is an error that names the field; it is never silently ignored.",
         "",
     ]
     tables: list[str] = []
     total: Counter[str] = Counter()
-    summary = ["| kind | same | differs | accepted | refused |", "| --- | ---: | ---: | ---: | ---: |"]
-    for kind in all_kinds:
+    summary = [f"| kind | {' | '.join(_VERDICTS)} |", "| --- |" + " ---: |" * len(_VERDICTS)]
+    for kind in listed:
         rows = verdicts(kind, results)
         count = Counter(row.verdict for row in rows)
         total += count
-        anchor = kind.kind.lower()
-        counts = " | ".join(str(count[name]) for name in ("same", "differs", "accepted", "refused"))
-        summary.append(f"| [{kind.kind}](#{anchor}) | {counts} |")
+        anchor = kind.title.lower()
+        counts = " | ".join(str(count[name]) for name in _VERDICTS)
+        summary.append(f"| [{kind.title}](#{anchor}) | {counts} |")
         tables += _table(kind, rows, count)
-    counts = " | ".join(str(total[name]) for name in ("same", "differs", "accepted", "refused"))
+    counts = " | ".join(str(total[name]) for name in _VERDICTS)
     summary.append(f"| **{sum(total.values())} fields** | {counts} |")
     return "\n".join([*lines, *summary, "", *tables])
 
 
 def _table(kind: Kind, rows: list[Verdict], count: Counter[str]) -> list[str]:
-    head = [f"## {kind.kind}", "", f"`{kind.api_version}`", ""]
+    head = [f"## {kind.title}", "", f"`{kind.api_version}`", ""]
     reasons = {row.why for row in rows}
     if count["refused"] == len(rows) and len(reasons) == 1:
         return [*head, f"The kind is refused: {reasons.pop()}.", ""]
-    table = ["| field | | why, or how it was compared |", "| --- | --- | --- |"]
+    table = ["| field | | why |", "| --- | --- | --- |"]
     for row in rows:
-        path = row.field.removeprefix(f"{kind.kind}.").replace("|", "\\|")
+        path = row.field.removeprefix(f"{kind.title}.").replace("|", "\\|")
         table.append(f"| `{path}` | {row.verdict} | {row.why.replace('|', chr(92) + '|')} |")
     return [*head, *table, ""]
 
@@ -216,13 +247,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="only tell whether the page is as it should be")
     check = parser.parse_args().check
-    if not SCHEMAS.is_dir():
-        sys.exit(f"{SCHEMAS.relative_to(ROOT)} is missing: `make tools` puts Istio's schemas there")
+    missing = [folder for folder in SCHEMAS if not folder.is_dir()]
+    if missing:
+        sys.exit(f"{missing[0].relative_to(ROOT)} is missing: `make tools` puts the schemas there")
     if not RESULTS.exists():
         sys.exit(
             f"{RESULTS.relative_to(ROOT)} is missing: the differential suite writes it (pytest tests/differential)"
         )
-    text = page(kinds(SCHEMAS), json.loads(RESULTS.read_text())["fields"])
+    text = page(all_kinds(), json.loads(RESULTS.read_text())["fields"])
     if not check:
         PAGE.write_text(text)
         return 0

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
 
 import pytest
 
 from tests.differential.compare import accepted
 from tests.differential.page import PAGE, with_list
-from tests.differential.suite import Outcome, run, write
+from tests.differential.suite import RESULT, Outcome, run, write
 from tests.differential.table import FOLDER, Case, cases
 from tests.support import tools
+from tools import istio_fields
 
 TABLE = list(cases())
 
@@ -51,6 +53,15 @@ def test_every_accepted_difference_is_needed(outcomes: dict[str, Outcome]) -> No
 def test_the_page_lists_the_differences() -> None:
     text = PAGE.read_text()
     assert text == with_list(text), "run python -m tests.differential.page"
+
+
+@pytest.mark.usefixtures("outcomes")
+def test_the_page_of_fields_is_what_was_found() -> None:
+    if not all(folder.is_dir() for folder in istio_fields.SCHEMAS):
+        pytest.skip("the schemas of Istio's API are not here: `make tools` gets them")
+    results = json.loads(RESULT.read_text())["fields"]
+    found = istio_fields.page(istio_fields.all_kinds(), results)
+    assert istio_fields.PAGE.read_text() == found, "run python tools/istio_fields.py after the differential suite"
 
 
 def test_istio_takes_every_document() -> None:
