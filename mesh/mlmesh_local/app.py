@@ -295,8 +295,8 @@ async def _istiod(start: Start, block: addresses.Block) -> AsyncIterator[Istiod 
     folder = start.state.path / "istiod"
     mark = {MARK: str(start.state.path)}
     istiod = Istiod(start.istiod, folder, host=block.control, log=start.state.logs / "istiod.log", environ=mark)
-    await istiod.start()
     try:
+        await istiod.start()
         async with asyncio.TaskGroup() as group:
             keeper = group.create_task(istiod.keep_running())
             yield istiod
@@ -308,7 +308,7 @@ async def _istiod(start: Start, block: addresses.Block) -> AsyncIterator[Istiod 
 @contextlib.asynccontextmanager
 async def _control_plane(block: addresses.Block, token: Token) -> AsyncIterator[AdsServer]:
     def authorize(node_id: str, metadata: Mapping[str, str]) -> bool:
-        return hmac.compare_digest(metadata.get(TOKEN_HEADER, ""), token(node_id))
+        return hmac.compare_digest(metadata.get(TOKEN_HEADER, "").encode(), token(node_id).encode())
 
     ads = AdsServer(authorize=authorize)
     async with _plain_server(block.ads, ads.attach):

@@ -21,6 +21,7 @@ from mlmesh_runtime.errors import Overloaded
 
 BODY_BYTES_MAX = 16 * 1024 * 1024
 HEAD_BYTES_MAX = 16 * 1024
+LENGTH_DIGITS_MAX = 16
 REQUEST_S = 10.0
 CONNECTIONS_MAX = 64
 _PATH = "/v1/traces"
@@ -85,9 +86,9 @@ async def _read(reader: asyncio.StreamReader) -> tuple[str, Export]:
     if method != "POST":
         raise _RefusedError("405 Method Not Allowed")
     length = headers.get("content-length", "")
-    if not length.isdigit():
+    if not length.isascii() or not length.isdecimal():
         raise _RefusedError("411 Length Required")
-    if int(length) > BODY_BYTES_MAX:
+    if len(length) > LENGTH_DIGITS_MAX or int(length) > BODY_BYTES_MAX:
         raise _RefusedError("413 Content Too Large")
     body = await reader.readexactly(int(length))
     if headers.get("content-encoding", "identity") == "gzip":
@@ -116,9 +117,11 @@ def parse(kind: str, body: bytes) -> Export:
             return Export.FromString(body)
         if kind == "application/json":
             plain = json.loads(body)
+            if not isinstance(plain, dict):
+                raise ValueError("not an object")
             _encode_ids(plain)
             return json_format.ParseDict(plain, Export(), ignore_unknown_fields=True)
-    except (DecodeError, json_format.ParseError, ValueError) as error:
+    except (DecodeError, json_format.ParseError, ValueError, RecursionError) as error:
         raise _RefusedError("400 Bad Request") from error
     raise _RefusedError("415 Unsupported Media Type")
 

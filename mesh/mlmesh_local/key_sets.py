@@ -11,16 +11,19 @@ import contextlib
 import http.client
 import json
 import logging
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import urlsplit
 
 from mlmesh_local.resources.model import JwtRule, RequestAuthentication
 from mlmesh_local.resources.resource_set import ResourceSet
 from mlmesh_local.resources.security.keys import problem_of_keys
 from mlmesh_local.translate.jwt import key_source
+from mlmesh_runtime.errors import Overloaded
 from mlmesh_runtime.executors import BoundedExecutor
 
 logger = logging.getLogger(__name__)
@@ -30,6 +33,7 @@ RETRY_S = 60.0
 RETRY_MAX_S = 60 * 60.0
 FETCH_TIMEOUT_S = 5.0
 BYTES_MAX = 1024 * 1024
+PIECE_BYTES = 64 * 1024
 _DISCOVERY = "/.well-known/openid-configuration"
 
 Resolve = Callable[[str, int], str]
@@ -108,7 +112,7 @@ class KeySets:
     async def _fetch_one(self, address: str, source: _Source) -> None:
         try:
             text = await self._executor.run(self._keys, address, source.timeout_s)
-        except (OSError, ValueError, http.client.HTTPException) as error:
+        except (OSError, ValueError, http.client.HTTPException, Overloaded) as error:
             delay_s = min(RETRY_S * 2**source.failures, RETRY_MAX_S)
             source.failures += 1
             what = "the last good ones stay" if source.keys else "no token of this issuer is valid"
@@ -121,7 +125,7 @@ class KeySets:
 
     def _keys(self, address: str, timeout_s: float) -> str:
         if address.endswith(_DISCOVERY):
-            found = json.loads(self._fetch(address, timeout_s))
+            found = _json(self._fetch(address, timeout_s))
             uri = found.get("jwks_uri") if isinstance(found, dict) else None
             if not isinstance(uri, str):
                 raise ValueError("the OpenID configuration has no jwks_uri")
@@ -138,36 +142,53 @@ def rules_with_address(resources: ResourceSet) -> list[JwtRule]:
     return [rule for rule in rules if not rule.jwks]
 
 
-def fetcher(resolve: Resolve) -> Fetch:
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("values are nested too deeply") from error
+
+
+def fetcher(resolve: Resolve, *, clock: Callable[[], float] = time.monotonic) -> Fetch:
     """Fetches over HTTP. Services of the mesh are called as something outside of it would, in plaintext."""
 
     def fetch(address: str, timeout_s: float) -> str:
         parts = urlsplit(address)
         if parts.scheme not in ("http", "https"):
             raise ValueError(f"not an http:// or https:// address: {address}")
+        deadline_s = clock() + timeout_s
         host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
         inside = resolve(host, port) if parts.scheme == "http" else ""
         if inside:
-            return _call(inside, parts.netloc, f"{parts.path or '/'}?{parts.query}".rstrip("?"), timeout_s)
+            path = f"{parts.path or '/'}?{parts.query}".rstrip("?")
+            with _call(inside, parts.netloc, path, timeout_s) as answer:
+                return _text(answer, lambda: clock() > deadline_s)
         with urllib.request.urlopen(address, timeout=timeout_s) as answer:  # noqa: S310  (the scheme was checked)
-            return _text(answer.read(BYTES_MAX + 1))
+            return _text(answer, lambda: clock() > deadline_s)
 
     return fetch
 
 
-def _call(address: str, host: str, path: str, timeout_s: float) -> str:
+@contextlib.contextmanager
+def _call(address: str, host: str, path: str, timeout_s: float) -> Iterator[http.client.HTTPResponse]:
     connection = http.client.HTTPConnection(address, timeout=timeout_s)
     try:
         connection.request("GET", path, headers={"Host": host})
         answer = connection.getresponse()
         if answer.status != http.client.OK:
             raise urllib.error.URLError(f"status {answer.status}")
-        return _text(answer.read(BYTES_MAX + 1))
+        yield answer
     finally:
         connection.close()
 
 
-def _text(content: bytes) -> str:
-    if len(content) > BYTES_MAX:
-        raise ValueError(f"more than {BYTES_MAX} bytes")
+def _text(answer: http.client.HTTPResponse, is_late: Callable[[], bool]) -> str:
+    """All of an answer. A socket's timeout bounds each wait; a server that sends byte by byte would never meet it."""
+    content = bytearray()
+    while piece := answer.read1(PIECE_BYTES):
+        content += piece
+        if len(content) > BYTES_MAX:
+            raise ValueError(f"more than {BYTES_MAX} bytes")
+        if is_late():
+            raise TimeoutError("the answer takes too long")
     return content.decode()

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from mlmesh_local.pki import Certificate, spiffe_id
-from mlmesh_runtime.errors import Corrupt, WrongState
+from mlmesh_runtime.errors import WrongState
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ class ForeignIssuer:
             roots = tuple(dict.fromkeys(root for _, _, roots in read for root in roots))
             bundle = "".join(map(_pem, roots))
             held = {svid.identity: _certificate(svid, chain, bundle) for svid, chain, _ in read}
-        except ValueError as error:
+        except (ValueError, TypeError, x509.ExtensionNotFound, UnsupportedAlgorithm) as error:
             logger.warning("identities cannot be read; those before stay", extra={"problem": str(error)})
             return
         self._held, self._roots = held, roots
@@ -106,7 +107,7 @@ def _certificate(svid: Svid, chain: list[x509.Certificate], bundle_pem: str) -> 
         raise ValueError(f"the certificate of {svid.identity} is one of another identity")
     key = serialization.load_der_private_key(svid.key, password=None)
     if not isinstance(key, ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey):
-        raise Corrupt(f"the key of {svid.identity} is of a kind that Envoy does not take")
+        raise TypeError(f"the key of {svid.identity} is of a kind that Envoy does not take")
     return Certificate(
         identity=svid.identity,
         chain_pem="".join(_pem(each) for each in chain),

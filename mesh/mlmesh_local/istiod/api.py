@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 HEADER_BYTES_MAX = 64 * 1024
 BODY_BYTES_MAX = 4 * 1024 * 1024
+CONNECTIONS_MAX = 512
 BOOKMARK_S = 60.0
 _INITIAL_END = "k8s.io/initial-events-end"
 _VERSION = {"major": "1", "minor": "33", "gitVersion": "v1.33.0", "platform": "mlmesh"}
@@ -74,8 +75,10 @@ class KubernetesApi:
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
-        if task is not None:
-            self._connections[writer] = task
+        if task is None or len(self._connections) >= CONNECTIONS_MAX:
+            writer.close()
+            return
+        self._connections[writer] = task
         try:
             while (request := await _read(reader)) is not None:
                 if not await self._answer(request, writer):
@@ -96,7 +99,7 @@ class KubernetesApi:
     async def _answer(self, request: _Request, writer: asyncio.StreamWriter) -> bool:
         """Answer one request; whether the connection can be used again."""
         given, _, path = request.path.strip("/").partition("/")
-        if not hmac.compare_digest(given, self._token):
+        if not hmac.compare_digest(given.encode(), self._token.encode()):
             await _send(writer, 401, _status(401, "Unauthorized", "the secret is missing"))
             return True
         if path == "version":

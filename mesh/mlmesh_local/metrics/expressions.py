@@ -82,6 +82,9 @@ def compile_expression(source: str) -> Expression:
 _Compiled = tuple[_Get, frozenset[tuple[str, str]]]
 _cache: dict[str, _Compiled] = {}
 _CACHE_MAX = 1000
+TOKENS_MAX = 256
+DEPTH_MAX = 32
+"""Envoy's CEL takes no deeper nesting, either."""
 
 
 def _compiled(source: str) -> _Compiled:
@@ -98,6 +101,7 @@ class _Parser:
     def __init__(self, source: str) -> None:
         self._tokens = _tokens(source)
         self._next = 0
+        self._depth = 0
         self.headers: set[tuple[str, str]] = set()
 
     def whole(self) -> _Get:
@@ -118,6 +122,14 @@ class _Parser:
         return self._tokens[self._next - 1]
 
     def _choice(self) -> _Get:
+        self._depth += 1
+        if self._depth > DEPTH_MAX:
+            raise ExpressionError(f"it is nested more than {DEPTH_MAX} deep")
+        result = self._chosen()
+        self._depth -= 1
+        return result
+
+    def _chosen(self) -> _Get:
         condition = self._or()
         if self._peek() != "?":
             return condition
@@ -231,6 +243,8 @@ def _tokens(source: str) -> list[str]:
         if match is None:
             raise ExpressionError(f'"{source[position:].strip()[:20]}" is not understood')
         found.append(match.group().strip())
+        if len(found) > TOKENS_MAX:
+            raise ExpressionError(f"it has more than {TOKENS_MAX} parts")
         position = match.end()
     if not found:
         raise ExpressionError("it is empty")

@@ -90,10 +90,13 @@ async def test_without_an_address_the_issuer_says_where_its_keys_are(it: Fetched
     assert list(it.keys.current().values()) == [KEYS]
 
 
-@pytest.mark.parametrize("page", ["", "no json", "{}", '{"keys": [{"kty": "XYZ"}]}', "[]"])
+@pytest.mark.parametrize("page", ["", "no json", "{}", '{"keys": [{"kty": "XYZ"}]}', "[]", "[" * 100_000])
 async def test_what_is_no_key_set_is_not_taken(it: Fetched, page: str) -> None:
     it.web.pages[URI] = page
     await it.keys.need(rules())
+    assert it.keys.current() == {}
+    it.web.pages = {"https://a.example/.well-known/openid-configuration": page}
+    await it.keys.need(rules("{issuer: 'https://a.example/'}"))
     assert it.keys.current() == {}
 
 
@@ -146,6 +149,10 @@ async def test_services_of_the_mesh_are_found_by_their_names() -> None:
         fetch = fetcher(lambda name, number: f"{host}:{port}" if (name, number) == ("issuer.mlmesh", 80) else "")
         assert await asyncio.to_thread(fetch, "http://issuer.mlmesh/keys?a=b", 2.0) == KEYS
         assert await asyncio.to_thread(fetch, f"http://{host}:{port}/keys", 2.0) == KEYS
+        late = iter((0.0, 2.5))
+        fetch_late = fetcher(lambda _name, _port: "", clock=lambda: next(late))
+        with pytest.raises(TimeoutError, match="takes too long"):
+            await asyncio.to_thread(fetch_late, f"http://{host}:{port}/keys", 2.0)
     assert seen[0].startswith("GET /keys?a=b HTTP/1.1\r\n")
     assert "\r\nHost: issuer.mlmesh\r\n" in seen[0]
     with pytest.raises(ValueError, match="not an http"):

@@ -250,7 +250,11 @@ def test_expressions(source: str, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "source", ["", "filter_state.x", "request.host +", "a.b(", "'open", "request.headers[", "1 ? 2"]
+    "source",
+    [
+        *("", "filter_state.x", "request.host +", "a.b(", "'open", "request.headers[", "1 ? 2"),
+        *("(" * 500 + "true" + ")" * 500, "true" + " && true" * 5000, "true ? " * 100 + "'a'" + " : 'b'" * 100),
+    ],
 )
 def test_wrong_expressions_are_refused(source: str) -> None:
     with pytest.raises(ExpressionError):

@@ -116,6 +116,7 @@ async def test_lists_are_in_the_version_asked_for_and_only_for_who_knows_the_sec
         assert [item["apiVersion"] for item in body["items"]] == ["networking.istio.io/v1"]
         assert (await ask(port, "/secret/apis/networking.istio.io/v1/namespaces/m/virtualservices"))[1]["items"] == []
         assert (await ask(port, "/wrong/api/v1/pods"))[0] == "401 Unauthorized"
+        assert (await ask(port, "/sécret/api/v1/pods"))[0] == "401 Unauthorized"
         assert (await ask(port, "/secret/api/v1/namespaces/n/pods/a"))[0] == "404 Not Found"
     finally:
         await api.stop()

@@ -15,6 +15,8 @@ def problem_of_keys(text: str) -> str:
         value = json.loads(text)
     except ValueError as error:
         return f"is not JSON: {error}"
+    except RecursionError:
+        return "is nested too deeply"
     if not isinstance(value, dict):
         return "must be a JSON object with the keys of the issuer"
     if "keys" not in value:
