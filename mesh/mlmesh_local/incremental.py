@@ -28,6 +28,7 @@ KEPT_TURNS = 3
 """Worlds after which what was no longer asked for may be forgotten: a refused change comes back to the world before."""
 HISTORY_TURNS = 256
 FORGET_FROM = 20_000
+REPLACED_MAX = 1000
 FEW = 16
 NEVER: Final = (None, 0)
 
@@ -117,6 +118,8 @@ class Memory:
         """Answers found to differ, by identity; they are kept alive, so that nothing else gets it."""
         self._proxies: dict[str, ProxyNode] = {}
         self._count = self._alive = 0
+        self._replaced = 0
+        """Proxies that were there and are no more, or are others now, since the last time of forgetting."""
         self.made = 0
         """How often something had to be made."""
 
@@ -129,8 +132,9 @@ class Memory:
         self._answers, self._own_answers, self._since = {}, {}, {}
         self._settled, self._different, self._touched = {}, {}, {}
         known = {proxy.id for proxy in view.world.proxies}
+        self._replaced += len(self._proxies.keys() - known)
         self._proxies = {name: proxy for name, proxy in self._proxies.items() if name in known}
-        if self._count > 2 * self._alive + FORGET_FROM:
+        if self._count > 2 * self._alive + FORGET_FROM or self._replaced > REPLACED_MAX:
             self._forget()
 
     @property
@@ -143,6 +147,8 @@ class Memory:
         before = self._proxies.get(proxy.id)
         if before is not None and before == proxy:
             proxy = before
+        elif before is not None:
+            self._replaced += 1
         self._proxies[proxy.id] = proxy
         tracked = cast("ProxyNode", TrackedProxy(self, proxy))
         view = cast("View", TrackedView(self, self._real(), proxy))
@@ -169,6 +175,12 @@ class Memory:
             key: kept for key, found in self._made.items() if (kept := [made for made in found if id(made) in alive])
         }
         self._count = self._alive = len(alive)
+        current = {id(proxy) for proxy in self._proxies.values()}
+        for made in (made for found in self._made.values() for made in found):
+            made.fits = {key: fit for key, fit in made.fits.items() if key in current}
+        # It saves comparisons only, and has names of resources that are long gone.
+        self._known = {}
+        self._replaced = 0
 
     # Parts
 

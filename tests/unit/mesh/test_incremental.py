@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import random
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from mlmesh_local import incremental
 from mlmesh_local.envoy_types import CLUSTER, ENDPOINTS, EXTENSIONS, LISTENER, ROUTES
-from mlmesh_local.model import World
+from mlmesh_local.model import ProxyNode, World
 from mlmesh_local.resources.resource_set import ResourceSet
 from mlmesh_local.snapshot import Snapshot, SnapshotBuilder, build_snapshot
+from mlmesh_local.translate import View
 from tests.support.mesh_world import SUBSETS, destination_rule, load_alone, resource, virtual_service, world
 
 STEPS = 30
@@ -46,8 +49,11 @@ def from_nothing(a_world: World) -> dict[str, Snapshot]:
     return {proxy.id: build_snapshot(a_world, proxy) for proxy in a_world.proxies}
 
 
-def test_a_world_after_another_equals_one_from_nothing() -> None:
+@pytest.mark.parametrize("always_forget", [False, True])
+def test_a_world_after_another_equals_one_from_nothing(monkeypatch: pytest.MonkeyPatch, always_forget: bool) -> None:
     """Whatever changes: routes, rules, policies, services, endpoints, proxies, settings."""
+    if always_forget:
+        monkeypatch.setattr(incremental, "REPLACED_MAX", -1)
     choose = random.Random(7)  # noqa: S311
     start = world(SUBSETS, SECOND)
     builder = SnapshotBuilder()
@@ -57,6 +63,22 @@ def test_a_world_after_another_equals_one_from_nothing() -> None:
         # Snapshots are equal when their bytes are.
         built = builder.build(current)
         assert built == from_nothing(current), f"step {number}"
+
+
+def test_proxies_that_come_and_go_are_not_kept_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(incremental, "REPLACED_MAX", 5)
+    start = world(SUBSETS, SECOND)
+    last = start.proxies[-1]
+    memory = incremental.Memory()
+    for number in range(40):
+        proxy = dataclasses.replace(last, labels={**last.labels, "pod": str(number)})
+        current = dataclasses.replace(start, proxies=(*start.proxies[:-1], proxy))
+        memory.turn(View(current))
+        for each in current.proxies:
+            memory.translate(each)
+    gc.collect()
+    kept = [it for it in gc.get_objects() if isinstance(it, ProxyNode) and "pod" in it.labels]
+    assert 0 < len(kept) < 20
 
 
 def changed(current: World, start: World, choose: random.Random) -> World:
