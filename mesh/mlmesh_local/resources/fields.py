@@ -29,8 +29,10 @@ INT32_MAX = 2**31 - 1
 class Fields:
     """A mapping at a place. Use as a context manager: leaving it refuses every field that nobody asked for."""
 
-    def __init__(self, node: Node, at: At, problems: Problems) -> None:
+    def __init__(self, node: Node, at: At, problems: Problems, *, quoted_numbers: bool = False) -> None:
         self.at = at
+        # The schemas of custom resources refuse numbers in quotes; MeshConfig, which has none, takes them.
+        self.quoted_numbers = quoted_numbers
         self.problems = problems
         self._asked: set[str] = set()
         self._unsupported: set[str] = set()
@@ -175,13 +177,15 @@ class Fields:
         node = self._take(name)
         if node is None:
             return None
-        if isinstance(node.value, bool) or not isinstance(node.value, int):
-            self.refuse(name, f"must be a whole number, not {node.kind()}")
+        value = _whole(node.value, quoted=self.quoted_numbers)
+        if value is None:
+            shown = f"{node.value:g}" if isinstance(node.value, float) else node.kind()
+            self.refuse(name, f"must be a whole number, not {shown}")
             return None
-        if not low <= node.value <= high:
-            self.refuse(name, f"must be {_bounds(low, high)}, not {node.value}")
+        if not low <= value <= high:
+            self.refuse(name, f"must be {_bounds(low, high)}, not {value}")
             return None
-        return node.value
+        return value
 
     def number(self, name: str, *, low: float, high: float) -> float | None:
         """A number within bounds, or None when absent."""
@@ -260,12 +264,17 @@ class Fields:
     def messages(self, name: str) -> Iterator[Fields]:
         """A list of mappings."""
         for item, at in self.items(name):
-            yield Fields(item, at, self.problems)
+            yield Fields(item, at, self.problems, quoted_numbers=self.quoted_numbers)
 
     def message(self, name: str) -> Fields:
         """A mapping; an absent one reads as empty."""
         node = self._take(name)
-        return Fields(node or Node(self.at.line, None), self.place(name, node), self.problems)
+        return Fields(
+            node or Node(self.at.line, None),
+            self.place(name, node),
+            self.problems,
+            quoted_numbers=self.quoted_numbers,
+        )
 
     def text_map(self, name: str) -> Mapping[str, str]:
         """A mapping of strings, such as labels. Numbers and booleans are refused, as Kubernetes does."""
@@ -317,6 +326,15 @@ def is_cidr(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _whole(value: object, *, quoted: bool) -> int | None:
+    """The number that a value is. ``80.0`` is one, as in JSON."""
+    if isinstance(value, str) and quoted and re.fullmatch(r"-?[0-9]{1,18}", value):
+        return int(value)
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def _bounds(low: int, high: int) -> str:

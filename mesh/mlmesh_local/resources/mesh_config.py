@@ -72,7 +72,7 @@ def parse_mesh_config(meta: Meta, body: Fields) -> MeshConfig:
         data.ignored("meshNetworks")
         node = data.raw("mesh")
         place = data.place("mesh")
-    return _settings(meta, Fields(_inner(node, place), place, body.problems))
+    return _settings(meta, Fields(_inner(node, place), place, body.problems, quoted_numbers=True))
 
 
 def _inner(node: Node | None, place: At) -> Node:

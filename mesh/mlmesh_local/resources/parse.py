@@ -133,10 +133,13 @@ IGNORED_KINDS = frozenset(
         "ClusterRole",
         "ClusterRoleBinding",
         "Component",
+        "CustomResourceDefinition",
         "HorizontalPodAutoscaler",
         "Kustomization",
         "LimitRange",
+        "MutatingWebhookConfiguration",
         "NetworkPolicy",
+        "PersistentVolume",
         "PersistentVolumeClaim",
         "PodDisruptionBudget",
         "PodMonitor",
@@ -147,6 +150,8 @@ IGNORED_KINDS = frozenset(
         "RoleBinding",
         "Secret",
         "ServiceMonitor",
+        "StorageClass",
+        "ValidatingWebhookConfiguration",
     }
 )
 """Kinds that mean something to a cluster only."""
@@ -233,9 +238,9 @@ def _trees(trees: Iterable[Tree], default_namespace: str, overlook: Callable[[Pr
 
 
 def _flatten(tree: Tree) -> list[Node]:
-    """The resources of a document: itself, or the items of a List."""
+    """The resources of a document: itself, or the items of a List, or of a list of one kind (VirtualServiceList)."""
     value = tree.root.value
-    if isinstance(value, dict) and "kind" in value and value["kind"].value == "List" and "items" in value:
+    if isinstance(value, dict) and "kind" in value and str(value["kind"].value).endswith("List") and "items" in value:
         items = value["items"].value
         return items if isinstance(items, list) else []
     return [tree.root]

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from mlmesh_local.resources.problems import At, InvalidResource, Problem
+from mlmesh_local.resources.scalars import MERGE, plain_scalar
 
 NODES_MAX = 200_000
 """Most values in one document: aliases can make a small file endless."""
@@ -58,13 +59,13 @@ class Tree:
 
 def parse_yaml(source: str, text: str) -> Iterator[Tree]:
     """The documents of a text; empty ones are skipped. Raises InvalidResource for what is not YAML."""
-    loader = yaml.SafeLoader(text)
+    loader = _Loader(text)
     try:
         while loader.check_node():
             node = loader.get_node()
-            if node is None or (isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:null"):
+            if node is None or (isinstance(node, yaml.ScalarNode) and _scalar(node) is None):
                 continue
-            builder = _Builder(source, loader)
+            builder = _Builder(source)
             # One mark is enough: documents end where the next "---" begins, and comments between them do not matter.
             yield Tree(
                 root=builder.build(node), source=source, text=text[node.start_mark.index : node.end_mark.index].rstrip()
@@ -84,10 +85,32 @@ def _yaml_problem(source: str, error: yaml.YAMLError) -> Problem:
     return Problem(at=At(source=source, line=mark.line + 1 if mark else 0), message=f"not valid YAML: {text}")
 
 
+_PLAIN = "plain"
+_TYPED = frozenset(f"tag:yaml.org,2002:{name}" for name in ("int", "float", "bool", "null"))
+
+
+class _Loader(yaml.SafeLoader):
+    """Leaves it to `plain_scalar` what a scalar without quotes and tag is."""
+
+    def resolve(self, kind: type[yaml.Node], value: Any, implicit: Any) -> str:
+        if kind is yaml.ScalarNode and implicit[0]:
+            return _PLAIN
+        tag: str = super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
+        return tag
+
+
+def _scalar(node: yaml.Node) -> Scalar:
+    return plain_scalar(node.value) if node.tag == _PLAIN or node.tag in _TYPED else str(node.value)
+
+
+def _key(node: yaml.ScalarNode) -> str:
+    value = _scalar(node)
+    return str(value).lower() if isinstance(value, bool) else str(node.value)
+
+
 class _Builder:
-    def __init__(self, source: str, loader: yaml.SafeLoader) -> None:
+    def __init__(self, source: str) -> None:
         self._source = source
-        self._loader = loader
         self._count = 0
 
     def build(self, node: yaml.Node, depth: int = 0) -> Node:
@@ -101,31 +124,36 @@ class _Builder:
             return Node(line, self._mapping(node, depth))
         if isinstance(node, yaml.SequenceNode):
             return Node(line, [self.build(item, depth + 1) for item in node.value])
-        return Node(line, self._scalar(node))
+        return Node(line, _scalar(node))
 
     def _mapping(self, node: yaml.MappingNode, depth: int) -> dict[str, Node]:
         result: dict[str, Node] = {}
+        merged: dict[str, Node] = {}
         for key_node, value_node in node.value:
             line = key_node.start_mark.line + 1
             if not isinstance(key_node, yaml.ScalarNode):
                 self._refuse(line, "a key must be a string")
-            key = str(key_node.value)
+            if key_node.value == MERGE and key_node.tag == _PLAIN:
+                merged = {**self._merged(value_node, depth), **merged}
+                continue
+            key = _key(key_node)
             if key in result:
                 self._refuse(line, f'the key "{key}" occurs twice')
             value = self.build(value_node, depth + 1)
             # A person looks for the key, not for the first line of what it holds.
             result[key] = Node(line, value.value)
-        return result
+        return {**merged, **result}
 
-    def _scalar(self, node: yaml.Node) -> Scalar:
-        tag = str(node.tag).removeprefix("tag:yaml.org,2002:")
-        if tag not in {"int", "float", "bool", "null"}:
-            return str(node.value)
-        try:
-            value: Scalar = self._loader.construct_object(node)
-        except ValueError:
-            return str(node.value)
-        return value
+    def _merged(self, node: yaml.Node, depth: int) -> dict[str, Node]:
+        """What `<<` brings: of several mappings the first that has a key."""
+        result: dict[str, Node] = {}
+        for one in node.value if isinstance(node, yaml.SequenceNode) else [node]:
+            if not isinstance(one, yaml.MappingNode):
+                self._refuse(node.start_mark.line + 1, '"<<" takes a mapping, or a list of mappings')
+            value = self.build(one, depth + 1).value
+            if isinstance(value, dict):
+                result = {**value, **result}
+        return result
 
     def _refuse(self, line: int, message: str) -> None:
         raise InvalidResource([Problem(at=At(source=self._source, line=line), message=message)])

@@ -98,7 +98,7 @@ metadata: {name: edge-istio}
 spec:
   replicas: 3
   selector: {matchLabels: {a: b}}
-  template: {metadata: {labels: {a: b}}, spec: {containers: [{name: x, command: [y]}]}}
+  template: {metadata: {labels: {a: b}}, spec: {containers: [{name: x, command: [serve]}]}}
 """
     (deployment,) = derive(load(SERVICES, GATEWAY, own)).specs(Deployment)
     assert deployment.replicas == 3
