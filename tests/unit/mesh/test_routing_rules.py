@@ -38,7 +38,7 @@ def rooted(delegate: str, extra: str = "", *, namespace: str = "") -> Told:
 def test_a_delegate_stands_in_place_of_the_rule_and_takes_what_it_does_not_say_from_the_root() -> None:
     it = rooted(
         f"{{http: [{{name: one, match: [{{uri: {{prefix: /a/b}}}}], {TO}}}, {{name: two, {TO}, timeout: 1s}}]}}",
-        ", timeout: 3s, retries: {attempts: 7}, headers: {request: {remove: ["y"]}}",
+        ", timeout: 3s, retries: {attempts: 7}, headers: {request: {remove: ['y']}}",
     )
     # Of the first both matches of the root fit: the second says nothing of paths.
     assert named(it) == ["root-one", "root-one", "root-two", "root-two"]
