@@ -55,7 +55,6 @@ class JobProgress:
             console=console,
         )
         self._task = self._progress.add_task(title, total=None, note="queued")
-        self._title = title
         self._attempt = ""
 
     def __enter__(self) -> Self:

@@ -19,8 +19,7 @@ from mlmesh_local.envoy_types import (
 )
 from mlmesh_local.incremental import KEPT_TURNS, Memory
 from mlmesh_local.model import CertificateSecret, ProxyNode, Secret, World
-from mlmesh_local.packing import VIRTUAL_HOST, Kept, Named, Packed, Packer, find, version_of
-from mlmesh_local.references import references
+from mlmesh_local.packing import VIRTUAL_HOST, Kept, Named, Packed, Packer, find
 from mlmesh_local.resources.problems import At, InvalidResource, Problem
 from mlmesh_local.translate import Configuration, View, translate
 from mlmesh_local.translate.routes import UNKNOWN_SERVICE
@@ -45,32 +44,6 @@ class Snapshot:
     """Secrets that clusters, listeners and filters need."""
     extension_names: frozenset[str] = frozenset()
     """Configurations of filters that the listeners subscribe to."""
-
-    @classmethod
-    def of_packed(cls, node_id: str, version: str, resources: Mapping[str, Mapping[str, bytes]]) -> Snapshot:
-        """A snapshot of serialized resources by type URL and name, such as another control plane sends them.
-
-        They go to Envoy byte by byte as they are. What they refer to is read out of them, so that the order is the same
-        as for our own; what is referred to and not there is not waited for.
-        """
-        packed = {
-            type_url: {
-                name: Packed(name=name, version=version_of(content), content=content) for name, content in named.items()
-            }
-            for type_url, named in resources.items()
-        }
-        packed[ENDPOINTS] = _with_clusters(packed.get(ENDPOINTS, {}), packed.get(CLUSTER, {}))
-        found = references(resources)
-        there = {type_url: found[type_url] & packed.get(type_url, {}).keys() for type_url in found}
-        return cls(
-            node_id=node_id,
-            version=version,
-            resources=packed,
-            endpoint_names=there[ENDPOINTS],
-            route_names=there[ROUTES],
-            secret_names=found[SECRET],
-            extension_names=there[EXTENSIONS],
-        )
 
 
 def build_snapshots(world: World) -> dict[str, Snapshot]:

@@ -103,7 +103,6 @@ class MeshMetrics:
         self._peers: dict[tuple[tuple[str, ...], Plan], Peer] = {}
         self._series: dict[tuple[object, ...], Series] = {}
         self._open: dict[tuple[object, ...], _Open] = {}
-        self._swept_s = clock()
         self.entries = 0
         self.dropped: dict[str, int] = {"label_sets": 0, "unknown_proxy": 0, "envoy": 0}
 

@@ -21,8 +21,6 @@ class ConnectionPool:
     tcp_keepalive: TcpKeepalive | None = None
     tcp_idle_timeout_s: float | None = None
     """0 turns it off."""
-    has_http: bool = False
-    """Whether settings of HTTP were given."""
     http1_max_pending_requests: int | None = None
     http2_max_requests: int | None = None
     max_requests_per_connection: int | None = None

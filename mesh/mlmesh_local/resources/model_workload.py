@@ -18,7 +18,6 @@ class Probe:
     how: Literal["grpc", "http", "tcp", "exec"]
     port: int | str
     grpc_service: str
-    http_path: str
     command: tuple[str, ...]
     initial_delay_s: int
     period_s: int
@@ -52,7 +51,6 @@ class Container:
     image: str
     command: tuple[str, ...]
     args: tuple[str, ...]
-    working_dir: str
     environment: tuple[EnvironmentVariable, ...]
     ports: tuple[ContainerPort, ...]
     readiness: Probe | None

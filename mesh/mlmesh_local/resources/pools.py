@@ -25,7 +25,6 @@ def connection_pool(fields: Fields) -> ConnectionPool:
             max_connection_duration_s=duration_s(tcp, "maxConnectionDuration"),
             tcp_keepalive=part(tcp, "tcpKeepalive", tcp_keepalive),
             tcp_idle_timeout_s=duration_s(tcp, "idleTimeout", low_s=0.0),
-            has_http=fields.has("http"),
             http1_max_pending_requests=http.integer("http1MaxPendingRequests", high=INT32_MAX),
             http2_max_requests=http.integer("http2MaxRequests", high=INT32_MAX),
             max_requests_per_connection=http.integer("maxRequestsPerConnection", high=INT32_MAX),

@@ -70,8 +70,3 @@ def is_http2(protocol: Protocol) -> bool:
 def is_tls(protocol: Protocol) -> bool:
     """Whether the application makes TLS itself: connections are told apart by their server name."""
     return protocol in ("https", "tls")
-
-
-def is_tcp(protocol: Protocol) -> bool:
-    """Whether connections are forwarded as they are."""
-    return protocol in ("tcp", "https", "tls", "mongo", "mysql", "redis")

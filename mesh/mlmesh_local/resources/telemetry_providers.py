@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, Literal, cast
 
 from mlmesh_local.resources.checked import part
-from mlmesh_local.resources.fields import Fields, is_host, is_ip
+from mlmesh_local.resources.domains import is_ip
+from mlmesh_local.resources.fields import Fields, is_host
 from mlmesh_local.resources.model_telemetry import (
     METRICS_PROVIDER,
     Header,

@@ -35,7 +35,7 @@ _CLUSTER_ONLY_POD = (
 )
 _CLUSTER_ONLY_CONTAINER = (
     "imagePullPolicy", "resources", "resizePolicy", "restartPolicy", "securityContext", "stdin", "stdinOnce",
-    "terminationMessagePath", "terminationMessagePolicy", "tty", "volumeDevices", "volumeMounts",
+    "terminationMessagePath", "terminationMessagePolicy", "tty", "volumeDevices", "volumeMounts", "workingDir",
 )
 _FIELD_PATHS = (
     "metadata.name", "metadata.namespace", "metadata.uid", "spec.nodeName", "spec.serviceAccountName",
@@ -136,7 +136,6 @@ def _container(fields: Fields) -> Container:
             image=fields.text("image"),
             command=fields.texts("command"),
             args=fields.texts("args"),
-            working_dir=fields.text("workingDir"),
             environment=tuple(_environment(item) for item in fields.messages("env")),
             ports=tuple(_container_port(item) for item in fields.messages("ports")),
             readiness=part(fields, "readinessProbe", _probe),
@@ -185,7 +184,7 @@ def _probe(fields: Fields) -> Probe:
     fields.ignored("terminationGracePeriodSeconds")
     how = fields.one_of("grpc", "httpGet", "tcpSocket", "exec", required=True)
     port: int | str = 0
-    service = path = ""
+    service = ""
     command: tuple[str, ...] = ()
     with fields.message("grpc") as grpc:
         service = grpc.text("service")
@@ -194,7 +193,7 @@ def _probe(fields: Fields) -> Probe:
     with fields.message("httpGet") as http:
         http.unsupported("host", "httpHeaders")
         http.choice("scheme", ("HTTP",), "HTTP", unsupported=("HTTPS",))
-        path = http.text("path", "/")
+        http.text("path")
         if how == "httpGet":
             port = port_or_name(http, "port")
     with fields.message("tcpSocket") as tcp:
@@ -208,7 +207,6 @@ def _probe(fields: Fields) -> Probe:
         how=kinds.get(how, "exec"),
         port=port,
         grpc_service=service,
-        http_path=path,
         command=command,
         initial_delay_s=fields.integer("initialDelaySeconds", high=86400) or 0,
         period_s=fields.integer("periodSeconds", low=1, high=86400) or 10,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from mlmesh_local.resources.fields import Fields, is_ip
+from mlmesh_local.resources.domains import is_ip
+from mlmesh_local.resources.fields import Fields
 from mlmesh_local.resources.gateway_api.filters import repeated
 from mlmesh_local.resources.gateway_api.model import (
     GROUP,

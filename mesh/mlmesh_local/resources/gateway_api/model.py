@@ -306,6 +306,3 @@ class Namespace:
     """A namespace; its labels are those of ``meta``."""
 
     meta: Meta
-
-
-GatewayApiSpec = HttpRoute | GrpcRoute | TlsRoute | TcpRoute | KubernetesGateway | GatewayClass | ReferenceGrant

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from mlmesh_local.resources.fields import Fields, is_ip, parse_duration
+from mlmesh_local.resources.domains import is_ip
+from mlmesh_local.resources.fields import Fields, parse_duration
 from mlmesh_local.resources.gateway_api.filters import (
     GRPC_FILTERS,
     HTTP_FILTERS,
