@@ -18,7 +18,7 @@ from mlmesh_local.istiod.process import Istiod
 from mlmesh_local.translate import View, translate
 from tests.differential.worlds import Member, our_world
 
-WAIT_S = 15.0
+WAIT_S = 30.0
 
 
 def ours(texts: Sequence[str], found: Sequence[Member], names: Sequence[str]) -> dict[str, Resources]:
@@ -36,11 +36,20 @@ class Theirs:
         self._numbers = itertools.count(1)
 
     @classmethod
-    async def start(cls, program: Path, folder: Path) -> Theirs:
-        """Start it."""
+    async def start(
+        cls,
+        program: Path,
+        folder: Path,
+        documents: Sequence[dict[str, Any]] = (),
+        found: Sequence[Member] = (),
+    ) -> Theirs:
+        """Start it; what it keeps in memory of its first look, such as trust domains, is of this cluster."""
         istiod = Istiod(program, folder, environ={"PILOT_DEBOUNCE_AFTER": "10ms"})
+        theirs = cls(istiod)
+        if documents:
+            theirs.give(documents, found)
         await istiod.start()
-        return cls(istiod)
+        return theirs
 
     async def stop(self) -> None:
         """End it."""
