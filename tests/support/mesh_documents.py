@@ -42,6 +42,19 @@ metadata: {{name: {app}}}
 """
 
 
+GATEWAY_POD = """
+apiVersion: apps/v1
+kind: Deployment
+metadata: {name: gateway}
+spec:
+  selector: {matchLabels: {istio: gateway}}
+  template:
+    metadata: {labels: {istio: gateway}, annotations: {inject.istio.io/templates: gateway}}
+    spec: {containers: [{name: istio-proxy, image: auto}]}
+---
+"""
+"""A gateway, whose label is "istio: gateway"."""
+
 STRICT = """
 apiVersion: security.istio.io/v1
 kind: PeerAuthentication

@@ -10,10 +10,12 @@ from mlmesh_local.model import ProxyNode, World
 from mlmesh_local.resources import Deployment, Document, ResourceSet, load_resources
 from mlmesh_local.snapshot import build_snapshots
 from mlmesh_local.translate import View, service_endpoints, translate
+from tests.support.mesh_documents import GATEWAY_POD
 
 HOST = "server.mlmesh.svc.cluster.local"
 
-WORKLOADS = """
+WORKLOADS = (
+    """
 apiVersion: v1
 kind: ServiceAccount
 metadata: {name: server}
@@ -58,26 +60,9 @@ spec:
     metadata: {labels: {app: client, team: red}}
     spec: {containers: [{name: app, command: [call]}]}
 ---
-apiVersion: apps/v1
-kind: Deployment
-metadata: {name: gateway}
-spec:
-  selector: {matchLabels: {istio: gateway}}
-  template:
-    metadata: {labels: {istio: gateway}, annotations: {inject.istio.io/templates: gateway}}
-    spec: {containers: [{name: istio-proxy, image: auto}]}
----
 """
-
-SUBSETS = """
-apiVersion: networking.istio.io/v1
-kind: DestinationRule
-metadata: {name: server}
-spec:
-  host: server
-  subsets: [{name: v1, labels: {version: v1}}, {name: v2, labels: {version: v2}}]
----
-"""
+    + GATEWAY_POD
+)
 
 
 def load(*texts: str) -> ResourceSet:

@@ -13,7 +13,7 @@ import pytest
 import pytest_asyncio
 
 from tests.support.envoy_mesh import EnvoyMesh
-from tests.support.mesh_documents import deployment, service
+from tests.support.mesh_documents import GATEWAY_POD, deployment, service
 from tests.support.mesh_world import resource
 from tests.support.pki import spiffe
 
@@ -41,17 +41,6 @@ metadata: {{name: {name}}}
 """
 
 
-GATEWAY_POD = """
-apiVersion: apps/v1
-kind: Deployment
-metadata: {name: gateway}
-spec:
-  selector: {matchLabels: {istio: gateway}}
-  template:
-    metadata: {labels: {istio: gateway}, annotations: {inject.istio.io/templates: gateway}}
-    spec: {containers: [{name: istio-proxy, image: auto}]}
----
-"""
 WORKLOADS = (
     deployment("client", "client", "client")
     + service("client")

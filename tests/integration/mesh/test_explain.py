@@ -20,7 +20,7 @@ from mlmesh_local.live.running import running as in_envoy
 from mlmesh_local.translate import Configuration
 from mlmesh_local.xds import SentResource
 from tests.support.envoy_mesh import UNARY, EnvoyMesh
-from tests.support.mesh_documents import deployment, service
+from tests.support.mesh_documents import GATEWAY_POD, deployment, service
 from tests.support.tokens import Issuer
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -35,17 +35,7 @@ WORKLOADS = (
     + deployment("server-v1", "server", "server", version="v1", replicas=2)
     + deployment("server-v2", "server", "server", version="v2")
     + service("server")
-    + """
-apiVersion: apps/v1
-kind: Deployment
-metadata: {name: gateway}
-spec:
-  selector: {matchLabels: {istio: gateway}}
-  template:
-    metadata: {labels: {istio: gateway}, annotations: {inject.istio.io/templates: gateway}}
-    spec: {containers: [{name: istio-proxy, image: auto}]}
----
-"""
+    + GATEWAY_POD
 )
 
 # Every rule says in its answer which it is; answers of the proxy itself differ by their status.

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from http.client import HTTPConnection
 
 import grpc
 import pytest
-import pytest_asyncio
 
 from mlmesh_local.resources.gateway_api.status import proxy_addresses, resource_statuses
 from tests.support.envoy_mesh import EnvoyMesh
@@ -64,18 +62,6 @@ def backend(name: str, weight: int = 1, more: str = "") -> str:
 
 
 SERVER = '{group: "", kind: Service, name: server}'
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def running(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[EnvoyMesh]:
-    async with EnvoyMesh.start(tmp_path_factory.mktemp("mesh"), WORKLOADS, BASE) as mesh:
-        yield mesh
-
-
-@pytest_asyncio.fixture(loop_scope="module")
-async def mesh(running: EnvoyMesh) -> EnvoyMesh:
-    await running.reset(BASE)
-    return running
 
 
 async def at_the_gateway(mesh: EnvoyMesh, metadata: dict[str, str] | None = None, host: str = "api.example.com") -> str:

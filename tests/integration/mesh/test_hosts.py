@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator
 
 import grpc
 import pytest
-import pytest_asyncio
 
 from tests.support.envoy_mesh import HOST, EnvoyMesh
 from tests.support.mesh_documents import STRICT, SUBSETS, deployment, service
@@ -33,18 +31,6 @@ WORKLOADS = (
     + service("server")
 )
 BASE = STRICT + SUBSETS
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def running(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[EnvoyMesh]:
-    async with EnvoyMesh.start(tmp_path_factory.mktemp("mesh"), WORKLOADS, BASE) as mesh:
-        yield mesh
-
-
-@pytest_asyncio.fixture(loop_scope="module")
-async def mesh(running: EnvoyMesh) -> EnvoyMesh:
-    await running.reset(BASE)
-    return running
 
 
 def networking(kind: str, spec: str, name: str = "it") -> str:

@@ -4,31 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 import pytest
-import pytest_asyncio
 
 from tests.support.envoy_mesh import HOST, EnvoyMesh
-from tests.support.mesh_documents import STRICT, SUBSETS, deployment, service
+from tests.support.mesh_documents import GATEWAY_POD, STRICT, SUBSETS, deployment, service
 from tests.support.mesh_world import resource
 from tests.support.tokens import Issuer
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 HTTP, HTTPS = 18080, 18443
-GATEWAY_POD = """
-apiVersion: apps/v1
-kind: Deployment
-metadata: {name: gateway}
-spec:
-  selector: {matchLabels: {istio: gateway}}
-  template:
-    metadata: {labels: {istio: gateway}, annotations: {inject.istio.io/templates: gateway}}
-    spec: {containers: [{name: istio-proxy, image: auto}]}
----
-"""
 WORKLOADS = (
     deployment("client", "client", "client")
     + service("client")
@@ -49,18 +36,6 @@ GATEWAY = resource(
     group="networking.istio.io/v1",
 )
 BASE = STRICT + SUBSETS + GATEWAY
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def running(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[EnvoyMesh]:
-    async with EnvoyMesh.start(tmp_path_factory.mktemp("requests"), WORKLOADS, BASE) as mesh:
-        yield mesh
-
-
-@pytest_asyncio.fixture(loop_scope="module")
-async def mesh(running: EnvoyMesh) -> EnvoyMesh:
-    await running.reset(BASE)
-    return running
 
 
 def virtual_service(spec: str, name: str = "server") -> str:

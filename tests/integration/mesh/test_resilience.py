@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 
 import grpc
 import pytest
-import pytest_asyncio
 
 from tests.support.envoy_mesh import EnvoyMesh
 from tests.support.mesh_documents import STRICT, deployment, service
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
+BASE = STRICT
 WORKLOADS = (
     deployment("client", "client", "client")
     + service("client")
@@ -44,18 +43,6 @@ spec:
   http: [{{retries: {text}, route: [{{destination: {{host: server}}}}]}}]
 ---
 """
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def running(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[EnvoyMesh]:
-    async with EnvoyMesh.start(tmp_path_factory.mktemp("mesh"), WORKLOADS, STRICT) as mesh:
-        yield mesh
-
-
-@pytest_asyncio.fixture(loop_scope="module")
-async def mesh(running: EnvoyMesh) -> EnvoyMesh:
-    await running.reset(STRICT)
-    return running
 
 
 async def test_default_retries_hide_a_failing_replica(mesh: EnvoyMesh) -> None:

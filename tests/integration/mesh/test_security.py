@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
 
 import grpc
 import pytest
-import pytest_asyncio
 
 from tests.support.envoy_mesh import CHAT, EnvoyMesh
 from tests.support.mesh_documents import STRICT, deployment, service
@@ -76,18 +74,6 @@ def allow(account: str, operation: str = "") -> str:
     to = f", to: [{{operation: {operation}}}]" if operation else ""
     source = f"from: [{{source: {{principals: [cluster.local/ns/mlmesh/sa/{account}]}}}}]"
     return policy("server", f"{{selector: {{matchLabels: {{app: server}}}}, rules: [{{{source}{to}}}]}}")
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def running(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[EnvoyMesh]:
-    async with EnvoyMesh.start(tmp_path_factory.mktemp("mesh"), WORKLOADS, BASE) as mesh:
-        yield mesh
-
-
-@pytest_asyncio.fixture(loop_scope="module")
-async def mesh(running: EnvoyMesh) -> EnvoyMesh:
-    await running.reset(BASE)
-    return running
 
 
 async def test_the_server_learns_who_calls(mesh: EnvoyMesh) -> None:

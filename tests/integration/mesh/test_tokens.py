@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
 
 import grpc
 import pytest
-import pytest_asyncio
 
 from tests.support.envoy_mesh import EnvoyMesh, unary
 from tests.support.mesh_documents import STRICT, deployment, service
@@ -16,6 +14,7 @@ from tests.support.tokens import ISSUER, Issuer, encode, tampered
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
+BASE = STRICT
 WORKLOADS = (
     deployment("client", "client", "client")
     + service("client")
@@ -59,18 +58,6 @@ def of(issuer: Issuer, more: str = "") -> str:
 
 TOKENS = authentication(of(TRUSTED, ", audiences: [mlmesh]"))
 REQUIRED = policy("required", f"rules: [{{from: [{{source: {{requestPrincipals: ['{ISSUER}/*']}}}}]}}]")
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def running(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[EnvoyMesh]:
-    async with EnvoyMesh.start(tmp_path_factory.mktemp("mesh"), WORKLOADS, STRICT) as mesh:
-        yield mesh
-
-
-@pytest_asyncio.fixture(loop_scope="module")
-async def mesh(running: EnvoyMesh) -> EnvoyMesh:
-    await running.reset(STRICT)
-    return running
 
 
 def bearer(token: str) -> dict[str, str]:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 
 import grpc
 import pytest
-import pytest_asyncio
 
 from mlmesh_local.xds import ConfigurationRejectedError
 from tests.support.envoy_mesh import CHAT, EnvoyMesh
@@ -24,18 +22,6 @@ WORKLOADS = (
     + service("server")
 )
 BASE = STRICT + SUBSETS
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def running(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[EnvoyMesh]:
-    async with EnvoyMesh.start(tmp_path_factory.mktemp("mesh"), WORKLOADS, BASE) as mesh:
-        yield mesh
-
-
-@pytest_asyncio.fixture(loop_scope="module")
-async def mesh(running: EnvoyMesh) -> EnvoyMesh:
-    await running.reset(BASE)
-    return running
 
 
 async def test_without_rules_every_endpoint_is_used(mesh: EnvoyMesh) -> None:

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator
 
 import grpc
 import pytest
-import pytest_asyncio
 
 from mlmesh_local.envoy_types import ROUTES
 from mlmesh_local.snapshot import Snapshot, pack_one
@@ -31,18 +29,6 @@ WORKLOADS = (
     + service("server")
 )
 BASE = STRICT + SUBSETS
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def running(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[EnvoyMesh]:
-    async with EnvoyMesh.start(tmp_path_factory.mktemp("mesh"), WORKLOADS, BASE) as mesh:
-        yield mesh
-
-
-@pytest_asyncio.fixture(loop_scope="module")
-async def mesh(running: EnvoyMesh) -> EnvoyMesh:
-    await running.reset(BASE)
-    return running
 
 
 async def test_routes_and_certificates_change_under_load_and_nothing_fails(mesh: EnvoyMesh) -> None:

@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from mlmesh_cli.app import app
 from mlmesh_cli.errors import ExitCode
-from tests.support.mesh_world import SUBSETS, WORKLOADS, virtual_service
+from tests.support.mesh_documents import SUBSETS
+from tests.support.mesh_world import WORKLOADS, virtual_service
 
 LOST = virtual_service("[{route: [{destination: {host: server, subset: v3, port: {number: 9000}}}]}]")
 BOTH = virtual_service("[{route: [{destination: {host: server, subset: v1, port: {number: 9000}}}]}]")

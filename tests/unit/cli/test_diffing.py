@@ -15,7 +15,8 @@ from mlmesh_cli.app import app
 from mlmesh_local.differing import Difference, compare
 from mlmesh_local.offline import following_world, offline_world
 from mlmesh_local.picture import documents_of, values_of
-from tests.support.mesh_world import SUBSETS, WORKLOADS, load, load_alone, resource, virtual_service
+from tests.support.mesh_documents import SUBSETS
+from tests.support.mesh_world import WORKLOADS, load, load_alone, resource, virtual_service
 from tests.unit.cli.conftest import FakeMesh
 
 

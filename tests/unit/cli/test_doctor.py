@@ -22,7 +22,8 @@ from mlmesh_cli.probing import known_streams
 from mlmesh_local.offline import offline_world
 from mlmesh_local.picture import documents_of, values_of
 from tests.support.cli import at, instance
-from tests.support.mesh_world import SUBSETS, WORKLOADS, load, virtual_service
+from tests.support.mesh_documents import SUBSETS
+from tests.support.mesh_world import WORKLOADS, load, virtual_service
 from tests.unit.cli.conftest import FakeMesh
 
 ROOT = Path(__file__).parents[3]

@@ -16,7 +16,8 @@ from mlmesh_cli.app import app
 from mlmesh_local.inspection import find_proxies, items
 from mlmesh_local.offline import offline_world
 from mlmesh_local.picture import documents_of, resources_of, values_of, world_of
-from tests.support.mesh_world import SUBSETS, WORKLOADS, load
+from tests.support.mesh_documents import SUBSETS
+from tests.support.mesh_world import WORKLOADS, load
 from tests.unit.cli.conftest import FakeMesh
 
 RULES = """

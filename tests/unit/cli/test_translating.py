@@ -10,7 +10,8 @@ import yaml
 from typer.testing import CliRunner
 
 from mlmesh_cli.app import app
-from tests.support.mesh_world import SUBSETS, WORKLOADS, virtual_service
+from tests.support.mesh_documents import SUBSETS
+from tests.support.mesh_world import WORKLOADS, virtual_service
 
 SPLIT = virtual_service("[{route: [{destination: {host: server, subset: v1}}]}]")
 

@@ -13,7 +13,8 @@ from mlmesh_local.doctor import CHECKS, IGNORE, Context, Finding, examine, other
 from mlmesh_local.live.facts import Certified, Configured, Facts, Socket, counters
 from mlmesh_local.offline import offline_world
 from mlmesh_local.resources import Document
-from tests.support.mesh_world import SUBSETS, WORKLOADS, destination_rule, load, resource, virtual_service
+from tests.support.mesh_documents import SUBSETS
+from tests.support.mesh_world import WORKLOADS, destination_rule, load, resource, virtual_service
 
 STREAM = "/test.Echo/Chat"
 NOW_S = 1_800_000_000.0

@@ -21,7 +21,8 @@ from mlmesh_local.explain.routing import share, value_matches, virtual_host
 from mlmesh_local.explain.strings import header_mismatch, path_mismatch, query_mismatch, regex_matches, string_matches
 from mlmesh_local.explain.tokens import authenticate
 from mlmesh_local.offline import offline_world
-from tests.support.mesh_world import SUBSETS, WORKLOADS, load, resource, virtual_service
+from tests.support.mesh_documents import SUBSETS
+from tests.support.mesh_world import WORKLOADS, load, resource, virtual_service
 from tests.support.tokens import Issuer
 
 WORD = st.text(alphabet="abAB-/.", max_size=6)

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.mesh_world import HOST, SUBSETS, Told, resource
+from tests.support.mesh_documents import SUBSETS
+from tests.support.mesh_world import HOST, Told, resource
 
 NETWORKING = "networking.istio.io/v1"
 TO = "route: [{destination: {host: server, port: {number: 9000}}}]"

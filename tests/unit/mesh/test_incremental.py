@@ -16,7 +16,8 @@ from mlmesh_local.model import ProxyNode, World
 from mlmesh_local.resources.resource_set import ResourceSet
 from mlmesh_local.snapshot import Snapshot, SnapshotBuilder, build_snapshot
 from mlmesh_local.translate import View
-from tests.support.mesh_world import SUBSETS, destination_rule, load_alone, resource, virtual_service, world
+from tests.support.mesh_documents import SUBSETS
+from tests.support.mesh_world import destination_rule, load_alone, resource, virtual_service, world
 
 STEPS = 30
 SECOND = """

@@ -10,7 +10,8 @@ from mlmesh_local.offline import offline_world, only_for_processes
 from mlmesh_local.reading import read_paths
 from mlmesh_local.resources import Document, InvalidResource, ResourceSet, load_resources
 from mlmesh_local.snapshot import build_snapshots
-from tests.support.mesh_world import SUBSETS, WORKLOADS, load
+from tests.support.mesh_documents import SUBSETS
+from tests.support.mesh_world import WORKLOADS, load
 
 MANY = WORKLOADS
 for name in ("server-v1", "server-v2", "client"):

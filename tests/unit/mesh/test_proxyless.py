@@ -12,7 +12,8 @@ from mlmesh_local.proxyless.build import Client, client_of
 from mlmesh_local.proxyless.node import ProxylessNode, tolerated_fields
 from mlmesh_local.snapshot import Snapshot, SnapshotBuilder
 from mlmesh_runtime.errors import InvalidInput
-from tests.support.mesh_world import HOST, SUBSETS, destination_rule, resource, virtual_service, world
+from tests.support.mesh_documents import SUBSETS
+from tests.support.mesh_world import HOST, destination_rule, resource, virtual_service, world
 
 STRICT = resource("PeerAuthentication", "{mtls: {mode: STRICT}}")
 ROUTE = "route: [{destination: {host: server, subset: v1}}]"

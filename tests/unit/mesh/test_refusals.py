@@ -10,7 +10,8 @@ from mlmesh_local.resources import Document, InvalidResource, ResourceSet, load_
 from mlmesh_local.resources.fields import parse_duration
 from mlmesh_local.resources.mesh_config import MeshConfig
 from mlmesh_runtime.errors import InvalidInput
-from tests.support.mesh_world import SUBSETS, WORKLOADS, destination_rule, load, load_alone, resource, virtual_service
+from tests.support.mesh_documents import SUBSETS
+from tests.support.mesh_world import WORKLOADS, destination_rule, load, load_alone, resource, virtual_service
 
 
 def refusal(*texts: str) -> str:

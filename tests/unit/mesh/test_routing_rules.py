@@ -9,7 +9,8 @@ import pytest
 from mlmesh_local.resources.delegates import VirtualServices, merge_matches
 from mlmesh_local.resources.model_routes import HttpMatch, StringMatch, VirtualService
 from mlmesh_local.resources.problems import At
-from tests.support.mesh_world import HOST, SUBSETS, Told, load_alone, resource, virtual_service
+from tests.support.mesh_documents import SUBSETS
+from tests.support.mesh_world import HOST, Told, load_alone, resource, virtual_service
 
 NETWORKING = "networking.istio.io/v1"
 TO = "route: [{destination: {host: server}}]"

@@ -19,7 +19,8 @@ from mlmesh_local.resources import ResourceSet
 from mlmesh_local.snapshot import build_snapshot, build_snapshots, consistency, pack, pack_secrets
 from mlmesh_local.translate import Configuration, View, translate
 from mlmesh_local.translate.discovered import discovered, extension
-from tests.support.mesh_world import SUBSETS, WORKLOADS, load, load_alone, resource, virtual_service, world
+from tests.support.mesh_documents import SUBSETS
+from tests.support.mesh_world import WORKLOADS, load, load_alone, resource, virtual_service, world
 
 RULES = virtual_service("[{route: [{destination: {host: server, subset: v1}}]}]")
 

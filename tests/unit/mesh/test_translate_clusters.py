@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.mesh_world import HOST, SUBSETS, WORKLOADS, Told, destination_rule, resource
+from tests.support.mesh_documents import SUBSETS
+from tests.support.mesh_world import HOST, WORKLOADS, Told, destination_rule, resource
 
 HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 V1, V2, CLIENT = ("127.64.1.1", "127.64.1.2", "127.64.1.3")

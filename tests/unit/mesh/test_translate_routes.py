@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from mlmesh_local.envoy_types import LISTENER, ROUTES
 from mlmesh_local.snapshot import build_snapshots
 from mlmesh_local.translate.names import fraction, seconds
-from tests.support.mesh_world import HOST, SUBSETS, Told, destination_rule, resource, virtual_service, world
+from tests.support.mesh_documents import SUBSETS
+from tests.support.mesh_world import HOST, Told, destination_rule, resource, virtual_service, world
 
 TO_SERVER = "route: [{destination: {host: server}}]"
 FAULT = "envoy.filters.http.fault"
