@@ -34,6 +34,8 @@ from mlmesh_local.explain.values import (
 )
 from mlmesh_local.inspection import find_proxies
 from mlmesh_local.model import ProxyNode
+from mlmesh_local.resources.fields import is_ip
+from mlmesh_local.resources.gateway_api.listeners import INTERNAL_NAME
 from mlmesh_runtime.errors import InvalidInput, NotFound
 
 FAULT_KIND = "HTTPFault"
@@ -65,6 +67,7 @@ class Call:
 
 def explain(scene: Scene, call: Call) -> Explanation:
     """Explain a call. Raises NotFound, InvalidInput when it names what is not there."""
+    _check(call)
     proxy = _gateway(scene, call) if call.gateway else _sidecar(scene, call)
     port = _port(scene, proxy, call)
     request = _request(scene, call, proxy, port)
@@ -278,6 +281,19 @@ def _bytes(scene: Scene, proxy: ProxyNode, chain: Json, request: Request, base: 
 # Who, where, what
 
 
+def _check(call: Call) -> None:
+    if not call.host:
+        raise InvalidInput("name the host that is called, such as inference:9000", field="to")
+    if not call.path.startswith("/"):
+        raise InvalidInput(f'a method is "/package.Service/Method", not "{call.path}"', field="method")
+    if not is_ip(call.source_ip):
+        raise InvalidInput(f'"{call.source_ip}" is no IP address, such as 10.1.2.3', field="source_ip")
+    if call.identity and not call.identity.startswith("spiffe://"):
+        raise InvalidInput(
+            f'an identity is spiffe://DOMAIN/ns/NAMESPACE/sa/NAME, not "{call.identity}"', field="identity"
+        )
+
+
 def _sidecar(scene: Scene, call: Call) -> ProxyNode:
     if not call.source:
         raise InvalidInput("name the workload that calls, or the gateway at which the call arrives", field="from")
@@ -293,7 +309,7 @@ def _gateway(scene: Scene, call: Call) -> ProxyNode:
         if proxy.kind == "gateway" and wanted in _gateway_names(scene, proxy, short=True):
             return proxy
     proxies = [proxy for proxy in scene.world.proxies if proxy.kind == "gateway"]
-    names = sorted({name for proxy in proxies for name in _gateway_names(scene, proxy)})
+    names = sorted({_as_written(name) for proxy in proxies for name in _gateway_names(scene, proxy)})
     raise NotFound(
         f'no gateway is called "{wanted}"; there are {", ".join(names) or "none"}', reason="RESOURCE_NOT_FOUND"
     )
@@ -307,8 +323,15 @@ def _gateway_names(scene: Scene, proxy: ProxyNode, *, short: bool = False) -> li
         if short:
             names.append(gateway.meta.name)
     if short:
-        names += [proxy.id, proxy.id.rpartition("-")[0]]
+        workload = proxy.id.rpartition("-")[0]
+        names += [_as_written(name) for name in names]
+        names += [proxy.id, workload, f"{proxy.namespace}/{workload}"]
     return names
+
+
+def _as_written(gateway: str) -> str:
+    """The name of the Kubernetes Gateway that a Gateway was made of; any other stays."""
+    return gateway.partition(f"~{INTERNAL_NAME}")[0]
 
 
 def _port(scene: Scene, proxy: ProxyNode, call: Call) -> int:
@@ -339,10 +362,6 @@ def _full(scene: Scene, proxy: ProxyNode, host: str) -> str:
 
 
 def _request(scene: Scene, call: Call, proxy: ProxyNode, port: int) -> Request:
-    if not call.host:
-        raise InvalidInput("name the host that is called", field="to")
-    if not call.path.startswith("/"):
-        raise InvalidInput(f'a method is "/package.Service/Method", not "{call.path}"', field="method")
     headers = {
         ":method": "POST",
         ":scheme": "https" if call.gateway else "http",

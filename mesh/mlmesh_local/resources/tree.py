@@ -59,8 +59,10 @@ class Tree:
 
 def parse_yaml(source: str, text: str) -> Iterator[Tree]:
     """The documents of a text; empty ones are skipped. Raises InvalidResource for what is not YAML."""
-    loader = _Loader(text)
+    loader: _Loader | None = None
     try:
+        # It reads at once, and refuses what is no text.
+        loader = _Loader(text)
         while loader.check_node():
             node = loader.get_node()
             if node is None or (isinstance(node, yaml.ScalarNode) and _scalar(node) is None):
@@ -76,7 +78,8 @@ def parse_yaml(source: str, text: str) -> Iterator[Tree]:
         at = At(source=source, line=0)
         raise InvalidResource([Problem(at=at, message="values are nested too deeply")]) from error
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def _yaml_problem(source: str, error: yaml.YAMLError) -> Problem:

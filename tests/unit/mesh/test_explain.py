@@ -5,6 +5,7 @@ What real Envoys make of whole calls is compared in tests/integration/mesh/test_
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
@@ -21,6 +22,7 @@ from mlmesh_local.explain.routing import share, value_matches, virtual_host
 from mlmesh_local.explain.strings import header_mismatch, path_mismatch, query_mismatch, regex_matches, string_matches
 from mlmesh_local.explain.tokens import authenticate
 from mlmesh_local.offline import offline_world
+from mlmesh_runtime.errors import InvalidInput, NotFound
 from tests.support.mesh_documents import SUBSETS
 from tests.support.mesh_world import WORKLOADS, load, resource, virtual_service
 from tests.support.tokens import Issuer
@@ -351,3 +353,37 @@ def test_a_host_that_nobody_serves_and_a_port_that_nobody_listens_on() -> None:
     unknown = explain(scene, Call(source="client", host="nobody.example", port=9000, path="/"))
     assert unknown.outcome.kind in ("answered", "routed", "no_endpoint")
     assert unknown.virtual_host in ("block_all", "allow_any")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"host": ""}, "name the host that is called"),
+        ({"path": "a.B/C"}, 'a method is "/package.Service/Method", not "a.B/C"'),
+        ({"source_ip": "1.2.3"}, '"1.2.3" is no IP address'),
+        ({"identity": "client"}, 'not "client"'),
+        ({"source": ""}, "name the workload that calls"),
+        ({"gateway": "nobody"}, 'no gateway is called "nobody"; there are mlmesh/edge'),
+    ],
+)
+def test_wrong_questions_are_told_what_is_wrong(wrong: dict[str, str], says: str) -> None:
+    scene = Scene(offline_world(load(WORKLOADS, _EDGE)), now_s=NOW_S)
+    asked = Call(source="client", host="server", port=9000, path="/a.B/C")
+    with pytest.raises((InvalidInput, NotFound), match=re.escape(says)):
+        explain(scene, dataclasses.replace(asked, **wrong))  # type: ignore[arg-type]
+
+
+_EDGE = """
+apiVersion: gateway.networking.k8s.io/v1
+kind: Gateway
+metadata: {name: edge}
+spec: {gatewayClassName: istio, listeners: [{name: a, port: 8090, protocol: HTTP}]}
+---
+"""
+
+
+@pytest.mark.parametrize("name", ["edge", "mlmesh/edge", "edge-istio", "mlmesh/edge-istio"])
+def test_a_gateway_of_the_gateway_api_goes_by_its_name_and_by_that_of_its_workload(name: str) -> None:
+    scene = Scene(offline_world(load(WORKLOADS, _EDGE)), now_s=NOW_S)
+    said = explain(scene, Call(source="client", host="a.example", gateway=name))
+    assert (said.proxy, said.outcome.kind) == ("edge-istio-0", "no_route")

@@ -89,3 +89,8 @@ spec: {hosts: [a.example], http: [{directResponse: {status: "200"}}]}
 """
     with pytest.raises(InvalidResource, match="must be a whole number, not a string"):
         load_resources([Document(source="a.yaml", text=route)])
+
+
+def test_what_is_no_text_is_refused() -> None:
+    with pytest.raises(InvalidResource, match="not valid YAML: special characters are not allowed"):
+        list(parse_yaml("a.yaml", "\0"))
