@@ -32,3 +32,13 @@ Output = Annotated[
     typer.Option("--output", "-o", help="table for people; json for scripts (one object a line for streams)."),
 ]
 Watch = Annotated[bool, typer.Option("--watch", "-w", help="Keep showing it as it changes, until Ctrl-C.")]
+Files = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--file",
+        "--filename",
+        "-f",
+        help="YAML file, folder, kustomize folder, or - for standard input; may be repeated.",
+        show_default=False,
+    ),
+]

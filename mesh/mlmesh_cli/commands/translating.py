@@ -3,24 +3,12 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from mlmesh_cli.options import OutputFormat
+from mlmesh_cli.options import Files, OutputFormat
 from mlmesh_cli.terminal import Terminal, run
-
-Files = Annotated[
-    list[Path] | None,
-    typer.Option(
-        "--file",
-        "--filename",
-        "-f",
-        help="YAML file, folder, kustomize folder, or - for standard input; may be repeated.",
-        show_default=False,
-    ),
-]
 
 
 class TranslateFormat(StrEnum):

@@ -34,7 +34,7 @@ from mlmesh_local.explain.values import (
 )
 from mlmesh_local.inspection import find_proxies
 from mlmesh_local.model import ProxyNode
-from mlmesh_local.resources.fields import is_ip
+from mlmesh_local.resources.domains import is_ip
 from mlmesh_local.resources.gateway_api.listeners import INTERNAL_NAME
 from mlmesh_runtime.errors import InvalidInput, NotFound
 

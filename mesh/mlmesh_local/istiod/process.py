@@ -144,7 +144,11 @@ class Istiod:
             code = await self._process.wait()
             logger.warning("Istio's control plane ended and is started again", extra={"exit_code": code})
             await asyncio.sleep(backoff.next_delay_s(time.monotonic() - started))
-            await self._run()
+            try:
+                await self._run()
+            except OSError as error:
+                # The program may be built anew just now.
+                logger.warning("Istio's control plane cannot be started", extra={"problem": str(error)})
 
     async def stop(self) -> None:
         """End the process and the API."""

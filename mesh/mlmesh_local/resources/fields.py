@@ -310,15 +310,6 @@ def is_host(text: str) -> bool:
     return len(text) <= 253 and _HOST.match(text) is not None
 
 
-def is_ip(text: str) -> bool:
-    """Whether it is an IP address."""
-    try:
-        ipaddress.ip_address(text)
-    except ValueError:
-        return False
-    return True
-
-
 def is_cidr(text: str) -> bool:
     """Whether it is an IP address or block."""
     try:
