@@ -105,10 +105,9 @@ def outbound_clusters(view: View, proxy: ProxyNode) -> dict[str, Json]:
 
 
 def _service_clusters(view: View, proxy: ProxyNode, service: CatalogService) -> dict[str, Json]:
-    return {
-        target.name: _dynamic_cluster(target) if target.kind == "DYNAMIC" else _cluster(target)
-        for target in _targets(view, proxy, service)
-    }
+    found = [_dynamic_cluster(t) if t.kind == "DYNAMIC" else _cluster(t) for t in _targets(view, proxy, service)]
+    # Of names to resolve there must be some: without, Istio has no cluster.
+    return {c["name"]: c for c in found if not service.dns or c["load_assignment"]["endpoints"]}
 
 
 def outbound_endpoints(view: View, proxy: ProxyNode) -> dict[str, Json]:
@@ -230,7 +229,7 @@ def _apply_discovery(cluster: Json, target: _Target) -> None:
         cluster["eds_cluster_config"] = {"eds_config": ADS, "service_name": target.name}
         return
     assignment = _assignment(target)
-    # Envoy wants exactly one endpoint for LOGICAL_DNS; a subset may have none.
+    # A subset may have none.
     cluster["type"] = kind if assignment["endpoints"] else "STATIC"
     cluster["load_assignment"] = assignment
     if cluster["type"] != "STATIC":
