@@ -188,8 +188,10 @@ class View:
     def inbound_policy(self, proxy: ProxyNode, inbound: Inbound) -> TrafficPolicy | None:
         """Bounds of connections to the application: those of calls of its service, and over them the Sidecar's."""
         found = self.settings.default_policy
-        if inbound.service is not None:
-            rules = self.policy(inbound.service, proxy, inbound=True)
+        # Rules of a service that the workload's own Sidecar does not import are not known to it.
+        service = self.service_seen_by(proxy, inbound.service.host) if inbound.service is not None else None
+        if service is not None:
+            rules = self.policy(service, proxy, inbound=True)
             found = effective_policy(rules, "", inbound.service_port, self.settings.default_policy)
         if inbound.pool is None:
             return found
