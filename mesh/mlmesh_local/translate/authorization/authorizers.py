@@ -46,7 +46,9 @@ def http_authorizer(provider: ExternalAuthorizer, service: CatalogService, shado
     config: Json = {
         "transport_api_version": "V3",
         "failure_mode_allow": provider.fail_open,
-        "filter_enabled_metadata": _asked_when(_HTTP_RBAC, shadow_prefix),
+        # Istio's value also has the provider's name. There is one provider for a workload, and without the name nothing
+        # slips through in the moment in which the policies on the routes name another one than this filter asks.
+        "filter_enabled_metadata": _asked_when(_HTTP_RBAC, shadow_prefix, CUSTOM_PREFIX),
     }
     if provider.protocol == "grpc":
         config["grpc_service"] = _grpc_service(provider, service)
@@ -74,18 +76,16 @@ def network_authorizer(provider: ExternalAuthorizer, service: CatalogService, sh
         "failure_mode_allow": provider.fail_open,
         "transport_api_version": "V3",
         "grpc_service": _grpc_service(provider, service),
-        "filter_enabled_metadata": _asked_when(_NETWORK_RBAC, shadow_prefix),
+        "filter_enabled_metadata": _asked_when(_NETWORK_RBAC, shadow_prefix, f"{CUSTOM_PREFIX}{provider.name}"),
     }
     return filter_of(_NETWORK_NAME, _NETWORK, config)
 
 
-def _asked_when(filter_name: str, shadow_prefix: str) -> Json:
-    # Istio's value also has the provider's name. There is one provider for a workload, and without the name nothing
-    # slips through in the moment in which the policies on the routes name another one than this filter asks.
+def _asked_when(filter_name: str, shadow_prefix: str, policy_prefix: str) -> Json:
     return {
         "filter": filter_name,
         "path": [{"key": shadow_prefix + _EFFECTIVE_POLICY}],
-        "value": {"string_match": {"prefix": CUSTOM_PREFIX}},
+        "value": {"string_match": {"prefix": policy_prefix}},
     }
 
 
