@@ -234,6 +234,9 @@ class _Meaning:
         hosts: Tree = {}
         for host in table.get("virtual_hosts", []):
             domains = _domains(host.get("domains", []), ignore_port=table.get("ignore_port_in_host_matching", False))
+            if not domains or (domains == ["*"] and not host.get("routes") and "require_tls" not in host):
+                # No call means it, or it answers as if it was not there.
+                continue
             # The host that takes all has names of its own on each side.
             name = host["name"] if "*" not in domains or "." in host["name"] else "*"
             hosts[name] = {
@@ -330,7 +333,8 @@ def _domains(domains: Iterable[str], *, ignore_port: bool) -> list[str]:
     names = set(domains)
     for domain in names:
         bare = domain.rpartition(":")[0] if _has_port(domain) else domain
-        if _is_address(bare):
+        if _is_address(bare) or "/" in domain:
+            # Istio keeps the namespace in names of servers that redirect; no call has such a name.
             continue
         if bare != domain and (ignore_port or bare in names):
             continue
