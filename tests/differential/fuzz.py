@@ -1,0 +1,242 @@
+"""Random but valid worlds, given to both sides; what differs is made small and printed as YAML.
+
+    python -m tests.differential.fuzz --count 50 --seed 7      # worlds of seeds 7 to 56
+    python -m tests.differential.fuzz --seed 7 --show          # only the YAML of one seed
+
+A world mixes kinds: what single cases of single fields do not meet. The same seed is always the same world.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import copy
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.differential.compare import MISSING, Mismatch, accepted
+from tests.differential.fuzzing import base, policies, routes
+from tests.differential.fuzzing.chance import Chance, Doc
+from tests.differential.sides import Theirs
+from tests.differential.suite import Outcome, compare
+from tests.differential.table import Case
+from tests.support import tools
+
+# How often each kind is drawn.
+_PARTS = (
+    *[base.service_entry] * 2,
+    base.sidecar,
+    *[routes.gateway] * 2,
+    *[routes.virtual_service] * 5,
+    routes.http_route,
+    *[policies.destination_rule] * 4,
+    *[policies.peer_authentication] * 2,
+    *[policies.authorization_policy] * 3,
+    policies.request_authentication,
+    policies.telemetry,
+)
+# Needed by others: made first.
+_FIRST = (base.mesh_config, base.service_entry, routes.gateway, policies.destination_rule)
+TRIES = 150
+# What a document is not valid, or not the same, without.
+_NEEDED = ("selector", "resolution", "protocol", "name", "number", "provider", "action", "hosts", "port")
+
+
+def documents(seed: int) -> list[Doc]:
+    """The world of a seed."""
+    chance = Chance(seed)
+    base.base(chance)
+    if chance.yes(0.4):
+        base.mesh_config(chance)
+    parts = [chance.one(_PARTS) for _ in range(chance.number(3, 9))]
+    for part in sorted(parts, key=lambda part: _FIRST.index(part) if part in _FIRST else len(_FIRST)):
+        part(chance)
+    return chance.documents
+
+
+def case(name: str, found: Sequence[Doc], proxies: tuple[str, ...] = ()) -> Case:
+    """A case of the table of these documents: every proxy is compared where none are named."""
+    proxies = proxies or tuple(document["metadata"]["name"] for document in found if document["kind"] == "Deployment")
+    return Case(name=name, file="fuzz", own=text(found), world="none", proxies=proxies)
+
+
+def text(found: Sequence[Doc]) -> str:
+    """As YAML."""
+    return yaml.dump_all(json.loads(json.dumps(found)), sort_keys=False, default_flow_style=None, width=150)
+
+
+def signs(outcome: Outcome) -> set[str]:
+    """What is wrong, roughly: the same fault has the same sign in a smaller world."""
+    if outcome.refusal:
+        return {"refusal"}
+    if outcome.error:
+        return {outcome.error[:40]}
+    return {_sign(mismatch) for mismatch in outcome.left}
+
+
+def _sign(mismatch: Mismatch) -> str:
+    parts = [re.sub(r"\d+|.*[.|].*", "N", part) for part in mismatch.path[1:]]
+    sides = "".join("-" if value == MISSING else "+" for value in (mismatch.ours, mismatch.theirs))
+    return f"{parts[0]} {' '.join(parts[-2:])} {sides}"
+
+
+class Sides:
+    """Both sides; Istio's is started anew when it may not know what it says any more."""
+
+    def __init__(self, program: Path, folder: Path) -> None:
+        self._program = program
+        self._folder = folder
+        self._listed = accepted()
+        self._theirs: Theirs | None = None
+
+    async def compare(self, name: str, found: Sequence[Doc], proxies: tuple[str, ...] = ()) -> Outcome:
+        """One world; all its proxies when none are named."""
+        if self._theirs is None:
+            self._theirs = await Theirs.start(self._program, self._folder)
+        one = case(name, found, proxies)
+        try:
+            return await compare(self._theirs, one, self._listed)
+        except Exception as error:
+            await self.stop()
+            return Outcome(case=one, fields=frozenset(), error=f"Istio: {error!r}")
+
+    async def stop(self) -> None:
+        """End Istio's."""
+        theirs, self._theirs = self._theirs, None
+        if theirs is not None:
+            await theirs.stop()
+
+
+async def smaller(sides: Sides, found: list[Doc], first: Outcome) -> list[Doc]:
+    """Without documents, and parts of them, that the difference does not need."""
+    wanted = signs(first)
+    # One proxy is enough, and much quicker.
+    proxies = (first.left[0].path[0],) if first.left else ()
+    if proxies:
+        wanted = {_sign(mismatch) for mismatch in first.left if mismatch.path[0] in proxies}
+    tries = 0
+    progress = True
+    while progress and tries < TRIES:
+        progress = False
+        for candidate in _candidates(found, proxies):
+            tries += 1
+            if tries > TRIES:
+                break
+            outcome = await sides.compare("smaller", candidate, proxies)
+            if signs(outcome) & wanted:
+                found, progress = candidate, True
+                break
+    return found
+
+
+def _candidates(found: list[Doc], proxies: Sequence[str]) -> Iterator[list[Doc]]:
+    for index in reversed(range(len(found))):
+        rest = found[:index] + found[index + 1 :]
+        if found[index]["metadata"]["name"] not in proxies or found[index]["kind"] != "Deployment":
+            yield rest
+    for index, document in enumerate(found):
+        if document["apiVersion"] in ("v1", "apps/v1"):
+            continue
+        for path in _paths(document["spec"]):
+            yield [*found[:index], {**document, "spec": _less(document["spec"], path)}, *found[index + 1 :]]
+
+
+def _paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Places that may be left out, the largest first."""
+    keys: list[Any] = []
+    if isinstance(value, dict):
+        keys = list(value) if len(value) > 1 or not path else []
+    elif isinstance(value, list):
+        keys = list(range(len(value))) if len(value) > 1 else []
+    yield from ((*path, key) for key in keys if key not in _NEEDED)
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in inner:
+        yield from _paths(item, (*path, key))
+
+
+def _less(value: Any, path: tuple[Any, ...]) -> Any:
+    result = copy.deepcopy(value)
+    place = result
+    for key in path[:-1]:
+        place = place[key]
+    del place[path[-1]]
+    return result
+
+
+def invalid(worlds: dict[int, list[Doc]]) -> str:
+    """What `istioctl validate` says against the worlds: faults of the generator."""
+    if tools.find("istioctl") is None:
+        return ""
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
+        words: list[str] = []
+        for seed, found in worlds.items():
+            path = Path(folder) / f"{seed}.yaml"
+            path.write_text(text(found))
+            words += ["-f", str(path)]
+        result = tools.run("istioctl", "validate", *words)
+        return "" if result.returncode == 0 else (result.stdout + result.stderr).partition("Error:")[2]
+
+
+async def search(program: Path, folder: Path, worlds: dict[int, list[Doc]], *, shrink: bool = True) -> list[int]:
+    """Compare worlds and print what differs; the seeds that do."""
+    sides = Sides(program, folder)
+    bad: list[int] = []
+    try:
+        for seed, found in worlds.items():
+            outcome = await sides.compare(str(seed), found)
+            if outcome.left or outcome.error:
+                # Istio may keep something of a world before.
+                await sides.stop()
+                outcome = await sides.compare(str(seed), found)
+            if not (outcome.left or outcome.error or outcome.refusal):
+                continue
+            bad.append(seed)
+            least = found
+            if shrink and not outcome.error:
+                least = await smaller(sides, found, outcome)
+                outcome = await sides.compare(str(seed), least)
+            _show(seed, least, outcome)
+    finally:
+        await sides.stop()
+    return bad
+
+
+def _show(seed: int, found: list[Doc], outcome: Outcome) -> None:
+    lines = [f"\n=== seed {seed}", text(found), outcome.refusal, outcome.error, *(str(m) for m in outcome.left[:12])]
+    sys.stdout.write("\n".join(line for line in lines if line) + "\n")
+    sys.stdout.flush()
+
+
+def main() -> int:
+    """Run; 1 when something differs or is invalid."""
+    parser = argparse.ArgumentParser(prog="python -m tests.differential.fuzz", description=__doc__)
+    parser.add_argument("--count", type=int, default=1, help="worlds; 1 when not said")
+    parser.add_argument("--seed", type=int, default=1, help="of the first world; 1 when not said")
+    parser.add_argument("--show", action="store_true", help="print the worlds, compare nothing")
+    parser.add_argument("--whole", action="store_true", help="do not make what differs smaller")
+    chosen = parser.parse_args()
+    worlds = {seed: documents(seed) for seed in range(chosen.seed, chosen.seed + chosen.count)}
+    if chosen.show:
+        sys.stdout.write("---\n".join(text(found) for found in worlds.values()))
+        return 0
+    refused = invalid(worlds)
+    if refused:
+        sys.stdout.write(f"istioctl validate refuses: {refused}\n")
+    program = tools.find("pilot-discovery")
+    if program is None:
+        raise SystemExit("pilot-discovery is not built: tools/build.sh pilot-discovery")
+    with tempfile.TemporaryDirectory(prefix="istiod-") as folder:
+        bad = asyncio.run(search(program, Path(folder), worlds, shrink=not chosen.whole))
+    sys.stdout.write(f"{len(worlds)} worlds, {len(bad)} not the same: {' '.join(map(str, bad))}\n")
+    return 1 if bad or refused else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
