@@ -8,9 +8,8 @@ from typing import Annotated
 
 import typer
 
-from mlmesh_cli.commands.translating import Files
 from mlmesh_cli.errors import ExitCode
-from mlmesh_cli.options import DEFAULT_STATE_DIR, Output, OutputFormat, StateDir
+from mlmesh_cli.options import DEFAULT_STATE_DIR, Files, Output, OutputFormat, StateDir
 from mlmesh_cli.terminal import Terminal, run
 
 DIFFERENT, TROUBLE = 1, 2
