@@ -9,7 +9,9 @@ from mlmesh_cli.errors import usage_error
 from mlmesh_local.resources.parse import load_resources, read_documents
 
 Name = tuple[str, str]
-"""Kind and "{namespace}/{name}"."""
+"""Kind and "{namespace}/{name}"; the namespace of a Namespace is empty."""
+
+_OF_NO_NAMESPACE = frozenset({"Namespace", "GatewayClass"})
 
 
 def named(words: Sequence[str], namespace: str) -> list[Name]:
@@ -22,7 +24,7 @@ def named(words: Sequence[str], namespace: str) -> list[Name]:
             if not rest:
                 raise usage_error(f"{kind!r} is a kind without a name", "mlmesh delete VirtualService inference")
             name = rest.pop(0)
-        found.append((kind, name if "/" in name else f"{namespace}/{name}"))
+        found.append((kind, name if "/" in name else f"{'' if kind in _OF_NO_NAMESPACE else namespace}/{name}"))
     return found
 
 

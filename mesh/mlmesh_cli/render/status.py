@@ -180,7 +180,8 @@ def changes_view(response: pb.ApplyResponse | pb.DeleteResourcesResponse, *, dry
     result = table("resource", "change")
     for change in response.changes:
         action = change.action + (" (dry run)" if dry_run else "")
-        result.add_row(f"{change.kind} {change.name}", Text(action, style=styles.get(change.action, "dim")))
+        # What is of no namespace is called by its name alone.
+        result.add_row(f"{change.kind} {change.name.lstrip('/')}", Text(action, style=styles.get(change.action, "dim")))
     parts: list[RenderableType] = [result]
     parts += [Text(f"warning: {warning}", style="yellow") for warning in response.warnings]
     if dry_run:

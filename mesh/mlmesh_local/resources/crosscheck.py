@@ -153,7 +153,8 @@ class _Check:
                 names = [name for namespace, name in accounts if namespace == account[0]]
                 self.problems.add(
                     deployment.meta.at,
-                    f'there is no ServiceAccount "{account[0]}/{account[1]}"{did_you_mean(account[1], names)}',
+                    f'there is no ServiceAccount "{account[0]}/{account[1]}", which its pods name (serviceAccountName)'
+                    f": a cluster would start none of them{did_you_mean(account[1], names)}",
                 )
         for service in self._resources.specs(Service):
             self._service(service)

@@ -75,9 +75,11 @@ def test_routes_are_in_order_with_a_row_a_destination() -> None:
 def test_changes_say_who_acknowledged_and_how_fast() -> None:
     response = pb.ApplyResponse(config_version="8", acked_sidecars=5, connected_sidecars=6, warnings=["v3 has no pods"])
     response.changes.add(kind="VirtualService", name="mlmesh/inference", action="configured")
+    response.changes.add(kind="Namespace", name="/shop", action="created")
     response.ack_latency.FromMilliseconds(14)
     text = text_of(view.changes_view(response, dry_run=False))
     assert "VirtualService mlmesh/inference" in text
+    assert "Namespace shop" in text
     assert "acknowledged by 5 of 6 sidecars in 14 ms" in text
     assert "warning: v3 has no pods" in text
     dry = text_of(view.changes_view(response, dry_run=True))

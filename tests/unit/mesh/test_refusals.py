@@ -230,7 +230,7 @@ TOGETHER = {
     'no Service and no ServiceEntry (did you mean "server.mlmesh.svc.cluster.local"?)': (send("{host: sever}"),),
     "has no port 9001; it has 9000, 9090": (send("{host: server, port: {number: 9001}}"),),
     'there is no Gateway "mlmesh/way-in"': (send("{host: server}", "hosts: [server], gateways: [way-in]"),),
-    'there is no ServiceAccount "mlmesh/operater"': (
+    'there is no ServiceAccount "mlmesh/operater", which its pods name (serviceAccountName)': (
         CLIENT.replace("name: client", "name: toolbox").replace(
             "spec: {containers", "spec: {serviceAccountName: operater, containers"
         ),
