@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 from pathlib import Path
@@ -40,6 +41,11 @@ LINES_MAX = 600
 FUNCTION_LINES_MAX = 90
 
 
+@functools.cache
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def _at(path: Path, node: ast.stmt | ast.expr) -> str:
     return f"{path.relative_to(ROOT)}:{node.lineno}"
 
@@ -52,9 +58,10 @@ def test_only_entries_touch_the_environment() -> None:
     readers = {
         str(path.relative_to(ROOT))
         for path in MODULES
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(_tree(path))
         if isinstance(node, ast.Attribute)
-        and ast.unparse(node) in ("os.environ", "os.getenv", "os.environb", "os.putenv")
+        and node.attr in ("environ", "getenv", "environb", "putenv")
+        and ast.unparse(node.value) == "os"
     }
     assert readers <= ENVIRONMENT
 
@@ -63,13 +70,13 @@ def test_tasks_belong_to_a_group() -> None:
     """A task that nobody keeps is collected in the middle of its work, and its error with it."""
     bare = []
     for path in MODULES:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Attribute) and re.search(
-                r"^asyncio\.create_task$|loop(\(\))?\.create_task$", ast.unparse(node)
-            ):
-                bare.append(_at(path, node))
-            if isinstance(node, ast.Expr) and ast.unparse(node).startswith("asyncio.ensure_future("):
-                bare.append(_at(path, node))
+        for node in ast.walk(_tree(path)):
+            if isinstance(node, ast.Attribute) and node.attr == "create_task":
+                if re.search(r"^asyncio$|loop(\(\))?$", ast.unparse(node.value)):
+                    bare.append(_at(path, node))
+            elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+                if ast.unparse(node.value.func) == "asyncio.ensure_future":
+                    bare.append(_at(path, node))
     assert bare == []
 
 
@@ -81,7 +88,7 @@ def test_modules_and_functions_can_be_read() -> None:
             large.append(f"{path.relative_to(ROOT)} has {len(text.splitlines())} lines")
         if "migrations" in path.parts:  # a migration is one list of statements
             continue
-        for node in ast.walk(ast.parse(text)):
+        for node in ast.walk(_tree(path)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 # The options of a command are a table, one row each; what it does with them must fit a screen.
                 first = node.body[0].lineno if "commands" in path.parts else node.lineno
@@ -92,11 +99,7 @@ def test_modules_and_functions_can_be_read() -> None:
 
 
 def test_modules_say_what_they_are() -> None:
-    silent = [
-        str(p.relative_to(ROOT))
-        for p in MODULES
-        if p.read_text().strip() and not ast.get_docstring(ast.parse(p.read_text()))
-    ]
+    silent = [str(p.relative_to(ROOT)) for p in MODULES if p.read_text().strip() and not ast.get_docstring(_tree(p))]
     assert silent == []
 
 

@@ -209,6 +209,10 @@ class MeshMetrics:
         if known is None:
             if len(self._known) >= PEERS_MAX:
                 self._known.clear()
+            if len(self._peers) >= PEERS_MAX:
+                # Applications may call ever other hosts; what is counted stays one label set.
+                counted = {series.peer for series in self._series.values()}
+                self._peers = {key: peer for key, peer in self._peers.items() if peer in counted}
             plan = self._plans.of(peers.node, peers.role) or PLAIN
             labels = peer_labels(self._directory, peers)
             known = self._peers.setdefault((labels, plan), Peer(labels, plan))

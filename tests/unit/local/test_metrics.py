@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from mlmesh_local.metrics import registry
 from mlmesh_local.metrics.calls import HttpCall, Peers, TcpReport, grpc_status
 from mlmesh_local.metrics.directory import Directory, NamedService, Workload
 from mlmesh_local.metrics.exposition import exposition
@@ -69,6 +70,15 @@ def counting(plans: Plans | None = None, **arguments: Any) -> tuple[MeshMetrics,
     metrics = MeshMetrics(clock=clock, **arguments)
     metrics.describe(DIRECTORY, plans)
     return metrics, clock
+
+
+def test_calls_of_ever_other_hosts_fill_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "PEERS_MAX", 10)
+    metrics, _ = counting(series_max=4)
+    for number in range(200):
+        metrics.http(call(peers=OUT._replace(cluster="", authority=f"host-{number}")))
+    assert len(metrics._peers) <= 24
+    assert metrics.dropped["label_sets"] > 0
 
 
 def call(**fields: Any) -> HttpCall:
