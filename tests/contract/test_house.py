@@ -74,9 +74,12 @@ def test_tasks_belong_to_a_group() -> None:
             if isinstance(node, ast.Attribute) and node.attr == "create_task":
                 if re.search(r"^asyncio$|loop(\(\))?$", ast.unparse(node.value)):
                     bare.append(_at(path, node))
-            elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
-                if ast.unparse(node.value.func) == "asyncio.ensure_future":
-                    bare.append(_at(path, node))
+            elif (
+                isinstance(node, ast.Expr)
+                and isinstance(node.value, ast.Call)
+                and ast.unparse(node.value.func) == "asyncio.ensure_future"
+            ):
+                bare.append(_at(path, node))
     assert bare == []
 
 
