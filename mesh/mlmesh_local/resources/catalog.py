@@ -53,6 +53,7 @@ class CatalogService:
         headless: a Service without a cluster IP.
         addresses: on which clients reach it where traffic is captured, as written in entries.
         aliases: (namespace, host) of the ExternalName Services that stand for it.
+        alias_for: the host that an ExternalName Service stands for; empty for a service that is called itself.
         distribution: nearest endpoints first: of the own "zone" or of the own "node".
         node_local: only endpoints of the own node.
         not_ready: whether endpoints that are not ready are called, too.
@@ -74,6 +75,7 @@ class CatalogService:
     headless: bool = False
     addresses: tuple[str, ...] = ()
     aliases: tuple[tuple[str, str], ...] = ()
+    alias_for: str = ""
     distribution: Literal["", "zone", "node"] = ""
     node_local: bool = False
     not_ready: bool = False
@@ -138,6 +140,28 @@ def all_services(resources: ResourceSet, domain: str = "cluster.local") -> list[
         return list(found.values())
     aliases = _aliases(targets)
     return [dataclasses.replace(one, aliases=tuple(sorted(aliases.get(one.host, ())))) for one in found.values()]
+
+
+def alias_services(resources: ResourceSet, domain: str = "cluster.local") -> list[CatalogService]:
+    """ExternalName Services, the oldest first. Rules may name them; what is called is what they stand for."""
+    return [
+        CatalogService(
+            host=full_host(service.meta.name, service.meta.namespace, domain),
+            namespace=service.meta.namespace,
+            name=service.meta.name,
+            ports=tuple(
+                CatalogPort(number=port.number, name=port.name, protocol=port.protocol, target=port.target)
+                for port in service.ports
+            ),
+            selector=None,
+            accounts=(),
+            labels=service.meta.labels,
+            export_to=service.export_to,
+            alias_for=service.external_name,
+        )
+        for service in resources.specs(Service)
+        if service.external_name
+    ]
 
 
 def _aliases(targets: Mapping[tuple[str, str], str]) -> dict[str, list[tuple[str, str]]]:
@@ -262,6 +286,7 @@ __all__ = [
     "CatalogPort",
     "CatalogService",
     "HostPolicy",
+    "alias_services",
     "all_services",
     "best_match",
     "catalog",

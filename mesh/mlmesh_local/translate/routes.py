@@ -72,15 +72,18 @@ class Frame:
         """
         if destination.host == NOWHERE:
             return UNKNOWN_SERVICE
-        service = self.services.get(destination.host)
+        # As of its services, a sidecar knows of its aliases those of the listener's port only.
+        alias = self.view.alias_seen_by(self.proxy, destination.host, 0 if self.services else self.listener_port)
+        service = self.services.get(destination.host) or alias
         port = destination.port or self.listener_port
         if not destination.port and service is not None and len(service.ports) == 1:
             port = service.ports[0].number
-        return names.outbound_cluster(port, destination.subset, destination.host)
+        return names.outbound_cluster(port, destination.subset, alias.alias_for if alias else destination.host)
 
     def hash_key(self, destination: Destination) -> HashKey | None:
         """What consistent hashing of a destination looks at, by Istio's order; None where it does not hash."""
         service = self.view.service_seen_by(self.proxy, destination.host)
+        service = service or self.view.alias_seen_by(self.proxy, destination.host)
         if service is None:
             return None
         policy = self.view.policy(service, self.proxy)

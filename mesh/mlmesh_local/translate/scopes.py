@@ -21,11 +21,15 @@ EVERYTHING = EgressListener(hosts=(EgressHost(namespace="*", host="*"),))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Egress:
-    """A listener for a workload's calls: what it imports. ``port`` None: every port that no other listener has."""
+    """A listener for a workload's calls: what it imports. ``port`` None: every port that no other listener has.
+
+    ``aliases`` are ExternalName Services: rules may name them, but they are not called themselves.
+    """
 
     listener: EgressListener
     services: tuple[CatalogService, ...]
     virtual_services: tuple[VirtualService, ...]
+    aliases: tuple[CatalogService, ...] = ()
 
     @property
     def port(self) -> int | None:
@@ -40,12 +44,16 @@ class Egress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scope:
-    """What the proxies of one namespace and one Sidecar know. ``services`` are by host, in the order of hosts."""
+    """What the proxies of one namespace and one Sidecar know.
+
+    ``services`` are by host, in the order of hosts; ``aliases`` are ExternalName Services by host.
+    """
 
     namespace: str
     sidecar: Sidecar | None = None
     egress: tuple[Egress, ...] = ()
     services: Mapping[str, CatalogService] = field(default_factory=dict)
+    aliases: Mapping[str, CatalogService] = field(default_factory=dict)
 
     def egress_for(self, port: int, bind: str = "") -> Egress | None:
         """The listener that serves a port (0 and a bind: a unix socket): one of its own, else the one for the rest."""
@@ -118,7 +126,9 @@ class Scopes:
                 known = found.get(service.host)
                 if known is None or (known.is_entry and not service.is_entry):
                     found[service.host] = service
-            self._made[key] = Scope(namespace=namespace, services=dict(sorted(found.items())))
+            self._made[key] = Scope(
+                namespace=namespace, services=_ordered(found, aliases=False), aliases=_ordered(found, aliases=True)
+            )
         return self._made[key]
 
     def _exported(self, namespace: str) -> list[CatalogService]:
@@ -139,14 +149,20 @@ class Scopes:
         egress = tuple(_egress(listener, namespace, exported, bound) for listener in listeners)
         found: dict[str, CatalogService] = {}
         for one in egress:
-            for service in one.services:
+            for service in (*one.services, *one.aliases):
                 _append(found, service)
             for host, ports in _destinations(one.virtual_services, namespace):
                 service_of_rule = self._destination(host, namespace)
                 trimmed = _with_ports(service_of_rule, _wanted(one.listener, ports)) if service_of_rule else None
                 if trimmed is not None:
                     _append(found, trimmed)
-        return Scope(namespace=namespace, sidecar=sidecar, egress=egress, services=dict(sorted(found.items())))
+        return Scope(
+            namespace=namespace,
+            sidecar=sidecar,
+            egress=egress,
+            services=_ordered(found, aliases=False),
+            aliases=_ordered(found, aliases=True),
+        )
 
     def _destination(self, host: str, namespace: str) -> CatalogService | None:
         """The service that a VirtualService means: of the own namespace, else Kubernetes', else the oldest seen."""
@@ -156,6 +172,11 @@ class Scopes:
             return own
         visible = [s for s in candidates if exported_to(s.export_to or self._default_export, s.namespace, namespace)]
         return next((service for service in visible if not service.is_entry), visible[0] if visible else None)
+
+
+def _ordered(found: Mapping[str, CatalogService], *, aliases: bool) -> dict[str, CatalogService]:
+    """Services, or those that only stand for others, in the order of hosts."""
+    return {host: service for host, service in sorted(found.items()) if bool(service.alias_for) == aliases}
 
 
 def _matches_ports(listener: EgressListener) -> bool:
@@ -242,9 +263,11 @@ def _egress(
             trimmed = _with_ports(service, wanted)
             if trimmed is not None:
                 imported.append(trimmed)
+    found = tuple(_one_namespace_a_host(imported, namespace))
     return Egress(
         listener=listener,
-        services=tuple(_one_namespace_a_host(imported, namespace)),
+        services=tuple(service for service in found if not service.alias_for),
+        aliases=tuple(service for service in found if service.alias_for),
         virtual_services=tuple(one for one in bound if everything or hosts.imports_rules(one)),
     )
 

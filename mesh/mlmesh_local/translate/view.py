@@ -10,6 +10,7 @@ from mlmesh_local.model import Endpoint, ProxyNode, World, spiffe_id
 from mlmesh_local.resources.catalog import (
     CatalogService,
     HostPolicy,
+    alias_services,
     all_services,
     full_host,
     selects,
@@ -79,7 +80,7 @@ class View:
             default_export_to=self.settings.virtual_service_export,
         )
         self._scopes = Scopes(
-            self._all,
+            [*self._all, *alias_services(self.resources, world.domain)],
             self._virtual_services,
             self.resources.specs(Sidecar),
             root_namespace=self.root_namespace,
@@ -123,6 +124,14 @@ class View:
     def service_seen_by(self, client: Client, host: str) -> CatalogService | None:
         """The service that a client means by a full host."""
         return self._visible(client).get(host)
+
+    def alias_seen_by(self, client: Client, host: str, port: int = 0) -> CatalogService | None:
+        """The ExternalName Service that a client's rule means by a full host; with a port: on that listener."""
+        if not port:
+            return self.scope(client).aliases.get(host)
+        egress = self.scope(client).egress_for(port)
+        found = (one for one in (egress.aliases if egress else ()) if one.host == host and one.port(port) is not None)
+        return next(found, None)
 
     def _visible(self, client: Client) -> Mapping[str, CatalogService]:
         return self.scope(client).services

@@ -55,7 +55,7 @@ def outbound_virtual_hosts(frame: Frame) -> list[Json]:
     """Virtual hosts of a port, by name; the last takes what no service has."""
     port = frame.listener_port
     egress = frame.view.egress(frame.proxy, port)
-    seen = egress.services if egress else ()
+    seen = (*egress.services, *egress.aliases) if egress else ()
     here = {service.host: service for service in seen if service.port(port) is not None}
     bound = egress.virtual_services if egress else ()
     owners = _owners(bound, seen)
@@ -73,7 +73,7 @@ def outbound_virtual_hosts(frame: Frame) -> list[Json]:
     groups += [
         _Group(routes=_default_routes(frame, service), services=[service])
         for host, service in here.items()
-        if host not in ruled and _routed(service, port)
+        if host not in ruled and _routed(service, port) and not service.alias_for
     ]
     return [*sorted(_built(frame, groups), key=lambda host: str(host["name"])), _rest(frame)]
 
