@@ -10,6 +10,7 @@ from typing import Any
 from mlmesh_local.proxyless.clusters import PROVIDER
 from mlmesh_local.proxyless.node import LABELS_FIELD, TOKEN_FIELD, TOLERATED_FIELD, ProxylessNode
 
+BOOTSTRAP_FILE = "bootstrap.json"
 CHAIN_FILE = "cert-chain.pem"
 KEY_FILE = "key.pem"
 ROOTS_FILE = "root-cert.pem"
