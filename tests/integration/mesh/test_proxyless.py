@@ -11,6 +11,7 @@ import pytest_asyncio
 from mlmesh_local.proxyless.status import client_status
 from tests.support.envoy_mesh import EnvoyMesh
 from tests.support.mesh_documents import STRICT, SUBSETS, deployment, service, split
+from tests.support.mesh_proofs import POLICY
 from tests.support.xds_client import XdsClient
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -40,15 +41,6 @@ spec:
       timeout: 2s
       route: [{destination: {host: server, subset: v1}}]
     - route: [{destination: {host: server, subset: v1}}]
-"""
-ONLY_CLIENT = """
-apiVersion: security.istio.io/v1
-kind: AuthorizationPolicy
-metadata: {name: server}
-spec:
-  selector: {matchLabels: {app: server}}
-  rules: [{from: [{source: {principals: [cluster.local/ns/mlmesh/sa/%s]}}]}]
----
 """
 
 
@@ -134,9 +126,9 @@ async def test_a_client_may_do_without_what_it_cannot(
 
 
 async def test_servers_know_who_calls(mesh: EnvoyMesh, client: XdsClient) -> None:
-    await mesh.apply(ONLY_CLIENT % "client")
+    await mesh.apply(POLICY % "client")
     assert (await client.calls())[0][0] == "OK"
-    await mesh.apply(ONLY_CLIENT % "somebody")
+    await mesh.apply(POLICY % "somebody")
     assert (await client.calls())[0][0] == "PERMISSION_DENIED"
 
 
