@@ -53,6 +53,7 @@ class CatalogService:
         headless: a Service without a cluster IP.
         addresses: on which clients reach it where traffic is captured, as written in entries.
         aliases: (namespace, host) of the ExternalName Services that stand for it.
+        age: sorts services of all kinds by age, the oldest first.
         alias_for: the host that an ExternalName Service stands for; empty for a service that is called itself.
         distribution: nearest endpoints first: of the own "zone" or of the own "node".
         node_local: only endpoints of the own node.
@@ -76,6 +77,7 @@ class CatalogService:
     addresses: tuple[str, ...] = ()
     aliases: tuple[tuple[str, str], ...] = ()
     alias_for: str = ""
+    age: tuple[bool, str, int] = dataclasses.field(default=(False, "", 0), compare=False)
     distribution: Literal["", "zone", "node"] = ""
     node_local: bool = False
     not_ready: bool = False
@@ -130,11 +132,13 @@ def all_services(resources: ResourceSet, domain: str = "cluster.local") -> list[
         if service.external_name:
             targets[service.meta.namespace, host] = service.external_name
         else:
-            found[service.meta.namespace, host] = _of_service(service, host, behind)
-    for entry in resources.specs(ServiceEntry):
+            new = _of_service(service, host, behind)
+            found[service.meta.namespace, host] = dataclasses.replace(new, age=resource.age[:3])
+    for resource in resources.of_kind(ServiceEntry):
+        entry = cast("ServiceEntry", resource.spec)
         for host in dict.fromkeys(entry.hosts):
             key = (entry.meta.namespace, host)
-            new = _of_entry(entry, host, behind)
+            new = dataclasses.replace(_of_entry(entry, host, behind), age=resource.age[:3])
             found[key] = _joined(found[key], new) if key in found else new
     if not targets:
         return list(found.values())

@@ -54,7 +54,8 @@ class InboundIndex:
         self._resources = resources
         self._excludes = any(EXCLUDED_PORTS in d.annotations for d in resources.specs(Deployment))
         self._services: dict[str, list[CatalogService]] = {}
-        for service in services:
+        # Of services of all kinds the oldest has a port; of one age the first by host.
+        for service in sorted(services, key=lambda service: (service.age, service.host)):
             if service.selector is not None:
                 self._services.setdefault(service.namespace, []).append(service)
 
