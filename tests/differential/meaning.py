@@ -239,6 +239,8 @@ class _Meaning:
                 continue
             # The host that takes all has names of its own on each side.
             name = host["name"] if "*" not in domains or "." in host["name"] else "*"
+            if "/" in name:
+                name = f"{min(domains, key=lambda one: (one.startswith('*'), one))}:{name.rpartition(':')[2]}"
             hosts[name] = {
                 **{k: v for k, v in host.items() if k not in ("name", "domains", "routes")},
                 "domains": domains,

@@ -193,7 +193,8 @@ def sidecar(chance: Chance) -> None:
 
 def mesh_config(chance: Chance) -> None:
     """MeshConfig with a few settings, and the providers that Telemetry and AuthorizationPolicy may name."""
-    host = chance.http_host()
+    # Not an alias: Envoy rejects an authorizer's cluster that is not there.
+    host = chance.one([host for host in chance.hosts if host.labels and host.http_ports()])
     port = host.http_ports()[0]
     settings: Doc = {
         "extensionProviders": [

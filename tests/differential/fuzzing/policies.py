@@ -70,8 +70,10 @@ def destination_rule(chance: Chance) -> None:
             subsets.append(subset)
             host.subsets.append(name)
         spec["subsets"] = subsets
-    spec.update(chance.maybe(0.12, workloadSelector={"matchLabels": chance.one([{"app": "client"}, chance.label()])}))
-    spec.update(chance.maybe(0.12, exportTo=chance.one([["."], ["*"], ["other"]])))
+    if chance.yes(0.12):
+        spec["workloadSelector"] = {"matchLabels": chance.one([{"app": "client"}, chance.label()])}
+    else:
+        spec.update(chance.maybe(0.12, exportTo=chance.one([["."], ["*"], ["other"]])))
     chance.add(NETWORKING, "DestinationRule", spec, namespace=namespace)
 
 
