@@ -9,6 +9,7 @@ from typing import cast
 
 from mlmesh_local.metrics.expressions import ExpressionError, compile_expression
 from mlmesh_local.metrics.names import BY_SELECTOR
+from mlmesh_local.resources.cel import cel_problem
 from mlmesh_local.resources.fields import Fields
 from mlmesh_local.resources.meta import Meta
 from mlmesh_local.resources.model_telemetry import (
@@ -25,7 +26,6 @@ from mlmesh_local.resources.span_tags import custom_tags
 
 _MODES = ("CLIENT_AND_SERVER", "CLIENT", "SERVER")
 _ALL = "ALL_METRICS"
-_BRACKETS = {")": "(", "]": "[", "}": "{"}
 
 
 def parse_telemetry(meta: Meta, spec: Fields) -> Telemetry:
@@ -83,29 +83,6 @@ def _logging(fields: Fields) -> LogRule:
         disabled=fields.boolean("disabled"),
         expression=expression,
     )
-
-
-def cel_problem(expression: str) -> str:
-    """What is wrong with a CEL expression at first sight, or empty; Envoy itself reads all of it."""
-    if not expression.strip():
-        return "must be a CEL expression, such as response.code >= 400"
-    opened: list[str] = []
-    quote = ""
-    for index, character in enumerate(expression):
-        if quote:
-            quote = "" if character == quote and expression[index - 1] != "\\" else quote
-        elif character in "'\"":
-            quote = character
-        elif character in "([{":
-            opened.append(character)
-        elif character in _BRACKETS and (not opened or opened.pop() != _BRACKETS[character]):
-            return f'is not a valid CEL expression: "{character}" without "{_BRACKETS[character]}"'
-    if quote or opened:
-        return f"is not a valid CEL expression: {quote or opened[-1]} is not closed"
-    last = expression.rstrip()[-1]
-    if last in "=<>&|+-*/%!?:.,":
-        return f'is not a valid CEL expression: something is missing after "{last}"'
-    return ""
 
 
 def _metrics(fields: Fields) -> MetricsRule:
