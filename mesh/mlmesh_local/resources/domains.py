@@ -8,12 +8,12 @@ from __future__ import annotations
 import ipaddress
 import re
 
-_LABEL = re.compile(r"^[a-zA-Z0-9](?:[-a-zA-Z0-9]*[a-zA-Z0-9])?$")
-_WILD_LABEL = re.compile(r"^(\*|(\*|\*-)?[a-zA-Z0-9](?:[-a-zA-Z0-9]*[a-zA-Z0-9])?)$")
+_LABEL = re.compile(r"^[a-zA-Z0-9](?:[-a-zA-Z0-9]*[a-zA-Z0-9])?\Z")
+_WILD_LABEL = re.compile(r"^(\*|(\*|\*-)?[a-zA-Z0-9](?:[-a-zA-Z0-9]*[a-zA-Z0-9])?)\Z")
 _QUALIFIED = r"(?:[A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9]"
 _DNS_PREFIX = r"[a-zA-Z0-9](?:[-a-zA-Z0-9]*[a-zA-Z0-9])?(?:\.[a-zA-Z0-9](?:[-a-zA-Z0-9]*[a-zA-Z0-9])?)*/"
-_LABEL_KEY = re.compile(f"^({_DNS_PREFIX})?({_QUALIFIED})$")
-_LABEL_VALUE = re.compile(f"^({_QUALIFIED})?$")
+_LABEL_KEY = re.compile(rf"^({_DNS_PREFIX})?({_QUALIFIED})\Z")
+_LABEL_VALUE = re.compile(rf"^({_QUALIFIED})?\Z")
 LABEL_MAX = 63
 DOMAIN_MAX = 255
 _PREFIX_MAX = 253

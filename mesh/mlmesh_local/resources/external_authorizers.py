@@ -13,7 +13,7 @@ from mlmesh_local.resources.fields import Fields, is_host
 from mlmesh_local.resources.model_security import ExternalAuthorizer, RequestBody
 
 NAME_CHARACTERS_MAX = 63
-_NAME = re.compile(r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")
+_NAME = re.compile(r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?\Z")
 # Envoy's enum of status codes (envoy/type/v3/http_status.proto).
 _NOT_ENVOYS = {102, 103, 418, 425, 451}
 _STATUS = {int(status) for status in HTTPStatus} - _NOT_ENVOYS

@@ -10,7 +10,7 @@ from mlmesh_local.resources.model_routes import HttpMatch, StringMatch
 from mlmesh_local.resources.regexes import regex_problem
 from mlmesh_local.resources.tree import Node
 
-HEADER_NAME = re.compile(r"^[A-Za-z0-9!#$%&'*+.^_`|~-]+$")
+HEADER_NAME = re.compile(r"^[A-Za-z0-9!#$%&'*+.^_`|~-]+\Z")
 PSEUDO_HEADERS = frozenset({":method", ":scheme", ":authority", ":path", ":status"})
 _HOW = ("exact", "prefix", "regex")
 PRESENT = StringMatch(how="present")

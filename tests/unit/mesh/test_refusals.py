@@ -246,6 +246,23 @@ def test_refused_together(message: str) -> None:
     assert message in crosscheck(*TOGETHER[message])
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        resource("Service", "{selector: {app: a}, ports: [{name: grpc, port: 1}]}", name='"web\\n"', group="v1"),
+        resource("Service", '{selector: {app: a}, ports: [{name: "grpc\\n", port: 1}]}', group="v1"),
+        virtual_service('[{route: [{destination: {host: "server\\n"}}]}]'),
+        destination_rule("{loadBalancer: {simple: RANDOM}}", '[{name: v1, labels: {version: "v1\\n"}}]'),
+        resource("HTTPRoute", '{parentRefs: [{name: a}], hostnames: ["a.b\\n"]}', group="gateway.networking.k8s.io/v1"),
+    ],
+)
+def test_a_line_break_at_the_end_belongs_to_a_name(text: str) -> None:
+    """Block scalars of YAML end in one, and Python's `$` overlooks it."""
+    with pytest.raises(InvalidResource):
+        load_alone(text)
+    load_alone(text.replace("\\n", ""))
+
+
 def warnings(*texts: str) -> str:
     return "\n".join(ResourceSet().apply(load_alone(WORKLOADS, *texts)).warnings)
 

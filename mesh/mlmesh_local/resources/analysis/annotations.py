@@ -127,8 +127,8 @@ KNOWN: dict[str, tuple[bool, tuple[str, ...]]] = {
 IGNORED = frozenset({"sidecar.istio.io/status", "gateway.istio.io/controller-version", "istio.io/rev"})
 """Annotations that Istio sets itself."""
 
-_NUMBER = re.compile(r"^[0-9]{1,10}$")
-_QUANTITY = re.compile(r"^[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)(([KMGTPE]i)|[numkMGTPE]|([eE][+-]?[0-9]+))?$")
+_NUMBER = re.compile(r"^[0-9]{1,10}\Z")
+_QUANTITY = re.compile(r"^[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)(([KMGTPE]i)|[numkMGTPE]|([eE][+-]?[0-9]+))?\Z")
 
 
 def check(name: str, value: str) -> str:

@@ -50,7 +50,7 @@ _FIELD = {
 FILTERS_MAX = 16
 BACKENDS_MAX = 16
 WEIGHT_MAX = 1_000_000
-_ORIGIN = re.compile(r"^\*$|^https?://((\*\.)?([a-zA-Z0-9-]+\.)*[a-zA-Z0-9-]+|\*)(:[0-9]{1,5})?$")
+_ORIGIN = re.compile(r"^\*\Z|^https?://((\*\.)?([a-zA-Z0-9-]+\.)*[a-zA-Z0-9-]+|\*)(:[0-9]{1,5})?\Z")
 _METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH", "*")
 
 

@@ -10,16 +10,16 @@ from mlmesh_local.resources.problems import At
 
 _LABEL = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
 _SUBDOMAIN = rf"{_LABEL}(\.{_LABEL})*"
-GROUP_NAME = re.compile(rf"^$|^{_SUBDOMAIN}$")
-KIND_NAME = re.compile(r"^[a-zA-Z]([-a-zA-Z0-9]*[a-zA-Z0-9])?$")
-NAMESPACE_NAME = re.compile(rf"^{_LABEL}$")
-SECTION_NAME = re.compile(rf"^{_SUBDOMAIN}$")
-HOSTNAME = re.compile(rf"^(\*\.)?{_SUBDOMAIN}$")
-PRECISE_HOSTNAME = re.compile(rf"^{_SUBDOMAIN}$")
-HEADER_NAME = re.compile(r"^[A-Za-z0-9!#$%&'*+\-.^_`|~]+$")
-DURATION = re.compile(r"^([0-9]{1,5}(h|m|s|ms)){1,4}$")
-_LABEL_KEY = re.compile(rf"^({_SUBDOMAIN}/)?([A-Za-z0-9][-A-Za-z0-9_.]{{0,61}})?[A-Za-z0-9]$")
-_LABEL_VALUE = re.compile(r"^(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?$")
+GROUP_NAME = re.compile(rf"^\Z|^{_SUBDOMAIN}\Z")
+KIND_NAME = re.compile(r"^[a-zA-Z]([-a-zA-Z0-9]*[a-zA-Z0-9])?\Z")
+NAMESPACE_NAME = re.compile(rf"^{_LABEL}\Z")
+SECTION_NAME = re.compile(rf"^{_SUBDOMAIN}\Z")
+HOSTNAME = re.compile(rf"^(\*\.)?{_SUBDOMAIN}\Z")
+PRECISE_HOSTNAME = re.compile(rf"^{_SUBDOMAIN}\Z")
+HEADER_NAME = re.compile(r"^[A-Za-z0-9!#$%&'*+\-.^_`|~]+\Z")
+DURATION = re.compile(r"^([0-9]{1,5}(h|m|s|ms)){1,4}\Z")
+_LABEL_KEY = re.compile(rf"^({_SUBDOMAIN}/)?([A-Za-z0-9][-A-Za-z0-9_.]{{0,61}})?[A-Za-z0-9]\Z")
+_LABEL_VALUE = re.compile(r"^(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?\Z")
 
 PARENTS_MAX = 32
 HOSTNAMES_MAX = 16

@@ -44,9 +44,9 @@ RULES_MAX = 16
 MATCHES_MAX = 64
 ALL_MATCHES_MAX = 128
 _METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH")
-_PATH = re.compile(r"^(?:[-A-Za-z0-9/._~!$&'()*+,;=:@]|[%][0-9a-fA-F]{2})+$")
-_SERVICE = re.compile(r"^\.?[a-z_][a-z_0-9]*(\.[a-z_][a-z_0-9]*)*$", re.IGNORECASE)
-_METHOD = re.compile(r"^[A-Za-z_][A-Za-z_0-9]*$")
+_PATH = re.compile(r"^(?:[-A-Za-z0-9/._~!$&'()*+,;=:@]|[%][0-9a-fA-F]{2})+\Z")
+_SERVICE = re.compile(r"^\.?[a-z_][a-z_0-9]*(\.[a-z_][a-z_0-9]*)*\Z", re.IGNORECASE)
+_METHOD = re.compile(r"^[A-Za-z_][A-Za-z_0-9]*\Z")
 _SESSION = "Istio ignores sessionPersistence; use a DestinationRule with consistentHash"
 
 

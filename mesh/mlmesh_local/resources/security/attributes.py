@@ -15,7 +15,7 @@ Check = tuple[Callable[[str], bool], str]
 SERVICE_ACCOUNTS_MAX = 16
 SERVICE_ACCOUNT_CHARACTERS_MAX = 320
 _TEMPLATES = ("{*}", "{**}")
-_LITERAL = re.compile(r"^[a-zA-Z0-9\-._~%!$&'()+,;:@=]+$")
+_LITERAL = re.compile(r"^[a-zA-Z0-9\-._~%!$&'()+,;:@=]+\Z")
 _PORT_MAX = 65535
 
 

@@ -13,7 +13,7 @@ from mlmesh_local.resources.security.scope import selector, targets
 RULES_MAX = 4096
 URI_CHARACTERS_MAX = 2048
 SPACE_DELIMITED_MAX = 64
-_HEADER = re.compile(r"^[-_A-Za-z0-9]+$")
+_HEADER = re.compile(r"^[-_A-Za-z0-9]+\Z")
 
 
 def parse_request_authentication(meta: Meta, spec: Fields) -> RequestAuthentication:

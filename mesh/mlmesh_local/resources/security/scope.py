@@ -9,7 +9,7 @@ from mlmesh_local.resources.fields import Fields
 
 TARGETS_MAX = 16
 LABEL_VALUE_CHARACTERS_MAX = 63
-_GROUP = re.compile(r"^$|^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$")
+_GROUP = re.compile(r"^\Z|^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*\Z")
 _GATEWAY = ("gateway.networking.k8s.io", "Gateway")
 # What Istio allows beside Gateways; only waypoints of the ambient mesh act on them.
 _OF_WAYPOINTS = frozenset(
