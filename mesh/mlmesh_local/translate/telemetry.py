@@ -116,33 +116,36 @@ def logs_of(view: View, proxy: ProxyNode, role: Role) -> tuple[tuple[LogProvider
         return None
     chosen = _merged_logs(levels, settings.default_logs, role)
     found: list[tuple[LogProvider, str | None]] = []
-    for name in sorted(chosen):
+    spoken_of = False
+    for name, (logs, expression) in sorted(chosen.items()):
         provider = settings.provider(name)
         if isinstance(provider, LogProvider):
-            found.append((provider, chosen[name]))
-    return tuple(found)
+            spoken_of = True
+            found += [(provider, expression)] if logs else []
+    # Rules that turn no provider on or off leave the file alone.
+    return tuple(found) if spoken_of else None
 
 
-def _merged_logs(levels: list[tuple[LogRule, ...]], defaults: tuple[str, ...], role: Role) -> dict[str, str | None]:
+def _merged_logs(
+    levels: list[tuple[LogRule, ...]], defaults: tuple[str, ...], role: Role
+) -> dict[str, tuple[bool, str | None]]:
+    """Providers that rules speak of: whether each logs, and its filter."""
     if not levels:
-        return dict.fromkeys(defaults)
+        return dict.fromkeys(defaults, (True, None))
     in_scope: set[str] = set(defaults)
     filters: dict[str, str | None] = {}
     for rules in levels:
         named = {name for rule in rules if _meets(rule.mode, role) for name in rule.providers}
         filters |= {name: rule.expression for rule in rules if _meets(rule.mode, role) for name in rule.providers}
         in_scope = named or in_scope
-    chosen: dict[str, str | None] = {}
+    chosen: dict[str, tuple[bool, str | None]] = {}
     inherited = defaults
     for rule in (rule for rules in levels for rule in rules):
         inherited = rule.providers or inherited
         for name in inherited:
             if name not in in_scope or not _meets(rule.mode, role):
                 continue
-            if rule.disabled:
-                chosen.pop(name, None)
-            else:
-                chosen[name] = filters.get(name)
+            chosen[name] = (False, None) if rule.disabled else (True, filters.get(name))
     return chosen
 
 
