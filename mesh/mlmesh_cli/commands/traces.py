@@ -91,7 +91,8 @@ def search_traces(
             request.start_time.FromDatetime(now - timedelta(seconds=since))
         async with Connection.from_environment(state_dir) as connection:
             response = await (await connection.control()).ListTraces(request, timeout=CONTROL_DEADLINE_S)
-        terminal.show(traces_table(response.traces, now), response)
+        none = "no trace is like that: `mlmesh traces list` shows all that are kept"
+        terminal.show(traces_table(response.traces, now, none), response)
 
     run(terminal, main)
 

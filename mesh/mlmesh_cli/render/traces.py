@@ -159,8 +159,11 @@ def _links(rows: Sequence[Row]) -> list[Text]:
     return lines if more <= 0 else [*lines[:_LINKS_MAX], Text(f"and {more} more", style="dim")]
 
 
-def traces_table(traces: Iterable[pb.TraceSummary], now: datetime) -> RenderableType:
-    """One row a trace, newest first."""
+NO_TRACES = "no traces yet: `mlmesh infer` makes one"
+
+
+def traces_table(traces: Iterable[pb.TraceSummary], now: datetime, none: str = NO_TRACES) -> RenderableType:
+    """One row a trace, newest first; `none` where there is no row."""
     result = table("trace", "root", "when", ">took", ">spans", "services", "")
     for trace in traces:
         result.add_row(
@@ -173,5 +176,5 @@ def traces_table(traces: Iterable[pb.TraceSummary], now: datetime) -> Renderable
             Text("error", style="red") if trace.error else "",
         )
     if not result.row_count:
-        return Text("no traces yet: `mlmesh infer` makes one", style="dim")
+        return Text(none, style="dim")
     return result

@@ -82,6 +82,7 @@ def test_the_waterfall_fits_a_narrow_terminal() -> None:
 
 def test_an_empty_list_says_how_to_get_a_trace() -> None:
     assert "mlmesh infer" in text_of(view.traces_table([], NOW))
+    assert text_of(view.traces_table([], NOW, "no trace is like that")).strip() == "no trace is like that"
 
 
 def test_traces_are_listed_whole() -> None:
