@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 
 from mlmesh.local.v1 import local_pb2 as pb
 from mlmesh_cli.connection import CONTROL_DEADLINE_S, duration
+from mlmesh_local.proxyless.bootstrap import BOOTSTRAP_FILE, CHAIN_FILE, KEY_FILE, ROOTS_FILE
 
 if TYPE_CHECKING:
     from mlmesh.local.v1.local_pb2_grpc import LocalMeshServiceAsyncStub
 
 BOOTSTRAP_VARIABLE = "GRPC_XDS_BOOTSTRAP"
-_FILES = ("bootstrap.json", "cert-chain.pem", "key.pem", "root-cert.pem")
+_FILES = (BOOTSTRAP_FILE, CHAIN_FILE, KEY_FILE, ROOTS_FILE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,10 +70,10 @@ def _write(made: pb.IssueXdsBootstrapResponse, folder: Path, renew: bool) -> Wri
     issued = made.certificate
     contents = (made.bootstrap_json, issued.certificate_chain_pem, issued.private_key_pem, issued.trust_bundle_pem)
     for name, content in zip(_FILES, contents, strict=True):
-        if not (renew and name == "bootstrap.json"):
+        if not (renew and name == BOOTSTRAP_FILE):
             _replace(folder / name, content)
     return WrittenBootstrap(
-        bootstrap=folder / "bootstrap.json", identity=issued.identity, expires_s=issued.expire_time.seconds
+        bootstrap=folder / BOOTSTRAP_FILE, identity=issued.identity, expires_s=issued.expire_time.seconds
     )
 
 
