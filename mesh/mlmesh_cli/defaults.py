@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -94,14 +94,17 @@ def write_out(directory: Path, *, force: bool) -> tuple[list[Path], list[Path]]:
     return written, same
 
 
-def read_documents(paths: list[Path]) -> list[tuple[Path, str]]:
-    """The YAML text of files and folders (their YAML files), kustomization files left out.
+def read_documents(paths: list[Path], standard_input: Callable[[], str] | None = None) -> list[tuple[Path, str]]:
+    """The YAML text of files and folders (their YAML files), kustomization files left out; "-" is standard input.
 
     Raises:
         CliError: a path is missing, a folder has no YAML, or a file is not UTF-8.
     """
     documents: list[tuple[Path, str]] = []
     for path in paths:
+        if str(path) == "-" and standard_input is not None:
+            documents.append((Path("standard input"), standard_input()))
+            continue
         if not path.exists():
             raise CliError(f"{path} does not exist", "name a YAML file or a folder of them", reason="FILE_NOT_FOUND")
         found = [p for p in yaml_files(path) if p.stem != "kustomization"] if path.is_dir() else [path]

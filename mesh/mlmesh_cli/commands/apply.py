@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +17,9 @@ def apply(
     *,
     paths: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[FILE|DIR]...", help="YAML files, or folders of them.", show_default=False),
+        typer.Argument(
+            metavar="[FILE|DIR]...", help="YAML files, folders of them, or - for standard input.", show_default=False
+        ),
     ] = None,
     file: Annotated[
         list[Path] | None,
@@ -44,6 +47,8 @@ def apply(
 
       mlmesh apply mesh/istio --dry-run
 
+      kustomize build my-overlay | mlmesh apply -f -
+
       mlmesh apply mesh/istio -o json | jq .changes
     """
     terminal = Terminal(output)
@@ -58,7 +63,7 @@ def apply(
         wanted = [*(paths or []), *(file or [])]
         if not wanted:
             raise usage_error("nothing to apply", "name a YAML file or a folder: mlmesh apply -f mesh/istio")
-        documents = read_documents(wanted)
+        documents = read_documents(wanted, sys.stdin.read)
         async with Connection.from_environment(state_dir) as connection:
             response = await apply_documents(await connection.control(), documents, dry_run=dry_run, prune=prune)
             terminal.show(changes_view(response, dry_run=dry_run), response)

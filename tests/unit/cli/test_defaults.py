@@ -57,6 +57,7 @@ def test_documents_of_a_folder_leave_kustomization_out(tmp_path: Path) -> None:
     (tmp_path / "kustomization.yaml").write_text("k")
     (tmp_path / "note.txt").write_text("n")
     assert [text for _, text in defaults.read_documents([tmp_path])] == ["a", "b"]
+    assert defaults.read_documents([Path("-")], lambda: "c") == [(Path("standard input"), "c")]
     (tmp_path / "empty").mkdir()
     with pytest.raises(CliError, match=r"no \.yaml file"):
         defaults.read_documents([tmp_path / "empty"])
