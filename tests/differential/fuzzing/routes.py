@@ -179,6 +179,8 @@ def virtual_service(chance: Chance) -> None:
         spec["http"] = [_rule(chance, namespace, gateways, delegates) for _ in range(chance.number(1, 4))]
     if tls_targets and ("http" not in spec or chance.yes(0.3)):
         _layer4(chance, spec, namespace, tls_targets)
+    if not spec.keys() & {"http", "tls", "tcp"}:
+        spec["http"] = [_rule(chance, namespace, gateways, delegates)]
     spec.update(chance.maybe(0.1, exportTo=chance.one([["."], ["*"], ["other"], [".", "third"]])))
     chance.add(NETWORKING, "VirtualService", spec, namespace=namespace)
 
