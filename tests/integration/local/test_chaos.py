@@ -56,20 +56,29 @@ def _of(status: pb.MeshStatus, name: str) -> pb.Instance:
     return next(item for item in status.instances if item.name == name)
 
 
+async def _goes_on(pid: int) -> None:
+    async with asyncio.timeout(10):
+        while psutil.Process(pid).status() == psutil.STATUS_STOPPED:  # noqa: ASYNC110  (another process)
+            await asyncio.sleep(0.01)
+
+
 async def test_a_stopped_process_hangs_until_its_time_is_over(mesh: RunningMesh) -> None:
     pid = (await mesh.instance("echo-v2-0")).application_pid
     async with injected(mesh, "echo-v2", process=pb.ProcessFault(stop=True)) as response:
-        assert psutil.Process(pid).status() == psutil.STATUS_STOPPED
+        async with asyncio.timeout(10):
+            # The signal is on its way when the answer comes.
+            while psutil.Process(pid).status() != psutil.STATUS_STOPPED:  # noqa: ASYNC110  (another process)
+                await asyncio.sleep(0.01)
         assert [fault.description for fault in response.faults] == ["application stopped"]
         assert 0 < response.faults[0].end_time.ToSeconds() - time.time() <= 31
-    assert psutil.Process(pid).status() != psutil.STATUS_STOPPED
+    await _goes_on(pid)
     async with mesh.control() as stub:
         request = pb.InjectFaultRequest(target="echo-v2", duration=duration(0.2), process=pb.ProcessFault(stop=True))
         await stub.InjectFault(request)
         async with asyncio.timeout(10):
             while (await stub.ListFaults(pb.ListFaultsRequest())).faults:  # noqa: ASYNC110  (another process)
                 await asyncio.sleep(0.05)
-    assert psutil.Process(pid).status() != psutil.STATUS_STOPPED
+    await _goes_on(pid)
     await acknowledged(mesh)
 
 
