@@ -221,16 +221,7 @@ def _build(
         clock=time.monotonic,
         changed=changes.notify,
     )
-    setup = SidecarSetup(
-        envoy=start.envoy,
-        ads_host=block.control,
-        ads_port=addresses.ADS_PORT,
-        run_folder=state.run,
-        state_folder=state.path,
-        working_folder=folders.working,
-        environ=start.environ,
-        token=token,
-    )
+    setup = _sidecar_setup(start, block, folders, token)
     supervisor = Supervisor(group, setup, block=block, folders=folders, changes=changes, environ=start.environ)
     faults = Faults(lambda: supervisor.instances, changed=changes.notify, random=Random())  # noqa: S311  (no secret)
     configuration = Configuration(
@@ -267,6 +258,19 @@ def _build(
         clock=_now,
         config_folder=state.config,
         logs=state.logs,
+    )
+
+
+def _sidecar_setup(start: Start, block: addresses.Block, folders: Folders, token: Token) -> SidecarSetup:
+    return SidecarSetup(
+        envoy=start.envoy,
+        ads_host=block.control,
+        ads_port=addresses.ADS_PORT,
+        run_folder=start.state.run,
+        state_folder=start.state.path,
+        working_folder=folders.working,
+        environ=start.environ,
+        token=token,
     )
 
 
