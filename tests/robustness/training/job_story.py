@@ -151,12 +151,12 @@ async def tell(service: Service, told: Told) -> None:
             if seed == WAITED:
                 waiting = await queue.get(job.uid)
                 if waiting.state is JobState.QUEUED and not waiting.attempts:
-                    told("paused", job.uid, (await queue.pause(job.uid)).state)
+                    told("paused", job.uid, (await _pause(queue, job.uid)).state)
     await _end(queue, uids[THROUGH], told)
 
     paused = await _until(queue, uids[PAUSED], {JobState.RUNNING, JobState.PAUSED, *FINAL})
     if paused.state is JobState.RUNNING:
-        await queue.pause(paused.uid)
+        await _pause(queue, paused.uid)
         paused = await _until(queue, paused.uid, {JobState.PAUSED, *FINAL})
         told("paused", paused.uid, paused.state)
     for seed in (PAUSED, WAITED):
@@ -177,6 +177,16 @@ async def tell(service: Service, told: Told) -> None:
         told("deleted", uids[DELETED])
         await service.retention.look()
     told("end")
+
+
+async def _pause(queue: JobQueue, uid: str) -> Job:
+    """The job after it was asked to pause, or as it ended: training that waited before a kill does not wait again."""
+    try:
+        return await queue.pause(uid)
+    except WrongState as refusal:
+        if refusal.reason != "JOB_FINISHED":
+            raise
+        return await _until(queue, uid, FINAL)
 
 
 async def _end(queue: JobQueue, uid: str, told: Told) -> None:
