@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,12 +50,38 @@ class InstancePlan:
     sidecar_log: Path
     data: Path
 
+    def answers_to(self, target: str) -> bool:
+        """Whether a person means it: an instance, or all of a workload; either completed, "NAMESPACE/NAME"."""
+        namespace, _, plain = target.rpartition("/")
+        return namespace in ("", self.workload.namespace) and plain in (self.name, self.workload.name)
+
+
+def named(workloads: Iterable[Workload], existing: Mapping[str, str]) -> dict[str, Workload]:
+    """Workloads by the names that their replicas get: "{deployment}-{ordinal}".
+
+    A name that two namespaces have is completed by its namespace where it occurs again. ``existing`` are namespaces
+    of what runs, by name: nothing is called otherwise because other workloads come and go.
+    """
+    result: dict[str, Workload] = {}
+    for workload in workloads:
+        for ordinal in range(workload.replicas):
+            plain = workload.instance_name(ordinal)
+            full = f"{plain}.{workload.namespace}"
+            taken = plain in result or existing.get(plain, workload.namespace) != workload.namespace
+            result[full if taken or full in existing else plain] = workload
+    return result
+
 
 def plan(
-    workload: Workload, ordinal: int, number: int, *, block: Block, folders: Folders, inherited: Mapping[str, str]
+    workload: Workload,
+    number: int,
+    *,
+    name: str,
+    block: Block,
+    folders: Folders,
+    inherited: Mapping[str, str],
 ) -> InstancePlan:
-    """Plan replica ``ordinal`` of a workload as instance ``number`` of the mesh."""
-    name = workload.instance_name(ordinal)
+    """Plan a replica of a workload as instance ``number`` of the mesh."""
     addresses = block.instance(number)
     pod_fields = {
         "metadata.name": name,

@@ -10,9 +10,9 @@ from typing import Protocol
 from mlmesh_local.addresses import Block, numbers_free
 from mlmesh_local.changes import Changes
 from mlmesh_local.instance import Instance, SidecarSetup
-from mlmesh_local.instances import Folders, InstancePlan, plan
+from mlmesh_local.instances import Folders, InstancePlan, named, plan
 from mlmesh_local.workloads import Workload
-from mlmesh_runtime.errors import InvalidInput, NotFound, NotReady
+from mlmesh_runtime.errors import NotFound, NotReady
 
 logger = logging.getLogger(__name__)
 
@@ -71,18 +71,14 @@ class Supervisor:
 
     def plan_all(self, workloads: Sequence[Workload]) -> dict[str, InstancePlan]:
         """Plans for workloads by instance name; instances that exist keep their number and so their addresses."""
-        wanted = [(workload, ordinal) for workload in workloads for ordinal in range(workload.replicas)]
-        names = {workload.instance_name(ordinal) for workload, ordinal in wanted}
-        if len(names) < len(wanted):
-            raise InvalidInput("two Deployments of one name in different namespaces are not supported here")
+        existing = {plan.name: plan.workload.namespace for plan in self.plans}
         numbers = {plan.name: plan.addresses.number for plan in self.plans}
         free = numbers_free(set(numbers.values()))
         plans: dict[str, InstancePlan] = {}
-        for workload, ordinal in wanted:
-            name = workload.instance_name(ordinal)
+        for name, workload in named(workloads, existing).items():
             number = numbers.get(name) or next(free, 0)
             plans[name] = plan(
-                workload, ordinal, number, block=self._block, folders=self._folders, inherited=self._environ
+                workload, number, name=name, block=self._block, folders=self._folders, inherited=self._environ
             )
         return plans
 
@@ -107,11 +103,7 @@ class Supervisor:
         Raises NotFound (WORKLOAD_NOT_FOUND), or NotReady when a replica does not come back.
         """
         async with self._turn:
-            chosen = [
-                instance
-                for key, instance in sorted(self.instances.items())
-                if name in {key, instance.plan.workload.name}
-            ]
+            chosen = [instance for _, instance in sorted(self.instances.items()) if instance.plan.answers_to(name)]
             if not chosen:
                 known = sorted({instance.plan.workload.name for instance in self.instances.values()})
                 raise NotFound(f"no workload {name!r}; there are {', '.join(known)}", reason="WORKLOAD_NOT_FOUND")

@@ -213,9 +213,7 @@ class Faults:
 
     def _meant(self, target: str) -> list[Instance]:
         everything = self._instances()
-        found = [
-            instance for name, instance in sorted(everything.items()) if target in {name, instance.plan.workload.name}
-        ]
+        found = [instance for _, instance in sorted(everything.items()) if instance.plan.answers_to(target)]
         if not found:
             known = ", ".join(sorted({instance.plan.workload.name for instance in everything.values()}))
             raise NotFound(f"no workload {target!r}; there are {known}", reason="WORKLOAD_NOT_FOUND")

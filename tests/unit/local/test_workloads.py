@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from mlmesh_local.addresses import Block
-from mlmesh_local.instances import Folders, InstancePlan, plan
+from mlmesh_local.instances import Folders, InstancePlan, named, plan
 from mlmesh_local.resources.model import Deployment
 from mlmesh_local.resources.parse import Document, load_resources, read_documents
 from mlmesh_local.workloads import Workload, expand, workload_of
@@ -63,8 +63,8 @@ def read(document: dict[str, Any]) -> Workload:
 def planned(document: dict[str, Any], inherited: dict[str, str] | None = None) -> InstancePlan:
     return plan(
         read(document),
-        1,
         7,
+        name="registry-1",
         block=Block(second=80),
         folders=Folders(state=Path("/state"), working=Path("/work")),
         inherited=inherited or {},
@@ -202,3 +202,20 @@ def test_the_manifests_of_the_project_are_understood() -> None:
     assert found["ingressgateway"].is_gateway
     assert found["toolbox"].argv == ("sleep", "infinity")
     assert found["inference-v1"].readiness is not None
+
+
+def test_workloads_of_one_name_in_two_namespaces_keep_their_names() -> None:
+    first, second = (
+        read(changed(lambda document, space=space: document["metadata"].update(namespace=space)))  # type: ignore[misc]
+        for space in ("mlmesh", "other")
+    )
+    both = named([first, second], {})
+    assert {name: workload.namespace for name, workload in both.items()} == {
+        "registry-0": "mlmesh",
+        "registry-1": "mlmesh",
+        "registry-0.other": "other",
+        "registry-1.other": "other",
+    }
+    running = {name: workload.namespace for name, workload in both.items()}
+    assert list(named([second], running)) == ["registry-0.other", "registry-1.other"]
+    assert named([second, first], running) == both
