@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,14 @@ from tests.differential.worlds import Member, our_world
 WAIT_S = 30.0
 
 
-def ours(texts: Sequence[str], found: Sequence[Member], names: Sequence[str]) -> dict[str, Resources]:
+def ours(
+    texts: Sequence[str],
+    found: Sequence[Member],
+    names: Sequence[str],
+    key_sets: Mapping[str, str] | None = None,
+) -> dict[str, Resources]:
     """What our translator makes for proxies."""
-    world = our_world(texts, found)
+    world = our_world(texts, found, key_sets)
     view = View(world)
     return {proxy.id: translate(view, proxy) for proxy in world.proxies if proxy.id in names}
 

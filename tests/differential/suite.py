@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from mlmesh_local.resources import InvalidResource
 from tests.differential import sides, worlds
 from tests.differential.compare import Accepted, Mismatch, accepted, mismatches, sort_out
 from tests.differential.fields import fields_of, plain
+from tests.differential.issuer import Issuer, issuer
 from tests.differential.meaning import meaning
+from tests.differential.secrets import secrets
 from tests.differential.table import Case, world
 
 RESULT = Path(__file__).resolve().parents[2] / "build" / "differential.json"
@@ -32,6 +35,15 @@ class Outcome:
 
 async def run(program: Path, folder: Path, table: Iterable[Case]) -> list[Outcome]:
     """Run cases one after another."""
+    with issuer() as answering:
+        return await _run(program, folder, [_here(case, answering) for case in table], answering.keys())
+
+
+def _here(case: Case, answering: Issuer) -> Case:
+    return dataclasses.replace(case, own=answering.here(case.own))
+
+
+async def _run(program: Path, folder: Path, table: Sequence[Case], key_sets: Mapping[str, str]) -> list[Outcome]:
     listed = accepted()
     theirs = await sides.Theirs.start(program, folder)
     outcomes: list[Outcome] = []
@@ -46,7 +58,7 @@ async def run(program: Path, folder: Path, table: Iterable[Case]) -> list[Outcom
                     theirs = await sides.Theirs.start(program, folder, documents, worlds.members(documents))
                 fresh = not case.alone
                 try:
-                    outcome = await compare(theirs, case, listed)
+                    outcome = await compare(theirs, case, listed, key_sets)
                     break
                 except Exception as error:
                     # Istio may fall over a case, or a busy machine over a deadline: the second time it is the case.
@@ -58,13 +70,15 @@ async def run(program: Path, folder: Path, table: Iterable[Case]) -> list[Outcom
     return outcomes
 
 
-async def compare(theirs: sides.Theirs, case: Case, listed: Sequence[Accepted]) -> Outcome:
+async def compare(
+    theirs: sides.Theirs, case: Case, listed: Sequence[Accepted], key_sets: Mapping[str, str] | None = None
+) -> Outcome:
     """One case, given to both sides."""
     documents = _documents(case)
     members = worlds.members(documents)
     fields = frozenset(fields_of(worlds.documents(case.own)))
     try:
-        ours = sides.ours([world(case.world), case.own], members, case.proxies)
+        ours = sides.ours([world(case.world), case.own], members, case.proxies, key_sets)
     except InvalidResource as refusal:
         return Outcome(case=case, fields=fields, refusal=refusal.message)
     except Exception as error:
@@ -84,7 +98,7 @@ async def compare(theirs: sides.Theirs, case: Case, listed: Sequence[Accepted]) 
 
 
 def _documents(case: Case) -> list[dict[str, Any]]:
-    return [*worlds.documents(world(case.world)), *worlds.documents(case.own)]
+    return [*worlds.documents(world(case.world)), *worlds.documents(case.own), *secrets(case.secrets)]
 
 
 def write(outcomes: Sequence[Outcome], listed: Sequence[Accepted], path: Path = RESULT) -> None:

@@ -119,10 +119,10 @@ def _loaded(text: str) -> ResourceSet:
     return load_resources([Document(source="case.yaml", text=text)])
 
 
-def our_world(texts: Sequence[str], found: Sequence[Member]) -> World:
+def our_world(texts: Sequence[str], found: Sequence[Member], key_sets: Mapping[str, str] | None = None) -> World:
     """The world of our translator, of texts of which later ones come first. Raises InvalidResource for refusals."""
     merged = {resource.key: resource for text in texts for resource in _loaded(text)}
     resources = ResourceSet.of(merged.values())
     proxies = tuple(member.proxy() for member in found)
     endpoints = service_endpoints(resources, proxies, ready=[proxy.id for proxy in proxies])
-    return World(resources=resources, proxies=proxies, endpoints=endpoints)
+    return World(resources=resources, proxies=proxies, endpoints=endpoints, key_sets=key_sets or {})
