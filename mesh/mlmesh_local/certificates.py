@@ -18,7 +18,7 @@ from mlmesh_local.model import (
 )
 from mlmesh_local.pki import Authority, Certificate, Clock
 from mlmesh_local.svids import ForeignIssuer
-from mlmesh_local.translate import credential_secret
+from mlmesh_local.translate import credential_secret, root_secret
 from mlmesh_runtime.errors import WrongState
 
 logger = logging.getLogger(__name__)
@@ -201,10 +201,12 @@ class Certificates:
         roots = TrustSecret(roots=peers.encode())
         # Tools come from outside, through gateways, with certificates of the authority.
         callers = TrustSecret(roots=(peers if peers == own else own + peers).encode())
-        secrets: dict[str, Secret] = {WORKLOAD_SECRET: _secret(held.leaf), TRUST_SECRET: roots}
+        secrets: dict[str, Secret] = {}
         for name, certificate in held.servers.items():
             secrets[credential_secret(name)] = _secret(certificate)
-            secrets[f"{credential_secret(name)}-cacert"] = callers
+            secrets[root_secret(name)] = callers
+        # Last: "builtin://" names the workload's own.
+        secrets |= {WORKLOAD_SECRET: _secret(held.leaf), TRUST_SECRET: roots}
         self._sink.set_secrets(held.proxy.id, secrets)
 
 

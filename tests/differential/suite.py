@@ -12,12 +12,13 @@ from typing import Any
 from mlmesh_local.resources import InvalidResource
 from tests.differential import sides, worlds
 from tests.differential.compare import Accepted, Mismatch, accepted, mismatches, sort_out
-from tests.differential.fields import fields_of, plain
+from tests.differential.fields import GATEWAY_API, fields_of, plain
 from tests.differential.issuer import Issuer, issuer
 from tests.differential.meaning import meaning
 from tests.differential.secrets import secrets
 from tests.differential.table import Case, world
 
+STATUSES = Path(__file__).resolve().parent / "gateway_api"
 RESULT = Path(__file__).resolve().parents[2] / "build" / "differential.json"
 
 
@@ -112,6 +113,8 @@ def write(outcomes: Sequence[Outcome], listed: Sequence[Accepted], path: Path = 
             entry = fields.setdefault(name, {"cases": set(), "differs": set()})
             entry["cases"].add(outcome.case.id)
             entry["differs"].update(key for key in outcome.used if _concerns(concerned[key], plain(name)))
+    for name, files in _in_statuses().items():
+        fields.setdefault(name, {"cases": set(), "differs": set()})["cases"].update(files)
     path.parent.mkdir(exist_ok=True)
     result = {
         "cases": len(outcomes),
@@ -120,6 +123,16 @@ def write(outcomes: Sequence[Outcome], listed: Sequence[Accepted], path: Path = 
         },
     }
     path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _in_statuses() -> dict[str, set[str]]:
+    """Fields of the Gateway API by the files of which test_gateway_api compares statuses and what is made of them."""
+    found: dict[str, set[str]] = {}
+    for file in sorted(STATUSES.glob("*.yaml")):
+        documents = worlds.documents(file.read_text())
+        for name in fields_of(one for one in documents if str(one["apiVersion"]).startswith(GATEWAY_API)):
+            found.setdefault(name, set()).add(f"{STATUSES.name}/{file.stem}")
+    return found
 
 
 def _concerns(names: set[str], field: str) -> bool:

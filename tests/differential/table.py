@@ -8,6 +8,7 @@ A file holds several cases. Comments before the first document of a case say wha
     # alone: because of ...          a control plane of its own: Istio keeps something of the case before
     # accepted: differences-id       whatever differs is that difference
     # refused: differences-id        our side refuses it, on purpose
+    # secrets: mlmesh/cert           Secrets with certificates for Istio; our side reads none and issues its own
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 from tests.support.mesh_world import WORKLOADS
 
 FOLDER = Path(__file__).resolve().parent
-_HEADER = re.compile(r"^# (case|proxies|world|accepted|refused|alone): (.+)$", re.MULTILINE)
+_HEADER = re.compile(r"^# (case|proxies|world|accepted|refused|alone|secrets): (.+)$", re.MULTILINE)
 _START = re.compile(r"^(?=# case: )", re.MULTILINE)
 
 
@@ -37,6 +38,7 @@ class Case:
     accepted: str = ""
     refused: str = ""
     alone: bool = False
+    secrets: tuple[str, ...] = ()
 
     @property
     def id(self) -> str:
@@ -66,4 +68,5 @@ def cases() -> Iterator[Case]:
                 accepted=said.get("accepted", ""),
                 refused=said.get("refused", ""),
                 alone="alone" in said,
+                secrets=tuple(said.get("secrets", "").split()),
             )

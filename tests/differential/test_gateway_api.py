@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from mlmesh_local.resources.gateway_api.rules import NOWHERE
 from mlmesh_local.resources.gateway_api.status import statuses
 from mlmesh_local.resources.model import GatewayClass
 from mlmesh_local.resources.resource_set import ResourceSet
-from tests.support.pki import Authority
+from tests.differential.secrets import secrets
 from tests.support.tools import ROOT, run
 
 FOLDER = Path(__file__).parent / "gateway_api"
@@ -34,35 +33,19 @@ class Case:
             # Which of two is older decides between them.
             document["metadata"]["creationTimestamp"] = f"2026-01-01T00:00:{second:02d}Z"
         text = "\n---\n".join(yaml.safe_dump(document) for document in documents)
+        named = {document["metadata"]["name"] for document in documents if document["kind"] == "Namespace"}
+        used = {document["metadata"].get("namespace") for document in documents} - named - {None}
+        # What is in a cluster is in a namespace that is there.
+        around = [{"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}} for name in sorted(used)]
+        around += secrets(["shop/cert", "certs/cert"])
         self.ours: ResourceSet = load_resources([Document(source=f"{name}.yaml", text=text)])
         file, answer = folder / "cluster.yaml", folder / "istio.json"
-        file.write_text(f"{text}\n---\n{_certificates()}")
+        file.write_text(f"{text}\n---\n{yaml.safe_dump_all(around)}")
         if not SCHEMAS.is_dir():
             pytest.skip("the schemas of the Gateway API are not here: `make tools` gets them")
         result = run("istiod-memory", "-crds", SCHEMAS, "-o", answer, file)
         assert result.returncode == 0, result.stderr
         self.istio: dict[str, Any] = json.loads(answer.read_text())
-
-
-def _certificates() -> str:
-    """Secrets that listeners refer to. The laptop mesh issues such certificates itself and reads none."""
-    leaf = Authority().leaf("spiffe://example")
-    data = {
-        "tls.crt": base64.b64encode(leaf.cert).decode(),
-        "tls.key": base64.b64encode(leaf.key).decode(),
-    }
-    return "\n---\n".join(
-        yaml.safe_dump(
-            {
-                "apiVersion": "v1",
-                "kind": "Secret",
-                "type": "kubernetes.io/tls",
-                "metadata": {"name": "cert", "namespace": namespace},
-                "data": data,
-            }
-        )
-        for namespace in ("shop", "certs")
-    )
 
 
 @pytest.fixture(scope="module", params=CASES)

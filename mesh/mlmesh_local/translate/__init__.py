@@ -12,7 +12,7 @@ from types import ModuleType
 from mlmesh_local.envoy_types import CLUSTER, ENDPOINTS, EXTENSIONS, LISTENER, ROUTES, Json
 from mlmesh_local.model import ProxyNode
 from mlmesh_local.translate import gateways, reporting, sidecars
-from mlmesh_local.translate.tls import credential_secret
+from mlmesh_local.translate.tls import credential_secret, root_secret
 from mlmesh_local.translate.view import View, service_endpoints
 
 Configuration = dict[str, dict[str, Json]]
@@ -41,4 +41,13 @@ def translate(view: View, proxy: ProxyNode) -> Configuration:
     return {type_url: make(view, proxy) for type_url, make in SECTIONS}
 
 
-__all__ = ["SECTIONS", "Configuration", "Section", "View", "credential_secret", "service_endpoints", "translate"]
+__all__ = [
+    "SECTIONS",
+    "Configuration",
+    "Section",
+    "View",
+    "credential_secret",
+    "root_secret",
+    "service_endpoints",
+    "translate",
+]

@@ -91,7 +91,7 @@ def _validation(tls: ServerTls) -> Json:
         return {"validation_context": checks}
     if tls.ca_credential_name:
         return _combined(tls, mesh_tls.credential_secret(tls.ca_credential_name))
-    return _combined(tls, f"{mesh_tls.credential_secret(tls.credentials[0])}-cacert")
+    return _combined(tls, mesh_tls.root_secret(tls.credentials[0]))
 
 
 def _combined(tls: ServerTls, roots: str) -> Json:

@@ -26,6 +26,8 @@ _MESH_PARAMETERS: Json = {
         "AES128-GCM-SHA256",
     ],
 }
+_INVALID = "invalid://"
+_KINDS_OF_SECRETS = ("kubernetes://", "kubernetes-gateway://", "configmap://")
 # Istio lists istio-peer-exchange first; Envoy without that extension would then choose HTTP/1.
 SERVER_ALPN = ["h2", "http/1.1"]
 
@@ -86,9 +88,20 @@ def mesh_server(trust_domains: tuple[str, ...]) -> Json:
 def credential_secret(credential_name: str) -> str:
     """SDS name of a Gateway's credential; its roots are under the name with "-cacert" added.
 
-    Istio's "builtin://" stands for the certificate of the workload.
+    Istio's "builtin://" stands for the certificate of the workload, "invalid://" for one that never comes.
     """
-    return WORKLOAD_SECRET if credential_name.startswith("builtin://") else f"kubernetes://{credential_name}"
+    if credential_name.startswith("builtin://"):
+        return WORKLOAD_SECRET
+    if credential_name.startswith(_INVALID):
+        return _INVALID
+    return credential_name if credential_name.startswith(_KINDS_OF_SECRETS) else f"kubernetes://{credential_name}"
+
+
+def root_secret(credential_name: str) -> str:
+    """SDS name of the roots that a credential comes with."""
+    if credential_name.startswith("builtin://"):
+        return TRUST_SECRET
+    return credential_secret(f"{credential_name}-cacert")
 
 
 def _upstream(context: Json) -> Json:

@@ -64,7 +64,7 @@ def _from_credential(common: Json, rule: ClientTls, expected: Json) -> None:
         return
     common["combined_validation_context"] = {
         "default_validation_context": expected,
-        "validation_context_sds_secret_config": {"name": f"{name}-cacert", "sds_config": ADS},
+        "validation_context_sds_secret_config": {"name": tls.root_secret(rule.credential_name), "sds_config": ADS},
     }
 
 

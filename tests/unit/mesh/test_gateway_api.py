@@ -198,7 +198,10 @@ REFUSED = {
         "{rules: [{matches: [{path: {type: Exact, value: /a}}], filters: [{type: URLRewrite, "
         "urlRewrite: {path: {type: ReplacePrefixMatch, replacePrefixMatch: /b}}}]}]}"
     ),
-    "is not supported on a backend": (
+    "ExternalAuth is not supported: Istio does not serve a route with it": (
+        "{rules: [{filters: [{type: ExternalAuth, externalAuth: {protocol: GRPC, backendRef: {name: a, port: 1}}}]}]}"
+    ),
+    "takes no URLRewrite on a backend": (
         "{rules: [{backendRefs: [{name: a, port: 1, filters: [{type: URLRewrite, urlRewrite: {}}]}]}]}"
     ),
 }

@@ -94,12 +94,22 @@ def conversion_of(resources: ResourceSet) -> Conversion:
             classes=resources.specs(GatewayClass),
             routes=tuple(routes),
             grants=resources.specs(ReferenceGrant),
-            namespaces=resources.specs(Namespace),
+            namespaces=_namespaces(resources),
             services=frozenset((s.meta.namespace, s.meta.name) for s in resources.specs(Service)),
             entries={(e.meta.namespace, e.meta.name): e.hosts for e in resources.specs(ServiceEntry)},
             domain=DOMAIN,
         )
     )
+
+
+def _namespaces(resources: ResourceSet) -> tuple[Namespace, ...]:
+    """Every namespace: in a cluster all that something is in are there, here they need not be written."""
+    written = resources.specs(Namespace)
+    used = {resource.spec.meta.namespace: resource.spec.meta for resource in resources if resource.spec.meta.namespace}
+    for one in written:
+        used.pop(one.meta.name, None)
+    made = (replace(meta, kind="Namespace", namespace="", name=name, labels={}) for name, meta in used.items())
+    return (*written, *(Namespace(meta=meta) for meta in made))
 
 
 def _parse(item: Derived, problems: Problems) -> Any:

@@ -34,10 +34,11 @@ HTTP_FILTERS = (
     "URLRewrite",
     "CORS",
     "ExtensionRef",
+    "ExternalAuth",
 )
 GRPC_FILTERS = ("RequestHeaderModifier", "ResponseHeaderModifier", "RequestMirror", "ExtensionRef")
 # What may occur several times in one list.
-_REPEATED = ("RequestMirror", "ExtensionRef")
+_REPEATED = ("RequestMirror", "ExtensionRef", "ExternalAuth")
 _FIELD = {
     "RequestHeaderModifier": "requestHeaderModifier",
     "ResponseHeaderModifier": "responseHeaderModifier",
@@ -46,6 +47,12 @@ _FIELD = {
     "URLRewrite": "urlRewrite",
     "CORS": "cors",
     "ExtensionRef": "extensionRef",
+    "ExternalAuth": "externalAuth",
+}
+# With one of these Istio converts nothing of the route, and says InvalidFilter in its status.
+_UNKNOWN_TO_ISTIO = {
+    "ExtensionRef": "Istio knows no extension of routes",
+    "ExternalAuth": "Istio does not serve a route with it; use an AuthorizationPolicy with action CUSTOM",
 }
 FILTERS_MAX = 16
 BACKENDS_MAX = 16
@@ -77,9 +84,8 @@ def _filter(fields: Fields, types: tuple[str, ...]) -> Filter:
             fields.ignored(field)
         value: FilterValue | None = None
         if name and fields.required(_FIELD[name]):
-            if name == "ExtensionRef":
-                # Istio has no extensions of its own here: the rule would be answered with an error.
-                fields.refuse("type", "ExtensionRef is not supported: Istio knows no extension of routes")
+            if name in _UNKNOWN_TO_ISTIO:
+                fields.refuse("type", f"{name} is not supported: {_UNKNOWN_TO_ISTIO[name]}")
             else:
                 with fields.message(_FIELD[name]) as inner:
                     value = _READ[name](inner)
@@ -166,7 +172,9 @@ def read_backends(fields: Fields, types: tuple[str, ...]) -> tuple[BackendRef, .
             for one in filters:
                 # Istio takes header edits here and nothing else (conversion.go).
                 if one.value is not None and not isinstance(one.value, HeaderFilter):
-                    fields.problems.add(one.at, f"{one.type} is not supported on a backend: Istio refuses it there")
+                    fields.problems.add(
+                        one.at, f"not supported: Istio takes no {one.type} on a backend and would not serve the route"
+                    )
             found.append(_reference(item, weight=1 if weight is None else weight, filters=filters))
     at_most(fields, "backendRefs", len(found), BACKENDS_MAX)
     return tuple(found)

@@ -86,14 +86,14 @@ def _addresses(spec: Fields) -> tuple[GatewayAddress, ...]:
     for item in spec.messages("addresses"):
         with item:
             address = GatewayAddress(
-                type=text(item, "type", None, "a type", default="IPAddress"),
+                type=text(item, "type", _ADDRESS_TYPE, f"one of {_ADDRESS_TYPES}", default="IPAddress"),
                 value=text(item, "value", None, "an address"),
             )
             if address.type == "Hostname" and address.value and not HOSTNAME.match(address.value):
                 item.refuse("value", f'"{address.value}" is not a host name')
             if address.type == "IPAddress" and item.has("value") and not is_ip(address.value):
                 item.refuse("value", f'"{address.value}" is not an IP address')
-            if address in found and address.value:
+            if address in found and address.value and address.type in ("IPAddress", "Hostname"):
                 item.refuse("value", f'"{address.value}" occurs twice')
             found.append(address)
     at_most(spec, "addresses", len(found), 16)
