@@ -163,8 +163,13 @@ def fetcher(resolve: Resolve, *, clock: Callable[[], float] = time.monotonic) ->
             path = f"{parts.path or '/'}?{parts.query}".rstrip("?")
             with _call(inside, parts.netloc, path, timeout_s) as answer:
                 return _text(answer, lambda: clock() > deadline_s)
-        with urllib.request.urlopen(address, timeout=timeout_s) as answer:  # noqa: S310  (the scheme was checked)
-            return _text(answer, lambda: clock() > deadline_s)
+        try:
+            with urllib.request.urlopen(address, timeout=timeout_s) as answer:  # noqa: S310  (the scheme was checked)
+                return _text(answer, lambda: clock() > deadline_s)
+        except urllib.error.HTTPError as refusal:
+            # It holds the connection.
+            refusal.close()
+            raise
 
     return fetch
 

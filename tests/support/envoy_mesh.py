@@ -120,6 +120,7 @@ class EnvoyMesh:
         self.backends: dict[str, Backend] = {}
         self.not_ready: set[str] = set()
         self.otlp_address = ""
+        self.key_sets: Mapping[str, str] = {}
         self.metrics: MeshMetrics | None = None
         self._folder = folder
         self._claim = claim(str(folder))
@@ -155,6 +156,7 @@ class EnvoyMesh:
             proxies=self.proxies,
             endpoints=service_endpoints(derive(self.resources), self.proxies, ready=ready),
             otlp_address=self.otlp_address,
+            key_sets=self.key_sets,
             als_address=self._claim.block.ads if self.metrics else "",
         )
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
+from collections.abc import Iterator
 
 import grpc
 import pytest
 
+from mlmesh_local.key_sets import REFRESH_S, KeySets, fetcher
+from mlmesh_runtime.executors import BoundedExecutor
 from tests.support.envoy_mesh import EnvoyMesh, unary
 from tests.support.mesh_documents import STRICT, deployment, service
 from tests.support.mesh_load import under_load
@@ -28,6 +32,13 @@ OTHER = Issuer("https://other.example", prefix="other-")
 OK = grpc.StatusCode.OK
 UNAUTHENTICATED = grpc.StatusCode.UNAUTHENTICATED
 DENIED = grpc.StatusCode.PERMISSION_DENIED
+
+
+@pytest.fixture
+def executor() -> Iterator[BoundedExecutor]:
+    executor = BoundedExecutor("keys", workers_max=1)
+    yield executor
+    executor.shutdown()
 
 
 def authentication(*rules: str, name: str = "tokens") -> str:
@@ -151,6 +162,37 @@ async def test_tokens_are_where_the_rule_says_and_go_on_as_it_says(mesh: EnvoyMe
     assert received["x-sub"] == "me"
     assert received["x-payload"] == token.split(".")[1]
     assert "x-token" not in received
+
+
+async def test_keys_are_fetched_where_the_rule_says(mesh: EnvoyMesh, executor: BoundedExecutor) -> None:
+    """No token passes before the issuer answers; when it has new keys, tokens of the old ones do not any more."""
+    pages: dict[str, str] = {}
+    now = 0.0
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked = (await reader.readuntil(b"\r\n\r\n")).split()[1].decode()
+        text = pages.get(asked, "")
+        writer.write(f"HTTP/1.0 {200 if text else 404} -\r\n\r\n{text}".encode())
+        await writer.drain()
+        writer.close()
+
+    async def codes() -> list[grpc.StatusCode]:
+        mesh.key_sets = keys.current()
+        await mesh.ads.wait_acked(mesh.push(), timeout_s=5.0)
+        return [(await mesh.call(metadata=bearer(issuer.token()))).code for issuer in (TRUSTED, STRANGER)]
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        host, port = server.sockets[0].getsockname()
+        keys = KeySets(fetch=fetcher(lambda *_: ""), executor=executor, clock=lambda: now, changed=lambda: None)
+        await mesh.apply(authentication(f"{{issuer: '{ISSUER}', jwksUri: 'http://{host}:{port}/keys'}}"))
+        await keys.need(mesh.resources)
+        assert await codes() == [UNAUTHENTICATED, UNAUTHENTICATED]
+        for issuer, expected in ((TRUSTED, [OK, UNAUTHENTICATED]), (STRANGER, [UNAUTHENTICATED, OK])):
+            pages["/keys"] = issuer.jwks
+            now += REFRESH_S
+            await keys.refresh_due()
+            assert await codes() == expected
+    mesh.key_sets = {}
 
 
 async def test_several_issuers(mesh: EnvoyMesh) -> None:
