@@ -1,4 +1,7 @@
-"""Envoy's access log service: what sidecars report of requests and connections becomes Istio's metrics."""
+"""Envoy's access log service: what sidecars report of requests and connections becomes Istio's metrics.
+
+Calls are counted by the rule that routed them, too.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,9 @@ from typing import Any, Final, cast
 import grpc
 
 from mlmesh_local.envoy_types import message_class
-from mlmesh_local.metrics.calls import HttpCall, Peers, Role, TcpReport, grpc_status
+from mlmesh_local.metrics.calls import HttpCall, Peers, Role, Routed, TcpReport, grpc_status
 from mlmesh_local.metrics.registry import MeshMetrics
+from mlmesh_local.metrics.rules import RuleCounts
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +28,10 @@ UPSTREAM_PEER: Final = "upstream_peer"
 """Custom tag of entries: SPIFFE id of the certificate that the called side showed."""
 UPSTREAM_CLUSTER: Final = "cluster"
 """Custom tag of entries: Envoy's cluster, also when none of its hosts took the call."""
+RESOURCE: Final = "resource"
+"""Custom tag of entries: the VirtualService whose rule routed the call."""
+RULE: Final = "rule"
+"""Custom tag of entries: which of its rules."""
 
 _FLAGS: Final = {
     "failed_local_healthcheck": "LH",
@@ -63,8 +71,9 @@ _ROLES: Final[dict[str, Role]] = {"inbound": "inbound", "outbound": "outbound", 
 class AccessLogs:
     """Takes access log streams. What comes from a proxy that is not known is dropped, and counted."""
 
-    def __init__(self, metrics: MeshMetrics) -> None:
+    def __init__(self, metrics: MeshMetrics, rules: RuleCounts | None = None) -> None:
         self._metrics = metrics
+        self._rules = rules
         self._counts = message_class(_MESSAGE_COUNTS)
 
     def attach(self, server: grpc.aio.Server) -> None:
@@ -92,7 +101,10 @@ class AccessLogs:
             self._metrics.refused(len(http) + len(tcp))
             return
         for entry in http:
-            self._metrics.http(self._http(node, role, entry))
+            call = self._http(node, role, entry)
+            self._metrics.http(call)
+            if self._rules is not None:
+                self._rules.take(call)
         for entry in tcp:
             self._metrics.tcp(_tcp(node, role, entry))
 
@@ -127,6 +139,7 @@ class AccessLogs:
             authority=request.authority,
             headers=tuple(headers.items()) if len(headers) > 1 else (),
             response_headers=tuple(response_headers.items()) if len(response_headers) > 1 else (),
+            route=_routed(common) if role != "inbound" else None,
         )
 
 
@@ -145,6 +158,11 @@ def _tcp(node: str, role: Role, entry: Any) -> TcpReport:
         received_bytes=connection.received_bytes,
         sent_bytes=connection.sent_bytes,
     )
+
+
+def _routed(common: Any) -> Routed:
+    tags = common.custom_tags
+    return Routed(_known(tags.get(RESOURCE, "")), _known(tags.get(RULE, "")), common.route_name)
 
 
 def _port(common: Any) -> int:

@@ -135,7 +135,7 @@ async def _run(start: Start, block: addresses.Block, report: Report) -> None:
         async with (
             _control_plane(block, token) as ads,
             receiving(block, traces, executor, otlp_endpoint=start.otlp_endpoint),
-            _plain_server(block.als, AccessLogs(metering.metrics).attach),
+            _plain_server(block.als, AccessLogs(metering.metrics, metering.rules).attach),
             endpoint.serve(block.metrics, metering.page, content_type=CONTENT_TYPE),
             _istiod(start, block) as istiod,
             asyncio.TaskGroup() as instances_group,
@@ -352,6 +352,7 @@ async def _tell_start(mesh: Mesh, report: Report) -> None:
             raise ConfigurationRejectedError(refused)
         # Acknowledgements of sidecars change readiness, too, and are not counted as changes.
         await asyncio.sleep(READY_CHECK_S)
+    await mesh.begin_counting()
     for instance in mesh.instances:
         report.instance(instance)
     outside = next((item.address for item in mesh.gateways()), "")

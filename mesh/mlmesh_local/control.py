@@ -21,6 +21,7 @@ from mlmesh_local.mesh import Mesh
 from mlmesh_local.metrics.queries import HISTORY_S, unknown_labels
 from mlmesh_local.pki import LEAF_TTL
 from mlmesh_local.proxyless.node import ProxylessNode, node_id, tolerated_fields
+from mlmesh_local.resources.gateway_api.derive import derive
 from mlmesh_local.resources.gateway_api.status import text_with_status
 from mlmesh_local.resources.parse import DEFAULT_NAMESPACE, Document
 from mlmesh_local.routes import list_routes
@@ -119,8 +120,8 @@ class LocalMeshServicer(local_pb2_grpc.LocalMeshServiceServicer):
 
     async def ListRoutes(self, request: local_pb2.ListRoutesRequest, context: Context) -> local_pb2.ListRoutesResponse:
         """Routes with their shares."""
-        observed = await self._mesh.stats.observed(_seconds(request, "share_window", SHARE_WINDOW_S))
-        routes = list_routes(self._mesh.resources, request.host)
+        observed = self._mesh.metering.rules.observed(_seconds(request, "share_window", SHARE_WINDOW_S))
+        routes = list_routes(derive(self._mesh.resources), request.host)
         return local_pb2.ListRoutesResponse(routes=[messages.route(item, observed) for item in routes])
 
     async def GetMetrics(self, request: local_pb2.GetMetricsRequest, context: Context) -> local_pb2.GetMetricsResponse:

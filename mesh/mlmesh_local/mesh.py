@@ -87,6 +87,7 @@ class Mesh:
         self.changes = changes
         self.faults = faults
         self._work = work
+        self._clock = clock
         self.start_time = clock()
         self.pid = os.getpid()
         self._config_folder = config_folder
@@ -186,6 +187,11 @@ class Mesh:
     def statuses(self) -> dict[Key, Status]:
         """Statuses of the resources of the Gateway API, by the proxies that are ready now."""
         return resource_statuses(self.resources, proxy_addresses(self.configuration.world.endpoints))
+
+    async def begin_counting(self) -> None:
+        """Forget calls so far: while a mesh starts, those that start first look in vain for those that start last."""
+        await self.stats.begin()
+        self.metering.rules.begin(round(self._clock().timestamp() * 1e9))
 
     def save(self) -> None:
         """Keep the active resources as YAML in the state folder, for a person to read or to compare."""

@@ -17,6 +17,7 @@ from mlmesh_local.configuration import ApplyOutcome
 from mlmesh_local.instance import Instance, State
 from mlmesh_local.mesh import Mesh
 from mlmesh_local.metrics.queries import Row
+from mlmesh_local.metrics.rules import Sent
 from mlmesh_local.model import spiffe_id
 from mlmesh_local.pki import Certificate
 from mlmesh_local.proxyless.status import ClientStatus
@@ -86,9 +87,9 @@ def issued(certificate: Certificate) -> local_pb2.IssueCertificateResponse:
 
 
 def subset_shares(
-    configured: Mapping[tuple[str, str], float], observed: Mapping[Destination, Counts], *, complete: bool = False
+    configured: Mapping[tuple[str, str], float], observed: Mapping[Destination, Counts]
 ) -> list[local_pb2.SubsetShare]:
-    """Configured and observed shares by host and subset; ``complete`` with hosts that have nothing to tell."""
+    """Configured and observed shares by host and subset."""
     counts: dict[tuple[str, str], Counts] = {}
     totals: dict[str, int] = {}
     for destination, count in observed.items():
@@ -99,7 +100,7 @@ def subset_shares(
     weighted = {host for host, subset in configured if subset}
     for host, subset in sorted({*configured, *counts}):
         # What has neither subsets nor traffic has nothing to tell.
-        if host not in weighted and host not in totals and not complete:
+        if host not in weighted and host not in totals:
             continue
         count = counts.get((host, subset), Counts())
         total = totals.get(host, 0)
@@ -117,18 +118,29 @@ def subset_shares(
     return result
 
 
-def route(item: Route, observed: Mapping[Destination, Counts]) -> local_pb2.Route:
-    """A rule with the shares of its destinations."""
+def route(item: Route, observed: Mapping[Sent, Counts]) -> local_pb2.Route:
+    """A rule with what it sent: the shares of its destinations, then what it sent elsewhere before it was changed."""
     configured = {(target.host, target.subset): target.share for target in item.targets}
-    hosts = {target.host for target in item.targets}
-    relevant = {key: value for key, value in observed.items() if key.host in hosts}
-    shares = {(share.host, share.subset): share for share in subset_shares(configured, relevant, complete=True)}
+    counts = item.counts(observed)
+    total = sum(count.requests for count in counts.values())
+    destinations = [
+        local_pb2.SubsetShare(
+            host=host,
+            subset=subset,
+            configured_share=configured.get((host, subset), -1),
+            observed_share=count.requests / total if total else 0.0,
+            requests=count.requests,
+            failures=count.failures,
+        )
+        for host, subset in (*configured, *sorted(counts.keys() - configured.keys()))
+        for count in (counts.get((host, subset), Counts()),)
+    ]
     return local_pb2.Route(
         virtual_service=item.virtual_service,
         host=item.host,
         rule=item.rule,
         match=item.match,
-        destinations=[shares[target.host, target.subset] for target in item.targets],
+        destinations=destinations,
         policy=item.policy,
     )
 

@@ -52,6 +52,12 @@ class StatsPoller:
         await self.poll()
         return self._traffic.observed(time.monotonic(), window_s)
 
+    async def begin(self) -> None:
+        """Count from now on."""
+        self._polled_s = 0.0
+        await self.poll()
+        self._traffic.begin(time.monotonic())
+
     async def poll(self) -> None:
         """Ask every Envoy, unless that was just done."""
         async with self._turn:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from mlmesh_local.metrics.rules import Place, Sent
 from mlmesh_local.resources.catalog import full_host
 from mlmesh_local.resources.delegates import effective
+from mlmesh_local.resources.domains import host_covers
 from mlmesh_local.resources.model import HttpMatch, HttpRule, Service, VirtualService
 from mlmesh_local.resources.model_routes import Layer4Match, Layer4Rule
 from mlmesh_local.resources.resource_set import ResourceSet
+from mlmesh_local.stats import Counts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +26,12 @@ class Target:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
-    """One rule of one host."""
+    """One rule of one host.
+
+    Attributes:
+        place: where it stands in its VirtualService; None for connections and for services without rules.
+        hosts: all hosts of its VirtualService.
+    """
 
     virtual_service: str
     host: str
@@ -30,6 +39,33 @@ class Route:
     match: str
     targets: tuple[Target, ...]
     policy: str
+    place: Place | None = None
+    hosts: tuple[str, ...] = ()
+
+    def counts(self, observed: Mapping[Sent, Counts]) -> dict[tuple[str, str], Counts]:
+        """What it sent, by host and subset; by two empty texts what it answered itself."""
+        found: dict[tuple[str, str], Counts] = {}
+        for sent, counts in observed.items():
+            if self._is_of(sent):
+                found[sent.host, sent.subset] = found.get((sent.host, sent.subset), Counts()) + counts
+        return found
+
+    def _is_of(self, sent: Sent) -> bool:
+        if sent.virtual_service != self.virtual_service:
+            return False
+        if not self.virtual_service:
+            return sent.host == self.host
+        if self.place is None or sent.name.split(".")[0] != self.rule.split(".")[0]:
+            return False
+        if sent.place is not None and sent.place != self.place:
+            return False
+        called = next((host for host in self.hosts if _calls(sent.authority, host)), self.hosts[0])
+        return called == self.host
+
+
+def _calls(authority: str, host: str) -> bool:
+    """Whether a host is meant by what a caller wrote: its full name or the begin of it."""
+    return host.startswith(f"{authority}.") or host_covers(host, authority)
 
 
 def list_routes(resources: ResourceSet, host: str = "", *, domain: str = "cluster.local") -> list[Route]:
@@ -82,6 +118,8 @@ def _route(service: VirtualService, host: str, rule: HttpRule, domain: str) -> R
         match=" or ".join(_match(match) for match in rule.matches) or "any",
         targets=targets,
         policy=_policy(rule),
+        place=Place(rule=rule.origin.rule, delegate=rule.origin.delegate, delegate_rule=rule.origin.delegate_rule),
+        hosts=service.hosts,
     )
 
 

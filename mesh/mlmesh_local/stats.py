@@ -11,6 +11,7 @@ import re
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 HISTORY_S = 600.0
 # Only what is read: clusters of the outbound direction and the gRPC filter's counters, reports that were dropped.
@@ -45,6 +46,7 @@ class Counts:
 
 
 Totals = Mapping[Destination, Counts]
+_Key = TypeVar("_Key")
 
 
 def parse_counters(body: bytes) -> dict[Destination, Counts]:
@@ -75,13 +77,55 @@ def parse_dropped(body: bytes) -> int:
 
 
 @dataclass(slots=True)
+class Window(Generic[_Key]):
+    """Counts by key over the last minutes. Times are seconds of one monotonic clock."""
+
+    history_s: float = HISTORY_S
+    _totals: dict[_Key, Counts] = field(default_factory=dict)
+    _samples: deque[tuple[float, dict[_Key, Counts]]] = field(default_factory=deque)
+
+    def __contains__(self, key: _Key) -> bool:
+        return key in self._totals
+
+    def __len__(self) -> int:
+        return len(self._totals)
+
+    def add(self, key: _Key, counts: Counts) -> None:
+        """Count more of a key."""
+        self._totals[key] = self._totals.get(key, Counts()) + counts
+
+    def begin(self, now_s: float) -> None:
+        """Forget all that was counted."""
+        self._totals = {}
+        self._samples = deque([(now_s, {})])
+
+    def sample(self, now_s: float) -> None:
+        """Remember the totals at a time; call it every second or so."""
+        self._samples.append((now_s, dict(self._totals)))
+        while len(self._samples) > 2 and self._samples[1][0] <= now_s - self.history_s:
+            self._samples.popleft()
+
+    def observed(self, now_s: float, window_s: float) -> dict[_Key, Counts]:
+        """Counts of the window that ends now. A window longer than the history gives all of it."""
+        start: Mapping[_Key, Counts] = {}
+        for time_s, totals in self._samples:
+            if time_s > now_s - window_s:
+                break
+            start = totals
+        differences = {key: total - start.get(key, Counts()) for key, total in self._totals.items()}
+        return {key: counts for key, counts in differences.items() if counts.requests > 0}
+
+
+@dataclass(slots=True)
 class Traffic:
     """Counts of all sidecars over time. Times are seconds of one monotonic clock."""
 
     history_s: float = HISTORY_S
     _last: dict[str, dict[Destination, Counts]] = field(default_factory=dict)
-    _totals: dict[Destination, Counts] = field(default_factory=dict)
-    _samples: deque[tuple[float, dict[Destination, Counts]]] = field(default_factory=deque)
+    _window: Window[Destination] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._window = Window(history_s=self.history_s)
 
     def record(self, source: str, counters: Totals) -> None:
         """Take the counters of one sidecar. A counter that went back means that it restarted."""
@@ -89,7 +133,7 @@ class Traffic:
         restarted = any(counters.get(key, Counts()).requests < old.requests for key, old in before.items())
         for destination, now in counters.items():
             old = Counts() if restarted else before.get(destination, Counts())
-            self._totals[destination] = self._totals.get(destination, Counts()) + (now - old)
+            self._window.add(destination, now - old)
         self._last[source] = dict(counters)
 
     def restarted(self, source: str) -> None:
@@ -98,19 +142,15 @@ class Traffic:
 
     def sample(self, now_s: float) -> None:
         """Remember the totals at a time; call it once after every round of ``record``."""
-        self._samples.append((now_s, dict(self._totals)))
-        while len(self._samples) > 2 and self._samples[1][0] <= now_s - self.history_s:
-            self._samples.popleft()
+        self._window.sample(now_s)
+
+    def begin(self, now_s: float) -> None:
+        """Forget what was counted so far; counters go on from what they were when last recorded."""
+        self._window.begin(now_s)
 
     def observed(self, now_s: float, window_s: float) -> dict[Destination, Counts]:
         """Counts of the window that ends now. A window longer than the history gives all of it."""
-        start: Totals = {}
-        for time_s, totals in self._samples:
-            if time_s > now_s - window_s:
-                break
-            start = totals
-        differences = {key: total - start.get(key, Counts()) for key, total in self._totals.items()}
-        return {key: counts for key, counts in differences.items() if counts.requests > 0}
+        return self._window.observed(now_s, window_s)
 
 
 def shares(counts: Totals, host: str, port: int | None = None) -> dict[str, float]:

@@ -26,6 +26,17 @@ class Peers(NamedTuple):
     upstream_peer: str
 
 
+class Routed(NamedTuple):
+    """By which route a call was sent on: few values for many calls."""
+
+    resource: str
+    """Path of the VirtualService as Istio writes it; empty for the default route of a service."""
+    rule: str
+    """Our own metadata of the route, as JSON; Istio's control plane gives none."""
+    name: str
+    """Name of the route."""
+
+
 class HttpCall(NamedTuple):
     """A request that ended, or (``ended`` false) one that goes on. Counts are since its start."""
 
@@ -50,6 +61,7 @@ class HttpCall(NamedTuple):
     authority: str = ""
     headers: tuple[tuple[str, str], ...] = ()
     response_headers: tuple[tuple[str, str], ...] = ()
+    route: Routed | None = None
 
 
 class TcpReport(NamedTuple):

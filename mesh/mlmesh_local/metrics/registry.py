@@ -133,6 +133,8 @@ class MeshMetrics:
         """Count a request, or what an open one has sent so far."""
         self.entries += 1
         peer = self._peer(call.peers)
+        if peer.plan.disabled:
+            return
         if call.grpc:
             self._messages(call, peer)
         if not call.ended:

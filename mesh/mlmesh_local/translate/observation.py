@@ -66,7 +66,9 @@ def access_logging(view: View, proxy: ProxyNode, role: Role) -> Json:
     plan = plan_of(view, proxy, role)
     request = frozenset(name for e in plan.expressions for name in e.request_headers)
     response = frozenset(name for e in plan.expressions for name in e.response_headers)
-    report = None if plan.disabled else reporting.http_logger(view, role, (request, response))
+    # Calls out are counted by the rules that routed them, whatever Telemetry wants of metrics.
+    quiet = plan.disabled and role == "inbound"
+    report = None if quiet else reporting.http_logger(view, role, (request, response))
     return _fields(view, proxy, role, report, ("DownstreamPeriodic",))
 
 

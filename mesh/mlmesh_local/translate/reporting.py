@@ -110,6 +110,12 @@ def _common(role: Role, *, filter_state: bool) -> Json:
             {"tag": "upstream_peer", "value": "%UPSTREAM_PEER_URI_SAN%"},
             {"tag": "cluster", "value": "%UPSTREAM_CLUSTER_RAW%"},
         ]
+    if role != "inbound" and filter_state:
+        # Which rule of which VirtualService routed the call; TCP proxies have no routes.
+        config["custom_tags"] += [
+            {"tag": "resource", "value": "%METADATA(ROUTE:istio:config)%"},
+            {"tag": "rule", "value": "%METADATA(ROUTE:mlmesh)%"},
+        ]
     return config
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
 import signal
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,17 +118,49 @@ async def test_weights_reach_every_sidecar_and_shares_are_observed(mesh: Running
         async with mesh.echo() as stub:
             pods = Counter([(await answer(stub))["pod"].rpartition("-")[0] for _ in range(200)])
         assert 60 <= pods["echo-v2"] <= 140
-        async with mesh.control() as stub:
-            routes = await stub.ListRoutes(local_pb2.ListRoutesRequest(host=ECHO))
+        (route,) = await routes(mesh, lambda found: requests(found[0]) >= 200)
     finally:
         await mesh.apply(weights(100, 0))
-    (route,) = routes.routes
     assert (route.virtual_service, route.host, route.rule, route.match) == ("mlmesh/echo", ECHO, "split", "any")
     second = next(item for item in route.destinations if item.subset == "v2")
     assert second.configured_share == 0.5
     assert second.requests >= pods["echo-v2"]
     assert 0 < second.observed_share < 0.8
     assert sum(item.observed_share for item in route.destinations) == pytest.approx(1.0)
+
+
+def requests(route: local_pb2.Route) -> int:
+    return sum(item.requests for item in route.destinations)
+
+
+async def routes(mesh: RunningMesh, condition: Callable[[Sequence[local_pb2.Route]], bool]) -> list[local_pb2.Route]:
+    """Routes of the echo service, once they fulfil a condition: sidecars report a moment after a call."""
+    async with mesh.control() as stub, asyncio.timeout(30):
+        while True:
+            answer = await stub.ListRoutes(local_pb2.ListRoutesRequest(host=ECHO))
+            if condition(answer.routes):
+                return list(answer.routes)
+            await asyncio.sleep(0.05)
+
+
+async def test_calls_are_counted_by_the_rule_that_routed_them(mesh: RunningMesh) -> None:
+    apart = """
+      match: [{headers: {x-user: {exact: tester}}}]
+      route: [{destination: {host: echo.mlmesh.svc.cluster.local, subset: v1, port: {number: 9000}}}]
+    - match: [{headers: {x-user: {exact: nobody}}}]
+      directResponse: {status: 403}
+    - name: rest"""
+    await mesh.apply(ROUTES.replace("name: split", f"name: tester{apart}"))
+    try:
+        async with mesh.echo() as stub:
+            for user in ("tester", "tester", "nobody", "other", "other", "other"):
+                with contextlib.suppress(grpc.aio.AioRpcError):
+                    await answer(stub, metadata=(("x-user", user),))
+        found = await routes(mesh, lambda found: sum(requests(route) for route in found) >= 6)
+    finally:
+        await mesh.apply(weights(100, 0))
+    counts = [[(item.subset, item.requests, item.failures) for item in route.destinations] for route in found]
+    assert counts == [[("v1", 2, 0)], [("", 1, 1)], [("v1", 3, 0), ("v2", 0, 0)]]
 
 
 async def test_failed_calls_are_counted(mesh: RunningMesh) -> None:

@@ -85,6 +85,16 @@ def test_history_is_bounded() -> None:
     assert traffic.observed(99.0, 1000.0)[V1].requests <= 99
 
 
+def test_counting_begins_anew_where_counters_are() -> None:
+    traffic = Traffic()
+    traffic.record("a", {V1: counts(10, 10)})
+    traffic.sample(1.0)
+    traffic.begin(2.0)
+    assert traffic.observed(2.0, 60.0) == {}
+    traffic.record("a", {V1: counts(13, 11)})
+    assert traffic.observed(3.0, 60.0) == {V1: counts(3, 1)}
+
+
 def test_shares() -> None:
     observed = {V1: counts(90), V2: counts(10), Destination(host="other", subset="", port=1): counts(1000)}
     assert shares(observed, HOST) == {"v1": 0.9, "v2": 0.1}

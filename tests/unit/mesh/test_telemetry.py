@@ -254,7 +254,11 @@ def test_metrics_are_there_unless_disabled_and_a_nearer_scope_may_enable_them_ag
     for texts, disabled in (((), False), ((root,), True), ((root, nearer), False)):
         here = world(*texts)
         assert plan_of(View(here), proxy_of(here, "client"), "outbound").disabled is disabled
-    assert loggers(told(root, als_address="127.0.0.1:15013")) == []
+    server = Told("server-v1", root, als_address="127.0.0.1:15013")
+    assert loggers(server, INBOUND) == []
+    # What is sent is counted by its rule all the same.
+    (report,) = loggers(server)
+    assert {tag["tag"] for tag in report["typed_config"]["common_config"]["custom_tags"]} >= {"resource", "rule"}
 
 
 def test_overrides_are_by_metric_and_mode() -> None:
