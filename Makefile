@@ -13,6 +13,8 @@ UV := $(if $(TORCH_BACKEND),UV_TORCH_BACKEND=$(TORCH_BACKEND)) $(BIN)/uv
 PACKAGES := mlmesh_runtime mlmesh_registry mlmesh_training mlmesh_inference mlmesh_client mlmesh_local mlmesh_cli
 PROTOS := $(shell find protos -name '*.proto')
 SOURCES := $(shell find protos services mesh manifests/base -type f -not -name '*.pyc' -not -name '*_pb2*' -not -name '*.binpb' -not -path '*/target/*') pyproject.toml README.md
+# How many test processes run side by side: most tests wait for other processes. One keeps the order of the files.
+WORKERS ?= 2
 # More arguments for what is run: make test ARGS="-k registry", make demo ARGS=--fast
 ARGS ?=
 
@@ -75,7 +77,7 @@ $(TEST_VENV)/.installed: $(VENV)/.installed $(SOURCES)
 	@touch $@
 
 test: front $(TEST_VENV)/.installed ## Run the test suite against the built wheel
-	MLMESH_TEST_WHEEL=1 $(TEST_VENV)/bin/python -m pytest $(ARGS)
+	MLMESH_TEST_WHEEL=1 $(TEST_VENV)/bin/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 tools: ## Get the programs that some tests use: grpcurl, kustomize, istioctl, pilot-discovery, crdserver; PostgreSQL, etcd, Swift, MLflow
 	@tools/build.sh

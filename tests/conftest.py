@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.support.postgres import postgres, registry_template, shared_url
 from tests.support.s3 import s3
@@ -22,7 +23,22 @@ NO_GPU = "no NVIDIA GPU here (/dev/nvidiactl is missing)"
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+# How long an example takes says how busy the machine is, nothing else.
+settings.register_profile("mlmesh", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
+settings.load_profile("mlmesh")
+
+# Folders whose tests share what is started once a session; elsewhere a file is what one worker runs.
+TOGETHER = ("integration/local", "integration/platform")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.pluginmanager.hasplugin("xdist"):
+        here = Path(__file__).parent
+        for item in items:
+            file = item.path.relative_to(here).as_posix()
+            group = next((folder for folder in TOGETHER if file.startswith(folder + "/")), file)
+            item.add_marker(pytest.mark.xdist_group(group))
     if Path("/dev/nvidiactl").exists():
         return
     for item in items:
