@@ -17,7 +17,7 @@ import functools
 import inspect
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -29,7 +29,7 @@ from mlmesh_runtime.errors import MeshError, Unsupported
 from mlmesh_runtime.lanes import StreamLane, UnaryCall
 from mlmesh_runtime.rpcs import Gate, Method, Rpc, deadline_missing
 from mlmesh_runtime.status import InternalError, single_cause, to_status
-from mlmesh_runtime.streams import HandedOver, IdleWatch, Requests, StreamContext, decode, pump, receive
+from mlmesh_runtime.streams import HandedOver, IdleWatch, Requests, StreamContext, decode, linger, pump, receive
 
 logger = logging.getLogger(__name__)
 
@@ -106,8 +106,9 @@ class Wrapper:
                 self._admit(rpc)
                 with self._idle_bound(rpc):
                     await self._lane(rpc, behaviour, direct)
+                await linger(rpc)
             except BaseException as error:
-                await self._fail(rpc, error)
+                await self._fail(rpc, error, after=linger)
                 raise
             finally:
                 self._close(rpc)
@@ -143,9 +144,10 @@ class Wrapper:
                     response = behaviour(Requests(rpc, requests), StreamContext(rpc))
                     if inspect.isawaitable(response):
                         response = await response
+                await linger(rpc)
                 return method.encode(response) if context.code() in _OK else b""
             except BaseException as error:
-                await self._fail(rpc, error)
+                await self._fail(rpc, error, after=linger)
                 raise
             finally:
                 self._close(rpc)
@@ -162,10 +164,11 @@ class Wrapper:
                 if requests:
                     with self._idle_bound(rpc):
                         await pump(rpc, behaviour(Requests(rpc, request), StreamContext(rpc)))
+                    await linger(rpc)
                 else:
                     await pump(rpc, behaviour(decode(method, request), StreamContext(rpc)))
             except BaseException as error:
-                await self._fail(rpc, error)
+                await self._fail(rpc, error, after=linger if requests else None)
                 raise
             finally:
                 self._close(rpc)
@@ -198,8 +201,10 @@ class Wrapper:
             return contextlib.nullcontext()
         return IdleWatch(rpc, idle_s)
 
-    async def _fail(self, rpc: Rpc, error: BaseException) -> None:
-        """Turn an exception into a status. Returns where the exception itself should pass on."""
+    async def _fail(
+        self, rpc: Rpc, error: BaseException, *, after: Callable[[Rpc], Awaitable[None]] | None = None
+    ) -> None:
+        """Turn an exception into a status, sent after `after`. Returns where the exception itself should pass on."""
         context = rpc.call.context
         error = single_cause(error)
         if isinstance(error, grpc.aio.AbortError):
@@ -227,6 +232,8 @@ class Wrapper:
         if rpc.method.trailers is not None:
             trailers = (*trailers, *rpc.method.trailers())
         rpc.code = code.name
+        if after is not None:
+            await after(rpc)
         await context.abort(code, message, trailers)
 
     def _close(self, rpc: Rpc) -> None:

@@ -91,7 +91,20 @@ class Lane(Protocol):
 class Rpc:
     """One RPC in flight."""
 
-    __slots__ = ("admitted", "call", "code", "ended", "lane", "method", "peer", "reader", "span", "task", "touched")
+    __slots__ = (
+        "admitted",
+        "call",
+        "code",
+        "ended",
+        "heard",
+        "lane",
+        "method",
+        "peer",
+        "reader",
+        "span",
+        "task",
+        "touched",
+    )
 
     def __init__(self, method: Method, context: Any, identity_source: str) -> None:
         self.call = Call(context, method.path, identity_source)
@@ -101,6 +114,8 @@ class Rpc:
         self.peer: str | None = None
         self.ended: MeshError | None = None
         self.reader: asyncio.Task[Any] | None = None
+        self.heard: bool | None = False
+        """Whether all was read that the caller has to say; None when a read was given up: gRPC begins no other then."""
         self.touched = self.call.started
         self.task: asyncio.Task[Any] | None = None
         self.span: telemetry.ServerSpan | None = None

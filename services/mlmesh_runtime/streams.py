@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import Any, Final
 
 import grpc
 
@@ -14,6 +15,10 @@ from mlmesh_runtime.errors import InvalidInput, MeshError, TimedOut
 from mlmesh_runtime.rpcs import Method, Rpc
 
 _EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]
+LINGER_S: Final = 0.02
+"""How long the end of a stream waits for the next words of a caller that has not ended its side."""
+LINGER_MAX_S: Final = 0.25
+"""The same for a caller that goes on sending."""
 
 
 def decode(method: Method, raw: bytes) -> Any:
@@ -71,7 +76,11 @@ async def receive(rpc: Rpc, read: Callable[[], Awaitable[Any]]) -> Any:
     rpc.reader = asyncio.current_task()
     try:
         raw = await read()
+    except StopAsyncIteration:
+        rpc.heard = True
+        raise
     except asyncio.CancelledError:
+        rpc.heard = None
         reader = rpc.reader
         if rpc.ended is not None and reader is not None and reader.cancelling():
             reader.uncancel()
@@ -79,10 +88,32 @@ async def receive(rpc: Rpc, read: Callable[[], Awaitable[Any]]) -> Any:
         raise
     finally:
         rpc.reader = None
-    if raw is not _EOF:
+    if raw is _EOF:
+        rpc.heard = True
+    else:
         rpc.touched = time.monotonic()
         rpc.method.meters.received()
     return raw
+
+
+async def linger(rpc: Rpc) -> None:
+    """Let the end of a stream wait while its caller still sends, and drop what comes.
+
+    grpc.aio's client tells of its own write that failed, and not of the status, when the end comes in the middle of
+    one (github.com/grpc/grpc/issues/36066). The native transport waits by itself.
+    """
+    context = rpc.call.context
+    if rpc.heard or context.done() or getattr(context, "lingers", False):
+        return
+    if rpc.heard is None:
+        await asyncio.sleep(LINGER_S)
+        return
+    clock = asyncio.get_running_loop().time
+    end_s = clock() + LINGER_MAX_S
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(LINGER_S) as bound:
+            while await context.read() is not _EOF:
+                bound.reschedule(min(clock() + LINGER_S, end_s))
 
 
 async def _receive(rpc: Rpc, read: Callable[[], Awaitable[Any]]) -> Any:

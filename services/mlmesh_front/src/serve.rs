@@ -42,8 +42,10 @@ const LATE_RESET_COST: f64 = 0.02;
 const SHORT_DEADLINE_NS: u64 = 1_000_000;
 /// Answers' bytes on one connection that nobody reads, before it gets no more calls.
 const CONNECTION_UNSENT: usize = 64 * 1024 * 1024;
-/// How long the end of a stream waits that has sent nothing yet, and whose peer may be sending.
+/// How long the end of a stream waits for the next words of a peer that has not ended its side.
 const LINGER_NS: u64 = 20_000_000;
+/// The same for a peer that goes on sending.
+const LINGER_MAX_NS: u64 = 250_000_000;
 /// Messages that are put together at once take so much; up to this size each they do not count.
 const ASSEMBLED_MAX: usize = 256 * 1024 * 1024;
 const ASSEMBLED_FREE: usize = 64 * 1024;
@@ -105,6 +107,8 @@ struct Entry {
     timer_ns: u64,
     /// An end that waits for the peer to have said what it has to say.
     lingering: Option<Status>,
+    /// When that end is sent at the latest.
+    linger_end_ns: u64,
     /// What is wrong with the message after those that were read; told when they are answered.
     refusal: Option<Status>,
 }
@@ -555,6 +559,7 @@ impl Serving {
             lane_told: false,
             timer_ns: deadline_ns,
             lingering: None,
+            linger_end_ns: 0,
             refusal: None,
         });
         drop(calls);
@@ -681,6 +686,9 @@ impl Reading {
                 Poll::Ready(Some(Ok(bytes))) => {
                     let _ = self.recv.flow_control().release_capacity(bytes.len());
                     self.frames.push(bytes);
+                    if self.shared.gone.load(Acquire) {
+                        self.world.linger(self.shared.key);
+                    }
                 }
                 Poll::Ready(Some(Err(_))) => {
                     self.broken();
@@ -918,10 +926,15 @@ impl World {
         self.hub.method(shared.method).counters.ended(code, now_ns().saturating_sub(shared.started_ns));
     }
 
-    /// Give a stream that is refused at once a moment: grpc.aio's client tells of its own failed write, and not of
-    /// the status, when the end comes while it still sends its first messages.
-    fn linger(&self, key: u64, before: u64) {
-        let until = self.with(key, |entry| entry.timer_ns).unwrap_or(0);
+    /// Let the end of a stream wait while its peer still sends: grpc.aio's client tells of its own write that failed,
+    /// and not of the status, when the end comes in the middle of one (github.com/grpc/grpc/issues/36066).
+    fn linger(&self, key: u64) {
+        let changed = self.with(key, |entry| {
+            entry.lingering.as_ref()?;
+            let until = entry.linger_end_ns.min(now_ns() + LINGER_NS);
+            Some((std::mem::replace(&mut entry.timer_ns, until), until))
+        });
+        let Some(Some((before, until))) = changed else { return };
         let mut deadlines = self.deadlines.borrow_mut();
         deadlines.remove(&(before, key));
         deadlines.insert((until, key));
@@ -976,7 +989,11 @@ impl World {
         let keys: Vec<u64> =
             self.calls.borrow().iter().map(|(index, entry)| u64::from(entry.generation) << 32 | index as u64).collect();
         for key in keys {
-            self.cancel(key, Status::new(wire::UNAVAILABLE, "the server is going away"), true);
+            if self.with(key, |entry| entry.lingering.is_some()) == Some(true) {
+                self.leave(key);
+            } else {
+                self.cancel(key, Status::new(wire::UNAVAILABLE, "the server is going away"), true);
+            }
         }
         for (_, conn) in self.connections.borrow().iter() {
             conn.graceful.set(true);
@@ -1067,15 +1084,16 @@ impl World {
             Out::End { key, status } => {
                 let lingers = self.with(key, |entry| {
                     entry.lingering = Some(status);
-                    if entry.eof || entry.send.is_some() || !self.hub.method(entry.shared.method).request_streaming {
-                        return None;
+                    if entry.eof || !self.hub.method(entry.shared.method).request_streaming {
+                        return false;
                     }
+                    entry.linger_end_ns = now_ns() + LINGER_MAX_NS;
                     entry.shared.gone.store(true, Release);
                     entry.reader.wake();
-                    Some(std::mem::replace(&mut entry.timer_ns, now_ns() + LINGER_NS))
+                    true
                 });
                 match lingers {
-                    Some(Some(timer)) => self.linger(key, timer),
+                    Some(true) => self.linger(key),
                     _ => self.leave(key),
                 }
             }

@@ -57,6 +57,9 @@ RESUME: Final = "mlmesh_resume"
 """Parameter that carries the token, both ways."""
 LEAVE_S: Final = 10.0
 """A client that was told to move has this long to end its side."""
+HEAR_S: Final = 0.02
+"""An error that ends a stream waits for the next message of a client that has not ended its side."""
+HEAR_TRIES_MAX: Final = 12
 
 Write = Callable[[pb.ModelStreamInferResponse], Awaitable[None]]
 
@@ -151,7 +154,8 @@ class _Stream:
         self._responding: set[asyncio.Task[None]] = set()
         self._sequences = OpenSequences(owner)
         self._holding: asyncio.TimerHandle | None = None
-        self._leaving = self._gave_up = self._read_all = self._dropped = False
+        self._leaving = self._gave_up = self._read_all = False
+        self._dropped = 0
         self._ending: MeshError | None = None
         self._moves = 0
         self._first = True
@@ -163,7 +167,11 @@ class _Stream:
         async with asyncio.TaskGroup() as group:
             reader = group.create_task(self._read(messages, group))
             try:
-                await self._answer_all()
+                try:
+                    await self._answer_all()
+                except MeshError:
+                    await self._hear_out(reader)
+                    raise
                 if self._ending is not None:
                     raise self._ending
                 if self._leaving and (self._dropped or not self._read_all):
@@ -242,7 +250,7 @@ class _Stream:
                     await self._room.acquire()
                 # It may have been asked to leave in the meantime.
                 if self._leaving:
-                    self._dropped = True
+                    self._dropped += 1
                 else:
                     self._take(message, group)
                 del message  # it would be kept until the next one comes
@@ -250,6 +258,16 @@ class _Stream:
             self._ending = error
         self._read_all = True
         self.changed.set()
+
+    async def _hear_out(self, reader: asyncio.Task[None]) -> None:
+        """Read on for a moment before an error ends the stream: not every client gets to see it while it sends."""
+        self._leaving = True
+        self._room.release()
+        for _ in range(HEAR_TRIES_MAX):
+            before = self._dropped
+            await asyncio.wait({reader}, timeout=HEAR_S)
+            if reader.done() or self._dropped == before:
+                return
 
     def _take(self, message: pb.ModelInferRequest, group: asyncio.TaskGroup) -> None:
         slot = _Slot(self, message)

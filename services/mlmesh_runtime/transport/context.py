@@ -27,6 +27,9 @@ _WRITES_A_TURN = 16
 class NativeContext:
     """One call that a task answers. Belongs to the event loop's thread."""
 
+    lingers = True
+    """The front itself lets the end of a stream wait for a caller that still sends."""
+
     def __init__(self, call: NativeCall, limit: int) -> None:
         self.call = call
         self.task: asyncio.Task[None] | None = None

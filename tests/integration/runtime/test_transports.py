@@ -129,6 +129,45 @@ async def test_the_same_frames_have_the_same_answers(lane: str, each_transport: 
             assert found[1] == found[0], name
 
 
+@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize("answered", [0, 1])
+async def test_the_end_of_a_stream_waits_for_a_caller_that_still_sends(
+    answered: int, direct: bool, each_transport: str
+) -> None:
+    """grpc.aio's client would tell of its own write that failed; and a caller that never ends its side is told too."""
+    refused = asyncio.Event()
+
+    async def refuse(message: Any) -> None:
+        if message.text == "missing":
+            refused.set()
+            await hook(message)
+
+    def refuse_direct(calls: Sequence[DirectCall]) -> None:
+        echo(calls)
+        if any(call.request != HI for call in calls):
+            refused.set()
+
+    bad = framed(Text(text="missing").SerializeToString())
+    service = echo_service(EchoServicer(refuse), direct={"Chat": refuse_direct} if direct else {})
+    async with serving(service, transport=each_transport) as server, connected(server.address) as raw:
+        waited = False
+        for _ in range(50):  # on a busy machine the moment may be over before this looks
+            refused.clear()
+            stream = await raw.open(request(CHAT), *[ECHO] * answered, bad, end=False)
+            await refused.wait()
+            ended = await raw.until(lambda found=raw.answers[stream]: bool(found.end), timeout_s=0.004)
+            if not ended:
+                raw.http.send_data(stream, ECHO, end_stream=True)
+                await raw.send()
+            answer = await raw.answer(stream)
+            assert (answer.status, answer.data) == (grpc.StatusCode.NOT_FOUND.value[0], ECHO * answered)
+            if waited := not ended:
+                break
+        assert waited
+        answer = await raw.answer(await raw.open(request(CHAT), bad, end=False))
+        assert answer.status == grpc.StatusCode.NOT_FOUND.value[0]
+
+
 async def test_where_they_differ(each_transport: str) -> None:
     place = ["grpcio", "native"].index(each_transport)
     async with serving(echo_service(), transport=each_transport) as server:
