@@ -89,10 +89,15 @@ HINTS_BY_REASON = {
     "BUILD_NOT_FOUND": "`mlmesh engines operations` shows the builds",
     "BUILD_FAILED": "`mlmesh engines list` shows which engines there are, and why others are not",
     "QUEUE_FULL": "wait a moment and try again",
-    "INVALID_RESOURCE": "correct the file and apply it again; the configuration before stays active",
+    "INVALID_RESOURCE": "correct what is named; nothing was changed, the configuration before stays active",
     "TRACE_NOT_FOUND": "`mlmesh traces list` shows the traces kept",
     "WORKLOAD_NOT_FOUND": "`mlmesh status` shows the workloads",
     "DISK_FULL": "make room on the disk that holds the state folder, then try again",
+}
+# For what was found here, where no mesh was asked.
+HINTS_OFFLINE = {
+    **HINTS_BY_REASON,
+    "INVALID_RESOURCE": "correct what is named, then run this again; no mesh was touched",
 }
 HINTS_BY_CODE = {
     "UNAVAILABLE": "`mlmesh status` shows what is running and why something is not",

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-from mlmesh_cli.errors import HINTS_BY_CODE, HINTS_BY_REASON, CliError, ExitCode, from_rpc, leaves, usage_error
+from mlmesh_cli.errors import HINTS_BY_CODE, HINTS_OFFLINE, CliError, ExitCode, from_rpc, leaves, usage_error
 from mlmesh_cli.options import OutputFormat
 from mlmesh_runtime.config import ConfigError
 from mlmesh_runtime.errors import MeshError
@@ -135,7 +135,7 @@ def _cli_error(error: BaseException) -> CliError:
     if isinstance(error, CliError):
         return error
     if isinstance(error, MeshError):
-        return CliError(error.message, HINTS_BY_REASON.get(error.reason, ""), reason=error.reason)
+        return CliError(error.message, HINTS_OFFLINE.get(error.reason, ""), reason=error.reason)
     if isinstance(error, ConfigError):
         return usage_error(str(error), "the environment variables MLMESH_*_TARGET are host:port")
     if isinstance(error, TimeoutError):

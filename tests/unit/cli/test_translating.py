@@ -65,3 +65,15 @@ def test_what_is_not_there_is_told(folder: Path, arguments: list[str], expected:
 def test_without_files_it_is_what_a_mesh_would_be_started_from(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     assert "inference-v1-0" in json.loads(_run("-o", "json"))
+
+
+@pytest.mark.parametrize("command", ["translate", "doctor", "explain --from a --to b", "diff --against {}", "delete"])
+def test_what_is_refused_without_a_mesh_speaks_of_none(command: str, tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text("apiVersion: networking.istio.io/v1\nkind: VirtualService\nmetadata: {name: a}\nspec: {htp: []}\n")
+    words = command.format(wrong).split()
+    result = CliRunner().invoke(app, [*words, "-f", str(wrong)])
+    assert result.exit_code not in (0, 3)
+    assert 'unknown field (did you mean "http"?)' in result.stderr
+    assert "no mesh was touched" in result.stderr
+    assert "apply" not in result.stderr
