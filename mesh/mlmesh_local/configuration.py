@@ -27,7 +27,8 @@ from mlmesh_local.resources.model import Deployment, Gateway, MeshConfig
 from mlmesh_local.resources.parse import Document, load_resources
 from mlmesh_local.resources.resource_set import Applied, Change, ResourceSet
 from mlmesh_local.snapshot import Snapshot, SnapshotBuilder
-from mlmesh_local.translate import service_endpoints
+from mlmesh_local.translate import View, service_endpoints
+from mlmesh_local.translate.shadowed import shadowed
 from mlmesh_local.workloads import Workload, workload_of, workloads_of
 from mlmesh_local.xds import AdsServer, ConfigurationRejectedError, SentResource
 from mlmesh_runtime.errors import MeshError, TimedOut, WrongState
@@ -195,13 +196,13 @@ class Configuration:
         world = self._world(applied.resources)
         self._certificates.check(world.proxies, trust_domain=trust_domain_of(applied.resources))
         snapshots = self._builder.build(world)
+        warnings = (*applied.warnings, *(f"{one.detail}; give it another port" for one in shadowed(View(world))))
         if dry_run:
-            return ApplyOutcome(changes=applied.changes, warnings=applied.warnings, version=self.version)
+            return ApplyOutcome(changes=applied.changes, warnings=warnings, version=self.version)
         before = self.resources
         started = time.monotonic()
         self.resources = applied.resources
         self._push(world, snapshots)
-        warnings = applied.warnings
         try:
             await self._acknowledged(timeout_s)
         except TimedOut as error:
@@ -273,6 +274,7 @@ class Configuration:
             container_ports=workload.ports,
             extra_addresses=self._extra_addresses(plan, resources),
             access_log_path=str(self._logs / f"{plan.name}.access.log"),
+            settings=workload.proxy,
         )
 
     def _extra_addresses(self, plan: InstancePlan, resources: ResourceSet) -> tuple[tuple[int, str], ...]:

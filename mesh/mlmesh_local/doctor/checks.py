@@ -290,4 +290,15 @@ CHECKS: Final[tuple[Check, ...]] = (
         source="https://github.com/grpc/proposal/blob/master/A14-channelz.md",
         find=running.failing_streams,
     ),
+    Check(
+        id="MLM028",
+        severity="warning",
+        layer="files",
+        title="a TCP service that another one hides on the laptop",
+        why="In a cluster each service has an address of its own; here connections of one port are told apart by the "
+        "server name in TLS only, and the oldest service gets the rest.",
+        fix="Give the Service another port (targetPort stays), or declare the port as tls where its clients speak TLS.",
+        source=f"{_ISTIO}/ops/configuration/traffic-management/traffic-routing/",
+        find=workloads.hidden_tcp,
+    ),
 )

@@ -20,6 +20,7 @@ from mlmesh_local.resources.model import (
     Service,
     VirtualService,
 )
+from mlmesh_local.translate.shadowed import shadowed
 
 MESSAGE_LIMIT = "MLMESH_MESSAGE_BYTES_MAX"
 DEFAULT_LIMIT = 16 * 1024 * 1024
@@ -198,6 +199,18 @@ def undeclared_ports(context: Context) -> Iterator[Hit]:
                     detail = f"{_name(deployment)} declares no container port {port.target}"
                     name = f"{service.meta.namespace}/{service.meta.name}"
                     yield Hit(kind="Service", name=name, path=("spec", "ports", index, "targetPort"), detail=detail)
+
+
+def hidden_tcp(context: Context) -> Iterator[Hit]:
+    """MLM028."""
+    for one in shadowed(context.view):
+        if one.service.is_entry:
+            entry = next((e for e in one.service.entries if one.service.host in e.hosts), one.service.entries[0])
+            kind, name = "ServiceEntry", f"{entry.meta.namespace}/{entry.meta.name}"
+        else:
+            kind, name = "Service", f"{one.service.namespace}/{one.service.name}"
+        numbers = [port.number for port in one.service.ports]
+        yield Hit(kind=kind, name=name, path=("spec", "ports", numbers.index(one.port)), detail=one.detail)
 
 
 # mTLS

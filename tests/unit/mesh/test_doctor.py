@@ -87,6 +87,16 @@ def _pool(http: str) -> str:
     return destination_rule(f"{{connectionPool: {{tcp: {{tcpKeepalive: {{time: 30s}}}}, http: {http}}}}}")
 
 
+def _tcp(first: str, second: str) -> str:
+    """Two services of one port; the names of their ports tell the protocols."""
+    return QUIET + "".join(
+        "---\napiVersion: v1\nkind: Service\n"
+        f"metadata: {{name: {name}, creationTimestamp: 2026-01-0{age}T00:00:00Z, namespace: mlmesh}}\n"
+        f"spec: {{selector: {{app: server}}, ports: [{{name: {port}, port: 5432, targetPort: 9090}}]}}\n"
+        for name, age, port in (("a", 2, first), ("b", 1, second))
+    )
+
+
 def _deny(more: str) -> str:
     rule = "{from: [{source: {principals: ['cluster.local/ns/mlmesh/sa/x']}}]}"
     return QUIET + resource("AuthorizationPolicy", f"{{action: DENY, rules: [{rule}]}}") + more
@@ -201,6 +211,7 @@ CASES: dict[str, Case] = {
             ),
         ),
     ),
+    "MLM028": Case(bad=_tcp("tcp-a", "tcp-b"), good=_tcp("tcp-a", "tls-b")),
 }
 
 
@@ -237,6 +248,22 @@ def test_a_finding_names_the_line() -> None:
     assert finding.part == "spec.http[0].timeout"
     assert finding.where == "1.yaml:6"
     assert finding.detail == f"3 s on a rule that takes {STREAM}"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "hidden"),
+    [
+        ("tcp", "tcp", "Service mlmesh/a"),
+        ("redis", "mysql", "Service mlmesh/a"),
+        ("tcp", "unnamed", "Service mlmesh/a"),
+        ("unnamed", "tcp", ""),
+        ("unnamed", "unnamed", ""),
+        ("tcp", "http", ""),
+    ],
+)
+def test_the_younger_of_two_tcp_services_is_hidden(first: str, second: str, hidden: str) -> None:
+    found = [one.resource for one in _found("MLM028", _context(_tcp(first, second)))]
+    assert found == [hidden] * bool(hidden)
 
 
 def test_methods_that_a_service_tells_count_more_than_those_that_are_known() -> None:
