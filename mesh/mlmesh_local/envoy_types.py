@@ -62,9 +62,10 @@ def build(name: str, value: Mapping[str, Any]) -> Message:
     message = message_class(name)()
     try:
         json_format.ParseDict(dict(value), message, descriptor_pool=pool())
-    except json_format.ParseError as error:
+        _settle(message)
+    except (json_format.ParseError, AttributeError, KeyError, TypeError) as error:
+        # The parser takes for granted that "@type" is there and a string, and that a list is where a list belongs.
         raise InvalidMessageError(f"{name}: {error}") from error
-    _settle(message)
     return message
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
-from mlmesh_local.resources.domains import domain_problem, is_label, labels_problem
+from mlmesh_local.resources.domains import LABEL_MAX, domain_problem, is_label, labels_problem
 from mlmesh_local.resources.fields import Fields
 
 T = TypeVar("T")
@@ -56,6 +56,8 @@ def selected(fields: Fields, name: str) -> Mapping[str, str]:
             fields.refuse(name, "must not have an empty key")
         if "*" in key or "*" in value:
             fields.refuse(name, f'"{key}: {value}": a selector knows no wildcards')
+        if len(value) > LABEL_MAX:
+            fields.refuse(name, f'the value of "{key}" has {len(value)} characters; a label has at most {LABEL_MAX}')
     return found
 
 

@@ -179,12 +179,8 @@ class _Check:
     # Policies
 
     def policies(self) -> None:
-        checked: tuple[AuthorizationPolicy | RequestAuthentication, ...] = (
-            *self._resources.specs(AuthorizationPolicy),
-            *self._resources.specs(RequestAuthentication),
-        )
         known = [one.name for config in self._resources.specs(MeshConfig) for one in config.authorizers]
-        for problem in security_warnings(checked, authorizers=known):
+        for problem in security_warnings(self._resources.specs(AuthorizationPolicy), authorizers=known):
             self.warnings.add(problem.at, problem.message)
         # `analyze` tells it of the others.
         selecting: tuple[PeerAuthentication | RequestAuthentication | EnvoyFilter, ...] = (

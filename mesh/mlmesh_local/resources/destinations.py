@@ -51,7 +51,10 @@ def parse_destination_rule(meta: Meta, spec: Fields) -> DestinationRule:
 
 def _policy(fields: Fields) -> TrafficPolicy:
     ports: list[tuple[int, TrafficPolicy]] = []
-    if not any(fields.has(name) for name in _PARTS):
+    ports_named = fields.raw("portLevelSettings")
+    if not any(fields.has(name) for name in _PARTS if name != "portLevelSettings") and not (
+        ports_named and ports_named.value
+    ):
         fields.problems.add(fields.at, "must have at least one setting")
     for item in fields.messages("portLevelSettings"):
         with item:

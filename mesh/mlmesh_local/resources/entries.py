@@ -13,6 +13,7 @@ from mlmesh_local.resources.protocols import Protocol, is_http, is_tls, parse_pr
 
 UNIX = "unix://"
 _RESOLUTIONS = ("NONE", "STATIC", "DNS", "DNS_ROUND_ROBIN", "DYNAMIC_DNS")
+_ACCOUNT_MAX = 253
 _DYNAMIC = ("http", "tls", "grpc", "http2")
 
 
@@ -70,7 +71,7 @@ def _hosts(spec: Fields, resolution: str) -> tuple[str, ...]:
             problem = '"*" would be every host; name a domain, such as "*.example.com"'
         elif not problem and resolution == "DYNAMIC_DNS" and not text.startswith("*"):
             problem = f'"{text}" must begin with "*": resolution DYNAMIC_DNS is for wildcards'
-        elif not problem and resolution.startswith("DNS") and "*" in text and not spec.has("endpoints"):
+        elif not problem and resolution.startswith("DNS") and "*" in text and not spec.items("endpoints"):
             problem = f'"{text}" cannot be resolved: a wildcard needs "endpoints"'
         if problem:
             spec.problems.add(at, problem)
@@ -121,7 +122,7 @@ def protocol(fields: Fields, name: str) -> Protocol:
 
 def _endpoints(spec: Fields, resolution: str, ports: Collection[str]) -> tuple[EntryEndpoint, ...]:
     found = tuple(_endpoint(item, resolution, ports) for item in spec.messages("endpoints"))
-    if found and resolution == "NONE":
+    if spec.has("endpoints") and resolution == "NONE":
         spec.refuse("endpoints", "does not go with resolution NONE; use STATIC or DNS")
     if len(found) > 1 and resolution == "DNS_ROUND_ROBIN":
         spec.refuse("endpoints", "resolution DNS_ROUND_ROBIN takes one endpoint")
@@ -164,7 +165,7 @@ def read_endpoint(fields: Fields, *, host_names: bool, unix: bool) -> EntryEndpo
     """The fields that an endpoint and a WorkloadEntry have in common."""
     address, network = fields.text("address"), fields.text("network")
     if not address and not network:
-        fields.required("address")
+        fields.problems.add(fields.at, '"address" is required, or "network" where only a gateway is called')
     problem = _address_problem(address, host_names=host_names, unix=unix) if address else ""
     if problem:
         fields.refuse("address", problem)
@@ -174,14 +175,17 @@ def read_endpoint(fields: Fields, *, host_names: bool, unix: bool) -> EntryEndpo
             numbers[name] = inner.port(name)
             if not is_label(name):
                 inner.refuse(name, "is not a DNS label")
-    if numbers and address.startswith(UNIX):
+    if fields.has("ports") and address.startswith(UNIX):
         fields.refuse("ports", "does not go with a unix socket")
+    account = fields.text("serviceAccount")
+    if len(account) > _ACCOUNT_MAX:
+        fields.refuse("serviceAccount", f"must have at most {_ACCOUNT_MAX} characters, not {len(account)}")
     return EntryEndpoint(
         address=address,
         ports=numbers,
         labels=labels(fields, "labels"),
         weight=fields.integer("weight") or 0,
-        service_account=fields.text("serviceAccount"),
+        service_account=account,
         locality=fields.text("locality"),
         network=network,
     )

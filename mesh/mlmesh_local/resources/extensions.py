@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Final, cast
 
 from mlmesh_local.envoy_types import InvalidMessageError, build
+from mlmesh_local.resources.checked import part, selector
 from mlmesh_local.resources.fields import Fields
 from mlmesh_local.resources.model import EnvoyFilter, FilterPatch, Meta, PatchContext, PatchOperation
 
@@ -31,11 +32,10 @@ _ELSEWHERE: Final = (
 def parse_envoy_filter(meta: Meta, spec: Fields) -> EnvoyFilter:
     """Read an EnvoyFilter's spec."""
     spec.unsupported("targetRefs", why="it selects gateways and waypoints of the Gateway API")
-    with spec.message("workloadSelector") as chosen:
-        selector = chosen.text_map("labels")
+    chosen = selector(spec, "workloadSelector", "labels")
     priority = spec.integer("priority", low=-(2**31), high=2**31 - 1) or 0
     patches = tuple(_patch(item) for item in spec.messages("configPatches"))
-    return EnvoyFilter(meta=meta, selector=selector, priority=priority, patches=patches)
+    return EnvoyFilter(meta=meta, selector=chosen or {}, priority=priority, patches=patches)
 
 
 def _patch(fields: Fields) -> FilterPatch:
@@ -49,7 +49,7 @@ def _patch(fields: Fields) -> FilterPatch:
             )
             match.unsupported("proxy", "routeConfiguration", "cluster", "waypoint")
             with match.message("listener") as listener:
-                listener.unsupported("name", "listenerFilter", why="select by portNumber")
+                listener.unsupported("name", "portName", "listenerFilter", why="select by portNumber")
                 port = listener.port("portNumber")
                 with listener.message("filterChain") as chain:
                     before = _sub_filter(chain)
@@ -57,11 +57,12 @@ def _patch(fields: Fields) -> FilterPatch:
         if fields.required("patch"):
             with fields.message("patch") as patch:
                 patch.unsupported("filterClass", why="place it by the operation")
+                patch.required("operation")
                 operation = patch.choice(
                     "operation",
                     ("INSERT_FIRST", "INSERT_BEFORE", "INSERT_AFTER"),
                     "INSERT_BEFORE",
-                    unsupported=("ADD", "MERGE", "REMOVE", "REPLACE"),
+                    unsupported=("ADD", "MERGE", "MERGE_AND_REPLACE_LIST", "REMOVE", "REPLACE"),
                 )
                 value = _value(patch)
         return FilterPatch(
@@ -77,10 +78,19 @@ def _sub_filter(chain: Fields) -> str:
     chain.unsupported(
         "name", "sni", "transportProtocol", "applicationProtocols", "destinationPort", why="select by portNumber"
     )
-    with chain.message("filter") as network:
-        network.choice("name", (_MANAGER,), _MANAGER)
-        with network.message("subFilter") as sub:
-            return sub.text("name")
+    return part(chain, "filter", _manager_filter) or ""
+
+
+def _manager_filter(network: Fields) -> str:
+    if network.required("name"):
+        network.choice("name", (_MANAGER,), _MANAGER, unsupported=_others(network))
+    return part(network, "subFilter", lambda sub: sub.text("name", required=True)) or ""
+
+
+def _others(network: Fields) -> tuple[str, ...]:
+    """Any other network filter: what the laptop mesh does not patch."""
+    name = network.text("name")
+    return (name,) if name not in ("", _MANAGER) else ()
 
 
 def _value(patch: Fields) -> dict[str, object]:
@@ -91,10 +101,11 @@ def _value(patch: Fields) -> dict[str, object]:
         return {}
     value = node.plain()
     if not isinstance(value, dict) or not value.get("name") or "typed_config" not in value:
-        patch.refuse("value", 'must be an HTTP filter: "name" and "typed_config" with its "@type"')
+        wanted = 'must be an HTTP filter: "name" and "typed_config" with its "@type"; the laptop mesh takes no other'
+        patch.refuse("value", wanted)
         return {}
     try:
         build(HTTP_FILTER, value)
     except InvalidMessageError as error:
-        patch.refuse("value", f"is not a filter that Envoy knows: {error}")
+        patch.refuse("value", f"is not a filter that Envoy knows, so the laptop mesh does not send it: {error}")
     return value

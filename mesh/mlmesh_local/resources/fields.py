@@ -37,9 +37,11 @@ class Fields:
         self._asked: set[str] = set()
         self._unsupported: set[str] = set()
         self._values: dict[str, Node] = {}
+        self._nulls: dict[str, Node] = {}
         if isinstance(node.value, dict):
             # null means absent, as in Kubernetes.
             self._values = {key: value for key, value in node.value.items() if value.value is not None}
+            self._nulls = {key: value for key, value in node.value.items() if value.value is None}
         elif node.value is not None:
             problems.add(at, f"must be a mapping, not {node.kind()}")
 
@@ -54,7 +56,7 @@ class Fields:
 
     def done(self) -> None:
         """Refuse what nobody asked for."""
-        for name, node in self._values.items():
+        for name, node in (*self._values.items(), *self._nulls.items()):
             if name not in self._asked:
                 hint = did_you_mean(name, self._asked | self._unsupported)
                 self.problems.add(self.place(name, node), f"unknown field{hint}")
@@ -100,6 +102,7 @@ class Fields:
     def one_of(self, *names: str, required: bool = False) -> str:
         """Name of the only one of these fields that is set, or empty. More than one is refused."""
         present = [name for name in names if name in self._values]
+        self._asked.update(name for name in names if name in self._nulls)
         if len(present) > 1:
             self.refuse(present[1], f'cannot be set together with "{present[0]}"')
         elif not present and required:
@@ -264,6 +267,8 @@ class Fields:
     def messages(self, name: str) -> Iterator[Fields]:
         """A list of mappings."""
         for item, at in self.items(name):
+            if item.value is None:
+                self.problems.add(at, "must be a mapping, not null")
             yield Fields(item, at, self.problems, quoted_numbers=self.quoted_numbers)
 
     def message(self, name: str) -> Fields:

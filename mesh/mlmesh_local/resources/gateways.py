@@ -71,7 +71,7 @@ def _server(fields: Fields, namespace: str, *, converted: bool) -> GatewayServer
                 if inner.integer("targetPort"):
                     inner.refuse("targetPort", "means nothing at gateways; the Service has the target port")
         fields.ignored("port")
-        tls = part(fields, "tls", _server_tls)
+        tls = part(fields, "tls", lambda inner: server_tls(inner, converted=converted))
         _check_tls(fields, protocol, tls)
         hosts = _server_hosts(fields, namespace, converted=converted)
         return GatewayServer(
@@ -122,7 +122,9 @@ def _check_tls(fields: Fields, protocol: str, tls: ServerTls | None) -> None:
     if tls is None:
         return
     if protocol in ("HTTP", "HTTP2", "GRPC", "GRPC-WEB", "HTTP_PROXY"):
-        if not tls.passes_through or tls.certificates or tls.ca_certificates:
+        inner = fields.message("tls")
+        pair = inner.has("serverCertificate") or inner.has("privateKey")
+        if not tls.passes_through or pair or tls.ca_certificates:
             fields.refuse("tls", f"of protocol {protocol} only httpsRedirect can be set")
     else:
         fields.refuse("tls", f"goes with protocol HTTPS or TLS, not {protocol}")
@@ -136,7 +138,7 @@ def _server_hosts(fields: Fields, own_namespace: str, *, converted: bool) -> lis
         nobody = namespace == "~" and converted
         if slash and namespace not in ("*", ".") and not nobody and not is_label(namespace):
             fields.refuse("hosts", f'"{namespace}" is not the name of a namespace')
-        problem = _host_problem(host)
+        problem = "" if converted else _host_problem(host)
         if problem:
             fields.refuse("hosts", problem)
         else:
@@ -147,16 +149,22 @@ def _server_hosts(fields: Fields, own_namespace: str, *, converted: bool) -> lis
 
 
 def _host_problem(host: str) -> str:
-    if host == "*" or is_ip(host):
+    if host == "*":
         return ""
     if "." not in host:
         return f'"{host}" is a short name; give the full host name'
+    if is_ip(host):
+        return ""
     if "*" in host and not host.startswith("*."):
         return f'"{host}": a wildcard is a whole label, such as *.example.com'
     return domain_problem(host, wildcard=True)
 
 
-def _server_tls(fields: Fields) -> ServerTls:
+def server_tls(fields: Fields, *, converted: bool = False) -> ServerTls:
+    """Read `tls` of a server, or of a Sidecar's ingress listener.
+
+    ``converted``: of a listener of the Gateway API, which Istio does not validate again; it may lack certificates.
+    """
     mode = cast("ServerTlsMode", fields.choice("mode", _MODES, "PASSTHROUGH"))
     pair = (fields.text("serverCertificate"), fields.text("privateKey"))
     listed = tuple(_certificate(item, mode) for item in fields.messages("tlsCertificates"))
@@ -183,14 +191,15 @@ def _server_tls(fields: Fields) -> ServerTls:
             fields.refuse(name, f"must have 1 or {_CERTIFICATES_MAX} entries")
     if mode == "ISTIO_MUTUAL":
         _check_mesh_certificates(fields)
-    else:
+    elif not converted:
         _check_certificates(fields, tls, pair)
     return tls
 
 
 def _certificate(fields: Fields, mode: str) -> tuple[str, str]:
     with fields:
-        fields.ignored("caCertificates")
+        # Istio's own validation is all that reads it.
+        fields.text("caCertificates")
         found = (fields.text("serverCertificate"), fields.text("privateKey"))
         if mode in ("SIMPLE", "MUTUAL", "OPTIONAL_MUTUAL"):
             for name, value in zip(("serverCertificate", "privateKey"), found, strict=True):

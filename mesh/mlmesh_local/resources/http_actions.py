@@ -234,9 +234,9 @@ def parse_direct_response(fields: Fields) -> DirectResponse:
 
 def _decoded(fields: Fields, text: str) -> bytes:
     try:
-        return base64.b64decode(text.replace("-", "+").replace("_", "/") + "=" * (-len(text) % 4), validate=True)
+        return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
-        fields.refuse("bytes", "is not base64")
+        fields.refuse("bytes", f'"{text[:40]}" is not base64 of the standard alphabet, padded with "="')
         return b""
 
 

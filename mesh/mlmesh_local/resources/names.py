@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
+_DNS_LABEL = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
+_NAMESPACE = re.compile(rf"{_DNS_LABEL}")
+_KEY = re.compile(rf"({_DNS_LABEL}(\.{_DNS_LABEL})*/)?(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])")
+_VALUE = re.compile(r"(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?")
+_LABEL_MAX = 63
+_PREFIX_MAX = 253
+
 MESH_GATEWAY = "mesh"
 """What a VirtualService calls all sidecars."""
 
@@ -30,3 +39,25 @@ def full_gateway(name: str, namespace: str) -> str:
 def exported_to(targets: tuple[str, ...], namespace: str, client_namespace: str) -> bool:
     """Whether what a namespace exports to targets ("*", ".", namespaces) is there for clients of another."""
     return any(t in ("*", client_namespace) or (t == "." and namespace == client_namespace) for t in targets)
+
+
+def is_namespace(text: str) -> bool:
+    """Whether Kubernetes takes it as the name of a namespace."""
+    return len(text) <= _LABEL_MAX and _NAMESPACE.fullmatch(text) is not None
+
+
+def key_problem(key: str) -> str:
+    """What Kubernetes finds wrong with the key of a label or an annotation, or empty."""
+    # Annotations may have capitals before the slash.
+    prefix, slash, name = key.rpartition("/")
+    if _KEY.fullmatch(key.lower()) and len(name) <= _LABEL_MAX and len(prefix) <= _PREFIX_MAX:
+        return ""
+    what = "" if slash else ", after a domain and a slash if need be"
+    return f'"{key}" is not a key: up to {_LABEL_MAX} letters, digits, "-", "_" and "."{what}'
+
+
+def value_problem(value: str) -> str:
+    """What Kubernetes finds wrong with the value of a label, or empty."""
+    if len(value) <= _LABEL_MAX and _VALUE.fullmatch(value):
+        return ""
+    return f'"{value}" is not the value of a label: up to {_LABEL_MAX} letters, digits, "-", "_" and "."'

@@ -55,7 +55,7 @@ def _http2_keepalive(fields: Fields) -> tuple[float, float]:
 def outlier_detection(fields: Fields) -> OutlierDetection:
     """Read `outlierDetection`."""
     # Istio accepts both and makes nothing of them.
-    fields.integer("consecutiveErrors", high=INT32_MAX)
+    fields.integer("consecutiveErrors", low=-INT32_MAX - 1, high=INT32_MAX)
     for item, at in fields.items("outlierDetectionHttpErrorCodes"):
         if not isinstance(item.value, int) or isinstance(item.value, bool) or not 100 <= item.value <= 599:
             fields.problems.add(at, "must be an HTTP status, 100 to 599")

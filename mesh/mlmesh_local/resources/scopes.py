@@ -9,6 +9,7 @@ from mlmesh_local.resources.checked import host, part, selector
 from mlmesh_local.resources.domains import domain_problem, is_ip, is_label
 from mlmesh_local.resources.entries import UNIX, protocol
 from mlmesh_local.resources.fields import Fields
+from mlmesh_local.resources.gateways import server_tls
 from mlmesh_local.resources.meta import Meta
 from mlmesh_local.resources.model_routes import Destination
 from mlmesh_local.resources.model_sidecars import EgressHost, EgressListener, IngressListener, Sidecar
@@ -22,7 +23,7 @@ _PARTS = ("egress", "ingress", "outboundTrafficPolicy", "inboundConnectionPool")
 
 def parse_sidecar(meta: Meta, spec: Fields) -> Sidecar:
     """Read a Sidecar's spec."""
-    if not any(spec.has(name) for name in _PARTS):
+    if not any(spec.has(name) for name in _PARTS[2:]) and not (spec.items("egress") or spec.items("ingress")):
         spec.problems.add(spec.at, "must have at least one of " + ", ".join(f'"{name}"' for name in _PARTS))
     mode, proxy = part(spec, "outboundTrafficPolicy", _outbound) or ("", None)
     egress = tuple(_egress(item) for item in spec.messages("egress"))
@@ -123,12 +124,13 @@ def _ingress(fields: Fields) -> IngressListener:
 
 def _tls(fields: Fields) -> None:
     """TLS of an ingress listener is checked, and then has no effect: in Istio, too, unless it is told otherwise."""
+    tls = server_tls(fields)
     for name in ("subjectAltNames", "httpsRedirect", "credentialName", "credentialNames", "tlsCertificates"):
-        if fields.has(name):
+        node = fields.raw(name)
+        if node is not None and node.value:
             fields.refuse(name, "does not go with a Sidecar")
-    fields.choice("mode", ("PASSTHROUGH", "SIMPLE", "MUTUAL", "OPTIONAL_MUTUAL"), "PASSTHROUGH")
-    for name in fields.names():
-        fields.ignored(name)
+    if tls.mode in ("ISTIO_MUTUAL", "AUTO_PASSTHROUGH"):
+        fields.refuse("mode", f'"{tls.mode}" does not go with a Sidecar; use SIMPLE, MUTUAL or OPTIONAL_MUTUAL')
 
 
 def _endpoint_problem(text: str) -> str:

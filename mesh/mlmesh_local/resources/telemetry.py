@@ -122,7 +122,7 @@ def _name(tag: TagOverride) -> str:
 
 def _tag_override(name: str, fields: Fields) -> TagOverride:
     if not (name.isascii() and name.replace("_", "a").isalnum() and not name[:1].isdigit()):
-        fields.problems.add(fields.at, f'"{name}" is not the name of a label')
+        fields.problems.add(fields.at, f'"{name}" is not the name of a label that the laptop mesh can tell')
     operation = fields.choice("operation", ("UPSERT", "REMOVE"), "UPSERT")
     value = fields.text("value")
     if operation == "REMOVE":

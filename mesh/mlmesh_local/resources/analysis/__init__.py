@@ -19,6 +19,7 @@ from mlmesh_local.resources.analysis.gateways import analyze_gateways
 from mlmesh_local.resources.analysis.hosts import analyze_hosts
 from mlmesh_local.resources.analysis.messages import CODES, LEVELS, Level, Message
 from mlmesh_local.resources.analysis.policies import analyze_policies
+from mlmesh_local.resources.analysis.validity import analyze_validity
 from mlmesh_local.resources.analysis.virtual_services import analyze_virtual_services
 from mlmesh_local.resources.analysis.workloads import analyze_workloads
 
@@ -42,6 +43,7 @@ def analyze(resources: ResourceSet, *, suppress: Iterable[str] = ()) -> tuple[Me
         analyze_policies,
         analyze_workloads,
         analyze_conditions,
+        analyze_validity,
     ):
         part(cluster)
     wishes = [wish.partition("=") for wish in suppress]

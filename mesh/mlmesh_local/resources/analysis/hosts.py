@@ -29,7 +29,6 @@ def analyze_hosts(cluster: Cluster) -> None:
     for item in cluster.items("DestinationRule"):
         _verification(cluster, item)
         _subsets(cluster, item)
-        _deprecated(cluster, item)
     for item in cluster.items("ServiceEntry"):
         _addresses(cluster, item)
     _protocols(cluster)
@@ -66,20 +65,6 @@ def _subsets(cluster: Cluster, item: Item) -> None:
         if not cluster.selected(labels):
             text = f'no workload has the labels of the subset "{subset.get("name", "")}"'
             cluster.report("IST0173", item, text, "spec", "subsets", index)
-
-
-def _deprecated(cluster: Cluster, item: Item) -> None:
-    policies = [("trafficPolicy", mapped(item.spec.get("trafficPolicy")))]
-    policies += [("subsets", mapped(subset.get("trafficPolicy"))) for subset in listed(item.spec.get("subsets"))]
-    for name, policy in policies:
-        for part in [policy, *(mapped(port) for port in listed(policy.get("portLevelSettings")))]:
-            if mapped(part.get("outlierDetection")).get("consecutiveErrors"):
-                text = '"consecutiveErrors" is deprecated; use consecutiveGatewayErrors or consecutive5xxErrors'
-                cluster.report("IST0133", item, text, "spec", name, offline=True)
-            balanced = mapped(mapped(part.get("loadBalancer")).get("consistentHash"))
-            if balanced.get("minimumRingSize"):
-                text = '"minimumRingSize" is deprecated; use ringHash.minimumRingSize'
-                cluster.report("IST0133", item, text, "spec", name, offline=True)
 
 
 def _addresses(cluster: Cluster, item: Item) -> None:

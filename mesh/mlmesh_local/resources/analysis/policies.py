@@ -18,11 +18,6 @@ def analyze_policies(cluster: Cluster) -> None:
     for kind in ("AuthorizationPolicy", "RequestAuthentication", "Telemetry"):
         for item in cluster.items(kind):
             _ineffective(cluster, item)
-    for kind in ("AuthorizationPolicy", "RequestAuthentication", "PeerAuthentication", "Telemetry"):
-        for item in cluster.items(kind):
-            if item.spec.get("selector") is not None and not mapped(item.spec.get("selector")).get("matchLabels"):
-                text = "a selector without labels selects every workload of the namespace"
-                cluster.report("IST0133", item, text, "spec", "selector", offline=True)
     _scoped(cluster, "Sidecar", "workloadSelector", "labels", ("IST0110", "IST0111"))
     _scoped(cluster, "Telemetry", "selector", "matchLabels", ("IST0159", "IST0160"))
     _telemetry(cluster)
@@ -101,13 +96,6 @@ def _scoped(cluster: Cluster, kind: str, field: str, inner: str, codes: tuple[st
 
 def _telemetry(cluster: Cluster) -> None:
     for item in cluster.items("Telemetry"):
-        tracing = [mapped(one) for one in listed(item.spec.get("tracing"))]
-        if len(tracing) > 1:
-            cluster.report("IST0133", item, "only the first tracing acts", "spec", "tracing", offline=True)
-        for index, one in enumerate(tracing):
-            if len(listed(one.get("providers"))) > 1:
-                text = "only one provider of tracing is supported"
-                cluster.report("IST0133", item, text, "spec", "tracing", index, "providers", offline=True)
         if _default_access_logging(cluster):
             continue
         for index, log in enumerate(listed(item.spec.get("accessLogging"))):
@@ -132,8 +120,6 @@ def _default_access_logging(cluster: Cluster) -> bool:
 def _filters(cluster: Cluster) -> None:
     versioned: list[str] = []
     for item in cluster.items("EnvoyFilter"):
-        text = "an EnvoyFilter depends on what proxies look like inside, which may change with every release"
-        cluster.report("IST0133", item, text, "spec", offline=True)
         for index, patch in enumerate(listed(item.spec.get("configPatches"))):
             change = mapped(mapped(patch).get("patch"))
             if not change:

@@ -19,29 +19,33 @@ _TCP_OPERATION = frozenset({"destination.port"})
 
 
 def security_warnings(
-    policies: Iterable[AuthorizationPolicy | RequestAuthentication], *, authorizers: Collection[str] = ()
+    policies: Iterable[AuthorizationPolicy], *, authorizers: Collection[str] = ()
 ) -> tuple[Problem, ...]:
-    """Warnings about policies, in their order. ``authorizers`` are the names of those that MeshConfig defines."""
+    """Warnings of ours about policies, in their order. ``authorizers`` are those that MeshConfig defines, by name."""
     found: list[Problem] = []
     for policy in policies:
-        if isinstance(policy, AuthorizationPolicy) and policy.provider and policy.provider not in authorizers:
+        if policy.provider and policy.provider not in authorizers:
             hint = did_you_mean(policy.provider, authorizers)
             message = f'MeshConfig defines no external authorizer "{policy.provider}"{hint}: what it matches is denied'
             found.append(Problem(at=policy.meta.at.field("spec.provider.name"), message=message))
-        room = _authorization(policy) if isinstance(policy, AuthorizationPolicy) else _tokens(policy)
-        found += [Problem(at=policy.meta.at.field(path), message=message) for path, message in room]
+        found += [Problem(at=policy.meta.at.field(path), message=message) for path, message in _patterns(policy)]
     return tuple(found)
 
 
-def _authorization(policy: AuthorizationPolicy) -> Iterator[tuple[str, str]]:
+def denies_streams(policy: AuthorizationPolicy) -> Iterator[tuple[int, str]]:
+    """Istio's warning: rules, by their place, that deny every TCP connection because they ask for HTTP."""
     for index, rule in enumerate(policy.rules):
-        path = f"spec.rules[{index}]"
         if policy.action == "DENY" and _http_only(rule):
             yield (
-                path,
+                index,
                 "denies all traffic to TCP ports in its scope, because it has only attributes of HTTP; "
                 'name the ports it is for ("to.operation.ports")',
             )
+
+
+def _patterns(policy: AuthorizationPolicy) -> Iterator[tuple[str, str]]:
+    for index, rule in enumerate(policy.rules):
+        path = f"spec.rules[{index}]"
         for values in _all_values(rule):
             for value in (*values.values, *values.not_values):
                 if values.key == "source.principal" and value.startswith("spiffe://"):
@@ -70,10 +74,8 @@ def _is_inner_star(key: str, value: str) -> bool:
     return "*" in inner
 
 
-def _tokens(authentication: RequestAuthentication) -> Iterator[tuple[str, str]]:
+def secret_jwks(authentication: RequestAuthentication) -> Iterator[tuple[int, str]]:
+    """Istio's warning: rules, by their place, whose keys are not only public ones."""
     for index, rule in enumerate(authentication.rules):
         for position in secret_keys(rule.jwks):
-            yield (
-                f"spec.jwtRules[{index}].jwks",
-                f"the key at {position} holds secret material; verification needs public keys only",
-            )
+            yield index, f"the key at {position} holds secret material; verification needs public keys only"
