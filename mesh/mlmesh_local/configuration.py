@@ -225,14 +225,15 @@ class Configuration:
             )
 
     async def _acknowledged(self, timeout_s: float) -> None:
+        end_s = time.monotonic() + timeout_s
+        version = ""
         # Endpoints may change meanwhile; what was asked for is part of every later version.
-        async with asyncio.timeout(timeout_s):
-            version = ""
-            while version != self.version:
-                version = self.version
-                if self._other is not None:
-                    await self._other.delivered(version, timeout_s=timeout_s)
-                await self._ads.wait_acked(version, timeout_s=timeout_s)
+        while version != self.version:
+            version = self.version
+            # Who waits tells who is late when its own time is over: there is no other clock around them.
+            if self._other is not None:
+                await self._other.delivered(version, timeout_s=round(max(0.0, end_s - time.monotonic()), 1))
+            await self._ads.wait_acked(version, timeout_s=round(max(0.0, end_s - time.monotonic()), 1))
 
     def _outcome(self, changes: tuple[Change, ...], warnings: tuple[str, ...], latency_s: float) -> ApplyOutcome:
         connected = [status for status in self._ads.statuses().values() if status.connected]

@@ -63,11 +63,12 @@ class RunningMesh:
         async with open_channel(ECHO_TARGET, outbound_host=host) as channel:
             yield PROTOS.stub(channel)
 
-    async def apply(self, text: str, **fields: Any) -> local_pb2.ApplyResponse:
+    async def apply(self, text: str, *, timeout_s: float | None = None, **fields: Any) -> local_pb2.ApplyResponse:
         """Apply YAML."""
         async with self.control() as stub:
             document = local_pb2.ResourceDocument(source="test.yaml", yaml=text)
-            answer: local_pb2.ApplyResponse = await stub.Apply(local_pb2.ApplyRequest(documents=[document], **fields))
+            request = local_pb2.ApplyRequest(documents=[document], **fields)
+            answer: local_pb2.ApplyResponse = await stub.Apply(request, timeout=timeout_s)
             return answer
 
 

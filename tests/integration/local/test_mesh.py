@@ -163,6 +163,20 @@ async def test_calls_are_counted_by_the_rule_that_routed_them(mesh: RunningMesh)
     assert counts == [[("v1", 2, 0)], [("", 1, 1)], [("v1", 3, 0), ("v2", 0, 0)]]
 
 
+async def test_a_sidecar_that_hangs_is_named_and_takes_the_change_later(mesh: RunningMesh) -> None:
+    sidecar = (await mesh.instance("toolbox-0")).sidecar_pid
+    os.kill(sidecar, signal.SIGSTOP)
+    try:
+        applied = await mesh.apply(weights(90, 10), timeout_s=3.0)
+        late = [warning for warning in applied.warnings if "not acknowledged within" in warning]
+        assert [warning.rpartition(" by ")[2] for warning in late] == ["toolbox-0"]
+        assert applied.acked_sidecars < applied.connected_sidecars
+    finally:
+        os.kill(sidecar, signal.SIGCONT)
+        resumed = await mesh.apply(weights(100, 0))
+    assert resumed.acked_sidecars == resumed.connected_sidecars
+
+
 async def test_failed_calls_are_counted(mesh: RunningMesh) -> None:
     def failures(status: local_pb2.MeshStatus) -> int:
         return sum(item.failures for item in status.shares if item.host == ECHO)
