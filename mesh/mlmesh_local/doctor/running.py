@@ -53,7 +53,9 @@ def _counted(context: Context, *endings: str) -> Iterator[Hit]:
 
 def overflows(context: Context) -> Iterator[Hit]:
     """MLM024."""
-    return _counted(context, "upstream_rq_pending_overflow", "upstream_cx_overflow", "upstream_rq_retry_overflow")
+    # Calls beyond http2MaxRequests are "active"; before Envoy 1.40 they were counted as pending.
+    kinds = ("upstream_rq_active_overflow", "upstream_rq_pending_overflow", "upstream_cx_overflow")
+    return _counted(context, *kinds, "upstream_rq_retry_overflow")
 
 
 def abandoned_retries(context: Context) -> Iterator[Hit]:

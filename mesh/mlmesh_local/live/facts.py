@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 
 STATS = (
     "/stats?format=json&type=Counters&usedonly&filter="
-    "upstream_rq_pending_overflow%7Cupstream_cx_overflow%7Cretry_or_shadow_abandoned%7Cupstream_rq_retry_overflow"
+    "upstream_rq_pending_overflow%7Cupstream_rq_active_overflow%7Cupstream_cx_overflow%7Cupstream_rq_retry_overflow"
+    "%7Cretry_or_shadow_abandoned"
     "%7Cssl%5C.fail_verify%7Cssl%5C.connection_error%7Cupstream_rq_timeout%7Cdownstream_rq_idle_timeout"
 )
 """What to ask an Envoy's admin interface for."""

@@ -195,7 +195,7 @@ CASES: dict[str, Case] = {
     "MLM024": Case(
         bad=QUIET,
         good=QUIET,
-        facts=(_stat("cluster.x.upstream_cx_overflow"), _stat("cluster.x.upstream_rq_timeout")),
+        facts=(_stat("cluster.x.upstream_rq_active_overflow"), _stat("cluster.x.upstream_rq_timeout")),
     ),
     "MLM025": Case(bad=QUIET, good=QUIET, facts=(_stat("cluster.x.retry_or_shadow_abandoned"), _facts())),
     "MLM026": Case(bad=QUIET, good=QUIET, facts=(_stat("listener.x.ssl.fail_verify_san"), _facts())),
