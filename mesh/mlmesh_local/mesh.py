@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,9 +19,11 @@ from mlmesh_local.configuration import ApplyOutcome, Configuration, gateways_of
 from mlmesh_local.instance import Instance
 from mlmesh_local.key_sets import KeySets
 from mlmesh_local.metering import Metering
+from mlmesh_local.model import ProxyNode
 from mlmesh_local.pki import Certificate, Clock
 from mlmesh_local.poller import StatsPoller
 from mlmesh_local.process import rotate
+from mlmesh_local.resources.catalog import CatalogService, all_services
 from mlmesh_local.resources.gateway_api.derive import derive
 from mlmesh_local.resources.gateway_api.status import (
     Key,
@@ -36,6 +38,7 @@ from mlmesh_local.resources.resource_set import ResourceSet
 from mlmesh_local.rotation import RootRotation
 from mlmesh_local.supervisor import Supervisor
 from mlmesh_local.traces import TraceStore
+from mlmesh_local.translate.gateway_servers import listening_port
 from mlmesh_local.work import Work
 from mlmesh_runtime.executors import BoundedExecutor
 
@@ -122,29 +125,19 @@ class Mesh:
 
     def gateways(self) -> list[GatewayListener]:
         """Listening ports of gateways, the address outside the mesh first."""
-        result: list[GatewayListener] = []
+        world = self.configuration.world
+        proxies = {proxy.id: proxy for proxy in world.proxies if proxy.kind == "gateway"}
+        services = all_services(derive(world.resources), world.domain) if proxies else []
+        found: dict[GatewayListener, None] = {}
         for instance in self.instances:
-            if instance.plan.workload.is_gateway:
+            if instance.name in proxies:
                 for gateway in gateways_of(self.resources, instance.plan):
-                    result += self._listeners(gateway, instance)
-        return result
+                    found |= dict.fromkeys(_listeners(gateway, proxies[instance.name], services))
+        return list(found)
 
     def outbound_ports(self) -> list[int]:
         """Ports on which every sidecar listens for its application."""
         return sorted({port.number for service in derive(self.resources).specs(Service) for port in service.ports})
-
-    def _listeners(self, gateway: Gateway, instance: Instance) -> list[GatewayListener]:
-        proxies = {proxy.id: proxy for proxy in self.configuration.world.proxies}
-        extra = dict(proxies[instance.name].extra_addresses) if instance.name in proxies else {}
-        result: list[GatewayListener] = []
-        for server in gateway.servers:
-            mode = server.tls.mode if server.tls else "PLAINTEXT"
-            mode = "MUTUAL" if mode.endswith("MUTUAL") else mode
-            for address in (extra.get(server.port, ""), f"{instance.plan.addresses.pod}:{server.port}"):
-                if address:
-                    name = f"{gateway.meta.namespace}/{gateway.meta.name}"
-                    result.append(GatewayListener(gateway=name, address=address, tls_mode=mode))
-        return result
 
     # What can be done.
 
@@ -300,3 +293,14 @@ class SupervisorTraffic:
 
     def forget(self, name: str) -> None:
         """Nothing is kept for an instance that is gone but its counts."""
+
+
+def _listeners(gateway: Gateway, proxy: ProxyNode, services: Sequence[CatalogService]) -> Iterator[GatewayListener]:
+    extra = dict(proxy.extra_addresses)
+    name = f"{gateway.meta.namespace}/{gateway.meta.name}"
+    for server in gateway.servers:
+        mode = server.tls.mode if server.tls else "PLAINTEXT"
+        mode = "MUTUAL" if mode.endswith("MUTUAL") else mode
+        own = f"{proxy.pod_address}:{listening_port(services, proxy, server.port)}"
+        for address in filter(None, (extra.get(server.port, ""), own)):
+            yield GatewayListener(gateway=name, address=address, tls_mode=mode)

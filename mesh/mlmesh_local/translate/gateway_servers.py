@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from mlmesh_local.model import ProxyNode
-from mlmesh_local.resources.catalog import selects
+from mlmesh_local.resources.catalog import CatalogService, selects
 from mlmesh_local.resources.gateways import UNIX
 from mlmesh_local.resources.model_gateways import Gateway, GatewayServer
 from mlmesh_local.translate.view import View
@@ -69,7 +69,12 @@ def listening(view: View, proxy: ProxyNode) -> list[Listening]:
     names: dict[tuple[int, str], set[str]] = {}
     for gateway in view.gateways(proxy):
         for server in gateway.servers:
-            one = Served(gateway=gateway, server=server, port=_port(view, proxy, server), bind=_bind(server))
+            one = Served(
+                gateway=gateway,
+                server=server,
+                port=listening_port(view.services.values(), proxy, server.port),
+                bind=_bind(server),
+            )
             key = (one.port, one.bind)
             if server.tls is not None:
                 taken = names.setdefault(key, set())
@@ -110,15 +115,15 @@ def _bind(server: GatewayServer) -> str:
     return server.bind if server.bind.startswith((UNIX, "127.")) else ""
 
 
-def _port(view: View, proxy: ProxyNode, server: GatewayServer) -> int:
+def listening_port(services: Iterable[CatalogService], proxy: ProxyNode, port: int) -> int:
     """The port of the proxy behind a server's: a port of a Service of the proxy stands for its targetPort."""
-    for service in view.services.values():
+    for service in services:
         if not service.selector or service.namespace != proxy.namespace or _NO_TRANSLATION in service.labels:
             continue
         if not selects(service.selector, proxy.labels):
             continue
-        described = service.port(server.port)
+        described = service.port(port)
         if described is not None:
             target = described.target
-            return target if isinstance(target, int) else proxy.container_ports.get(target, server.port)
-    return server.port
+            return target if isinstance(target, int) else proxy.container_ports.get(target, port)
+    return port
