@@ -137,6 +137,8 @@ class AccessLogs:
             method=_METHODS.get(request.request_method, ""),
             path=request.path,
             authority=request.authority,
+            user_agent=request.user_agent,
+            destination_port=common.downstream_local_address.socket_address.port_value,
             headers=tuple(headers.items()) if len(headers) > 1 else (),
             response_headers=tuple(response_headers.items()) if len(response_headers) > 1 else (),
             route=_routed(common) if role != "inbound" else None,

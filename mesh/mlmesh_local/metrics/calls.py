@@ -59,6 +59,9 @@ class HttpCall(NamedTuple):
     method: str = ""
     path: str = ""
     authority: str = ""
+    user_agent: str = ""
+    destination_port: int = 0
+    """The port that the caller dialled; 0 where it is not known."""
     headers: tuple[tuple[str, str], ...] = ()
     response_headers: tuple[tuple[str, str], ...] = ()
     route: Routed | None = None

@@ -249,12 +249,14 @@ def test_overrides_change_remove_and_merge_label_sets() -> None:
         ("response.code == 200 ? 'fine' : 'not'", "fine"),
         ("has(request.headers['none']) || request.method == 'POST'", "true"),
         ("string(response.code)", "200"),
+        ("string(destination.port)", "9000"),
+        ("request.useragent", ""),
         ("request.headers['none']", ""),
         ("!(request.path.contains('x') && true)", "true"),
     ],
 )
 def test_expressions(source: str, text: str) -> None:
-    request = call(authority="server:9000", path="/v2/models?x", method="POST")
+    request = call(authority="server:9000", path="/v2/models?x", method="POST", destination_port=9000)
     found = compile_expression(source).text(request)
     assert found == text or (source.startswith("!") and found == "false")
 
