@@ -32,6 +32,7 @@ class Case:
         for second, document in enumerate(documents):
             # Which of two is older decides between them.
             document["metadata"]["creationTimestamp"] = f"2026-01-01T00:00:{second:02d}Z"
+            document["metadata"]["uid"] = str(second)
         text = "\n---\n".join(yaml.safe_dump(document) for document in documents)
         named = {document["metadata"]["name"] for document in documents if document["kind"] == "Namespace"}
         used = {document["metadata"].get("namespace") for document in documents} - named - {None}
@@ -61,7 +62,7 @@ def test_the_same_gateways_and_virtual_services_follow(case: Case) -> None:
     ours = {
         (item.kind, item.meta.namespace, item.meta.name): _plain(item.spec)
         for item in conversion_of(case.ours).derived
-        if item.kind in {"Gateway", "VirtualService"}
+        if item.kind in {"Gateway", "VirtualService", "DestinationRule"}
     }
     theirs = {
         (kind, item["namespace"], item["name"]): _plain(item["spec"])

@@ -10,11 +10,13 @@ from mlmesh_local.resources.gateway_api.model import (
     GrpcRoute,
     HttpRoute,
     KubernetesGateway,
+    ListenerSet,
     Namespace,
     ReferenceGrant,
     TcpRoute,
     TlsRoute,
 )
+from mlmesh_local.resources.gateway_api.model_tls import BackendTlsPolicy, CaBundle
 from mlmesh_local.resources.mesh_config import MeshConfig
 from mlmesh_local.resources.meta import Meta
 from mlmesh_local.resources.model_gateways import Gateway, GatewayServer, ServerTls
@@ -102,6 +104,9 @@ Spec = (
     | EnvoyFilter
     | MeshConfig
     | KubernetesGateway
+    | ListenerSet
+    | BackendTlsPolicy
+    | CaBundle
     | GatewayClass
     | HttpRoute
     | GrpcRoute

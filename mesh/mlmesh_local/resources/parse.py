@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +13,11 @@ from mlmesh_local.resources.fields import Fields
 from mlmesh_local.resources.gateway_api.gateways import (
     parse_gateway_class,
     parse_kubernetes_gateway,
+    parse_listener_set,
     parse_namespace,
     parse_reference_grant,
 )
+from mlmesh_local.resources.gateway_api.policies import parse_backend_tls_policy, parse_ca_bundle, roots_of
 from mlmesh_local.resources.gateway_api.routes import (
     parse_grpc_route,
     parse_http_route,
@@ -25,6 +27,7 @@ from mlmesh_local.resources.gateway_api.routes import (
 from mlmesh_local.resources.gateways import parse_gateway
 from mlmesh_local.resources.mesh_config import is_mesh_config, parse_mesh_config
 from mlmesh_local.resources.model import Meta, Spec
+from mlmesh_local.resources.names import is_namespace, key_problem, value_problem
 from mlmesh_local.resources.networking import parse_virtual_service
 from mlmesh_local.resources.problems import At, InvalidResource, Problem, Problems, did_you_mean
 from mlmesh_local.resources.proxies import parse_proxy_config
@@ -58,13 +61,22 @@ class Document:
     text: str
 
 
-def _always(_namespace: str, _name: str) -> bool:
+def _always(_meta: Meta, _body: Fields) -> bool:
     return True
+
+
+def _means_something(meta: Meta, body: Fields) -> bool:
+    return is_mesh_config(meta.namespace, meta.name) or bool(roots_of(body))
+
+
+def _config_map(meta: Meta, body: Fields) -> Spec:
+    read = parse_mesh_config if is_mesh_config(meta.namespace, meta.name) else parse_ca_bundle
+    return read(meta, body)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Kind:
-    """A kind that is read. ``body``: it has no `spec`; ``only``: which names mean something, others are ignored.
+    """A kind that is read. ``body``: it has no `spec`; ``only``: which of them mean something, others are ignored.
 
     ``title`` is the kind in names and messages where another group has the same kind.
     """
@@ -75,7 +87,7 @@ class _Kind:
     parse: _Parse
     body: bool = False
     cluster_scoped: bool = False
-    only: Callable[[str, str], bool] = _always
+    only: Callable[[Meta, Fields], bool] = _always
     title: str = ""
 
 
@@ -120,13 +132,15 @@ _KINDS: tuple[_Kind, ...] = (
     _Kind(group=_GATEWAY_API, kind="TLSRoute", versions=_STREAM_ROUTES, parse=parse_tls_route),
     _Kind(group=_GATEWAY_API, kind="TCPRoute", versions=_STREAM_ROUTES, parse=parse_tcp_route),
     _Kind(group=_GATEWAY_API, kind="ReferenceGrant", versions=("v1", "v1beta1"), parse=parse_reference_grant),
+    _Kind(group=_GATEWAY_API, kind="ListenerSet", versions=("v1",), parse=parse_listener_set),
+    _Kind(group=_GATEWAY_API, kind="BackendTLSPolicy", versions=("v1", "v1alpha3"), parse=parse_backend_tls_policy),
     _Kind(group="", kind="Namespace", versions=("v1",), parse=parse_namespace, body=True, cluster_scoped=True),
     _Kind(group="apps", kind="Deployment", versions=("v1",), parse=parse_deployment),
     _Kind(group="apps", kind="StatefulSet", versions=("v1",), parse=parse_deployment),
     _Kind(group="", kind="Pod", versions=("v1",), parse=parse_pod),
     _Kind(group="", kind="Service", versions=("v1",), parse=parse_service),
     _Kind(group="", kind="ServiceAccount", versions=("v1",), parse=parse_service_account, body=True),
-    _Kind(group="", kind="ConfigMap", versions=("v1",), parse=parse_mesh_config, body=True, only=is_mesh_config),
+    _Kind(group="", kind="ConfigMap", versions=("v1",), parse=_config_map, body=True, only=_means_something),
 )
 IGNORED_KINDS = frozenset(
     {
@@ -239,11 +253,17 @@ def _trees(trees: Iterable[Tree], default_namespace: str, overlook: Callable[[Pr
 
 def _flatten(tree: Tree) -> list[Node]:
     """The resources of a document: itself, or the items of a List, or of a list of one kind (VirtualServiceList)."""
-    value = tree.root.value
-    if isinstance(value, dict) and "kind" in value and str(value["kind"].value).endswith("List") and "items" in value:
-        items = value["items"].value
-        return items if isinstance(items, list) else []
-    return [tree.root]
+    return _items(tree.root)
+
+
+def _items(root: Node) -> list[Node]:
+    value = root.value
+    kind = str(value["kind"].value) if isinstance(value, dict) and "kind" in value else ""
+    if isinstance(value, dict) and (kind == "List" or (kind.endswith("List") and "items" in value)):
+        items = value["items"].value if "items" in value else []
+        # A List may hold Lists; YAML itself bounds how deep.
+        return [one for item in items for one in _items(item)] if isinstance(items, list) else []
+    return [root]
 
 
 def _resource(root: Node, tree: Tree, default_namespace: str, problems: Problems) -> Resource | None:
@@ -258,7 +278,7 @@ def _resource(root: Node, tree: Tree, default_namespace: str, problems: Problems
     if known is None:
         return None
     meta = _meta(known, body, at, default_namespace)
-    if not known.only(meta.namespace, meta.name):
+    if not known.only(meta, body):
         return None
     body.at = meta.at
     body.ignored("status")
@@ -310,12 +330,25 @@ def _meta(known: _Kind, body: Fields, at: At, default_namespace: str) -> Meta:
             "ownerReferences",
         )
         metadata.unsupported("generateName", why="resources are merged by name")
+        scope = metadata.name("namespace")
+        if scope and not is_namespace(scope):
+            metadata.refuse("namespace", f'"{scope}" is not the name of a namespace: a DNS label in lower case')
         return Meta(
             kind=kind_name,
-            namespace=metadata.name("namespace") or default_namespace,
+            namespace=scope or default_namespace,
             name=metadata.name("name", required=True),
-            labels=metadata.text_map("labels"),
-            annotations=metadata.text_map("annotations"),
+            labels=_checked(metadata, "labels", values=True),
+            annotations=_checked(metadata, "annotations", values=False),
             at=place,
             created=metadata.text("creationTimestamp"),
         )
+
+
+def _checked(metadata: Fields, name: str, *, values: bool) -> Mapping[str, str]:
+    """Labels, or annotations, whose values are free."""
+    found = metadata.text_map(name)
+    for key, value in found.items():
+        problem = key_problem(key) or (value_problem(value) if values else "")
+        if problem:
+            metadata.refuse(name, problem)
+    return found

@@ -16,6 +16,8 @@ from mlmesh_local.resources.names import full_host
 LEAST_REQUEST = LoadBalancer(policy="LEAST_REQUEST")
 """Istio's default load balancer."""
 
+_PARENTS = "internal.istio.io/parents"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostPolicy:
@@ -57,12 +59,42 @@ class _Merged:
     def add(self, rule: DestinationRule) -> None:
         for subset in rule.subsets:
             self.subsets.setdefault(subset.name, subset)
-        self.policy = self.policy or rule.policy
+        if _is_synthesized(self.rule) is _is_synthesized(rule):
+            self.policy = self.policy or rule.policy
+        elif _is_synthesized(rule):
+            self.policy = _filled(self.policy, rule.policy)
+        else:
+            self.policy = _filled(rule.policy, self.policy)
         self.names.append(str(rule.meta))
 
     def result(self) -> HostPolicy:
         subsets = tuple(self.subsets.values())
         return HostPolicy(policy=self.policy, subsets=subsets, rules=tuple(self.names), rule=self.rule)
+
+
+def _is_synthesized(rule: DestinationRule) -> bool:
+    """Whether it follows from a policy of the Gateway API: what a person wrote counts more."""
+    return _PARENTS in rule.meta.annotations
+
+
+def _filled(own: TrafficPolicy | None, other: TrafficPolicy | None) -> TrafficPolicy | None:
+    """A policy with the parts of another in the places of those that it does not have."""
+    if own is None or other is None:
+        return own or other
+    ports = dict(own.ports)
+    for number, theirs in other.ports:
+        mine = ports.get(number)
+        ports[number] = theirs if mine is None else _filled(mine, theirs) or mine
+    return TrafficPolicy(
+        connection_pool=own.connection_pool or other.connection_pool,
+        outlier=own.outlier or other.outlier,
+        load_balancer=own.load_balancer or other.load_balancer,
+        tls=own.tls or other.tls,
+        tunnel=own.tunnel or other.tunnel,
+        proxy_protocol=own.proxy_protocol or other.proxy_protocol,
+        retry_budget=own.retry_budget or other.retry_budget,
+        ports=tuple(ports.items()),
+    )
 
 
 _Found = list[tuple[HostPolicy, frozenset[str]]]

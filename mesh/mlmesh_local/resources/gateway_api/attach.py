@@ -18,6 +18,7 @@ from mlmesh_local.resources.gateway_api.model import (
     TcpRoute,
     TlsRoute,
 )
+from mlmesh_local.resources.gateway_api.model_tls import CaBundle
 
 ISTIO_GROUP = "networking.istio.io"
 MESH = "mesh"
@@ -27,7 +28,7 @@ ROUTE_KINDS: Mapping[type[Route], str] = {
     TlsRoute: "TLSRoute",
     TcpRoute: "TCPRoute",
 }
-_FROM = ("Gateway", "HTTPRoute", "GRPCRoute", "TLSRoute", "TCPRoute")
+_FROM = ("Gateway", "ListenerSet", "HTTPRoute", "GRPCRoute", "TLSRoute", "TCPRoute")
 _TO = ("ConfigMap", "Secret", "Service")
 # How bad a refusal is: of several the first is told.
 _RANKS = ("", "NotAllowedByListeners", "NoMatchingListenerHostname", "ParentRefConflict", "NoMatchingParent")
@@ -95,8 +96,10 @@ class Surroundings:
     """(namespace, full host) of every service."""
     grants: tuple[ReferenceGrant, ...]
     domain: str
-    parents: Mapping[tuple[str, str], tuple[Parent, ...]] = field(default_factory=dict)
-    """Listeners of each Gateway, by (namespace, name)."""
+    bundles: Mapping[tuple[str, str], CaBundle] = field(default_factory=dict)
+    """ConfigMaps with roots, by (namespace, name)."""
+    parents: Mapping[tuple[str, str, str], tuple[Parent, ...]] = field(default_factory=dict)
+    """Listeners of each Gateway and ListenerSet, by (kind, namespace, name)."""
 
     def granted(self, origin: tuple[str, str], kind: str, namespace: str, name: str) -> bool:
         """Whether a resource (its kind and namespace) may refer to one in another namespace."""
@@ -153,10 +156,10 @@ def bindings_of(route: Route, around: Surroundings) -> tuple[Binding, ...]:
         if (ref.group, ref.kind) in (("", "Service"), (ISTIO_GROUP, "ServiceEntry")):
             found.append(Binding(ref=ref, parent=MESH_PARENT, denied=_mesh_denied(ref, key, around)))
             continue
-        if (ref.group, ref.kind) != (GROUP, "Gateway"):
+        if ref.group != GROUP or ref.kind not in ("Gateway", "ListenerSet"):
             # For another controller.
             continue
-        listeners = around.parents.get(key, ())
+        listeners = around.parents.get((ref.kind, *key), ())
         for parent in listeners:
             rivals = {
                 other.hostname

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 from mlmesh_local.resources.gateway_api.attach import (
     ROUTE_KINDS,
@@ -15,27 +14,14 @@ from mlmesh_local.resources.gateway_api.attach import (
     hosts_overlap,
     intersection,
 )
-from mlmesh_local.resources.gateway_api.deploy import workload_documents
-from mlmesh_local.resources.gateway_api.listeners import (
-    CLASS_ISTIO,
-    CONTROLLER,
-    INTERNAL_NAME,
-    PARENTS,
-    SEMANTICS,
-    SERVICE_ACCOUNT,
-    SERVICES,
-    ListenerResult,
-    account_name,
-    convert_listeners,
-    gateway_services,
-    internal_name,
-    is_managed,
-)
+from mlmesh_local.resources.gateway_api.backends import PolicyResult, convert_policies
+from mlmesh_local.resources.gateway_api.listeners import INTERNAL_NAME, PARENTS
 from mlmesh_local.resources.gateway_api.model import (
     GatewayClass,
     GrpcRoute,
     HttpRoute,
     KubernetesGateway,
+    ListenerSet,
     Namespace,
     ReferenceGrant,
     Route,
@@ -43,22 +29,21 @@ from mlmesh_local.resources.gateway_api.model import (
     TcpRoute,
     TlsRoute,
 )
+from mlmesh_local.resources.gateway_api.model_tls import BackendTlsPolicy, CaBundle
+from mlmesh_local.resources.gateway_api.owners import (
+    Derived,
+    Document,
+    GatewayResult,
+    convert_gateway,
+    is_ours,
+    istio_gateways,
+    parents_of,
+    workload,
+)
 from mlmesh_local.resources.gateway_api.rules import HardError, precedence, rule_documents, stream_destinations
 from mlmesh_local.resources.meta import Meta
 
-Document = dict[str, Any]
 ROUTE_SEMANTICS = "internal.istio.io/route-semantics"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Derived:
-    """A resource that follows from others. ``lines`` are those of the rules in ``spec``, by the name of their list."""
-
-    kind: str
-    meta: Meta
-    spec: Document
-    origin: Meta
-    rules: tuple[RouteRule, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,16 +57,6 @@ class RouteResult:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GatewayResult:
-    """A Gateway of ours: its listeners, the Services of its proxies, and what is wrong with its addresses."""
-
-    gateway: KubernetesGateway
-    listeners: tuple[ListenerResult, ...]
-    services: tuple[str, ...]
-    fault: Fault | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
     """What conversion reads, each oldest first. Services and entries as in `Surroundings`."""
 
@@ -92,6 +67,11 @@ class Inputs:
     namespaces: tuple[Namespace, ...]
     services: frozenset[tuple[str, str]]
     entries: Mapping[tuple[str, str], tuple[str, ...]]
+    sets: tuple[ListenerSet, ...] = ()
+    policies: tuple[BackendTlsPolicy, ...] = ()
+    bundles: Mapping[tuple[str, str], CaBundle] = field(default_factory=dict)
+    ports: Mapping[tuple[str, str, str], Mapping[str, int]] = field(default_factory=dict)
+    """Numbers of ports by their names, of each Service and ServiceEntry by (kind, namespace, name)."""
     domain: str = "cluster.local"
 
 
@@ -102,12 +82,13 @@ class Conversion:
     derived: tuple[Derived, ...]
     gateways: tuple[GatewayResult, ...]
     routes: tuple[RouteResult, ...]
+    policies: tuple[PolicyResult, ...] = ()
 
 
 def convert(inputs: Inputs) -> Conversion:
     """Convert everything."""
-    ours = [gateway for gateway in inputs.gateways if _is_ours(gateway, inputs.classes)]
-    made = [item for gateway in ours if is_managed(gateway) for item in _workload(gateway)]
+    ours = [gateway for gateway in inputs.gateways if is_ours(gateway, inputs.classes)]
+    made = [item for gateway in ours for item in workload(gateway, inputs.sets, inputs.namespaces)]
     services = inputs.services | {(item.meta.namespace, item.meta.name) for item in made if item.kind == "Service"}
     entry_hosts = {(key[0], host) for key, hosts in inputs.entries.items() for host in hosts}
     service_hosts = {(space, f"{name}.{space}.svc.{inputs.domain}") for space, name in services}
@@ -116,19 +97,14 @@ def convert(inputs: Inputs) -> Conversion:
         entries=inputs.entries,
         hosts=frozenset(entry_hosts | service_hosts),
         grants=inputs.grants,
+        bundles=inputs.bundles,
         domain=inputs.domain,
     )
-    results = tuple(_gateway(gateway, around, inputs.namespaces) for gateway in ours)
-    parents = {
-        (result.gateway.meta.namespace, result.gateway.meta.name): tuple(
-            item.parent for item in result.listeners if item.server is not None
-        )
-        for result in results
-    }
-    around = replace(around, parents=parents)
+    results = tuple(convert_gateway(gateway, inputs.sets, around, inputs.namespaces) for gateway in ours)
+    around = replace(around, parents=parents_of(results))
     routes: list[RouteResult] = []
     keyed: dict[str, list[tuple[Derived, str]]] = {}
-    derived = [*made, *(item for result in results for item in _gateways(result))]
+    derived = [*made, *(item for result in results for item in istio_gateways(result))]
     for route in inputs.routes:
         result, bases = _route(route, around)
         routes.append(result)
@@ -138,58 +114,17 @@ def convert(inputs: Inputs) -> Conversion:
             else:
                 derived.append(base)
     derived += [_merged(key, [base for base, _ in bases]) for key, bases in keyed.items()]
-    return Conversion(derived=tuple(derived), gateways=results, routes=tuple(routes))
+    ports = {**inputs.ports, **_made_ports(made)}
+    policies, rules = convert_policies(inputs.policies, inputs.routes, around, ports)
+    return Conversion(derived=(*derived, *rules), gateways=results, routes=tuple(routes), policies=policies)
 
 
-def _is_ours(gateway: KubernetesGateway, classes: Iterable[GatewayClass]) -> bool:
-    """Whether Istio serves it: by its class, of which "istio" need not be there."""
-    for one in classes:
-        if one.meta.name == gateway.class_name:
-            return one.controller == CONTROLLER
-    return gateway.class_name == CLASS_ISTIO
-
-
-def _workload(gateway: KubernetesGateway) -> Iterator[Derived]:
-    for kind, name, labels, spec in workload_documents(gateway):
-        meta = Meta(
-            kind=kind,
-            namespace=gateway.meta.namespace,
-            name=name,
-            labels=labels,
-            annotations={},
-            at=gateway.meta.at,
-            created=gateway.meta.created,
-        )
-        yield Derived(kind=kind, meta=meta, spec=spec, origin=gateway.meta)
-
-
-def _gateway(gateway: KubernetesGateway, around: Surroundings, namespaces: Iterable[Namespace]) -> GatewayResult:
-    services, fault = gateway_services(gateway, around.domain)
-    listeners = convert_listeners(gateway, around, namespaces) if services or fault is None else ()
-    return GatewayResult(gateway=gateway, listeners=listeners, services=services, fault=fault)
-
-
-def _gateways(result: GatewayResult) -> Iterator[Derived]:
-    gateway = result.gateway
-    for item in result.listeners:
-        if not item.valid or item.server is None:
-            continue
-        annotations = {
-            SEMANTICS: "gateway",
-            SERVICES: ",".join(result.services),
-            SERVICE_ACCOUNT: account_name(gateway) if is_managed(gateway) else "",
-            PARENTS: f"Gateway/{gateway.meta.name}/{item.listener.name}.{gateway.meta.namespace}",
-        }
-        meta = Meta(
-            kind="Gateway",
-            namespace=gateway.meta.namespace,
-            name=internal_name(gateway, item.listener),
-            labels={},
-            annotations=annotations,
-            at=item.listener.at,
-            created=gateway.meta.created,
-        )
-        yield Derived(kind="Gateway", meta=meta, spec={"servers": [item.server]}, origin=gateway.meta)
+def _made_ports(made: Iterable[Derived]) -> dict[tuple[str, str, str], Mapping[str, int]]:
+    return {
+        (item.kind, item.meta.namespace, item.meta.name): {port["name"]: port["port"] for port in item.spec["ports"]}
+        for item in made
+        if item.kind == "Service"
+    }
 
 
 # Routes

@@ -6,11 +6,11 @@ of its health checks is left out: the supervisor sees for itself whether the pro
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from mlmesh_local.resources.gateway_api.listeners import GATEWAY_NAME_LABEL, account_name, workload_name
-from mlmesh_local.resources.gateway_api.model import KubernetesGateway
+from mlmesh_local.resources.gateway_api.model import KubernetesGateway, Listener, ListenerSet
 
 Document = dict[str, Any]
 _OWN_PREFIX = "gateway.networking.k8s.io/"
@@ -22,8 +22,10 @@ _LEFT_OUT = (
 )
 
 
-def workload_documents(gateway: KubernetesGateway) -> Iterator[tuple[str, str, Mapping[str, str], Document]]:
-    """Kind, name, labels and spec (the whole body of a ServiceAccount) of what is made for a Gateway."""
+def workload_documents(
+    gateway: KubernetesGateway, sets: Iterable[ListenerSet] = ()
+) -> Iterator[tuple[str, str, Mapping[str, str], Document]]:
+    """Kind, name, labels and spec (the whole body of a ServiceAccount) of what is made for a Gateway with its sets."""
     name, account = workload_name(gateway), account_name(gateway)
     labels = _metadata(gateway.labels, gateway.meta.labels)
     annotations = {
@@ -44,7 +46,7 @@ def workload_documents(gateway: KubernetesGateway) -> Iterator[tuple[str, str, M
         "service.istio.io/canonical-revision": "latest",
         **managed,
     }
-    ports = _ports(gateway)
+    ports = _ports([*gateway.listeners, *(listener for one in sets for listener in one.listeners)])
     yield "ServiceAccount", account, ours, {}
     yield (
         "Deployment",
@@ -81,10 +83,10 @@ def _metadata(wanted: Mapping[str, str] | None, own: Mapping[str, str]) -> dict[
     return {key: value for key, value in wanted.items() if not key.startswith(_OWN_PREFIX)}
 
 
-def _ports(gateway: KubernetesGateway) -> list[Document]:
+def _ports(listeners: Iterable[Listener]) -> list[Document]:
     found: dict[int, Document] = {}
     names: set[str] = set()
-    for listener in gateway.listeners:
+    for listener in listeners:
         if listener.port in found:
             continue
         name = listener.name.replace(".", "-")[:63]

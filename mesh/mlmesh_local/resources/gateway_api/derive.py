@@ -10,18 +10,22 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from mlmesh_local.resources.destinations import parse_destination_rule
 from mlmesh_local.resources.fields import Fields
-from mlmesh_local.resources.gateway_api.convert import Conversion, Derived, Inputs, convert
+from mlmesh_local.resources.gateway_api.convert import Conversion, Inputs, convert
 from mlmesh_local.resources.gateway_api.model import (
     GatewayClass,
     KubernetesGateway,
+    ListenerSet,
     Namespace,
     ReferenceGrant,
     Route,
     RouteRule,
 )
+from mlmesh_local.resources.gateway_api.model_tls import BackendTlsPolicy, CaBundle
+from mlmesh_local.resources.gateway_api.owners import Derived
 from mlmesh_local.resources.gateways import parse_gateway
 from mlmesh_local.resources.model import Service, ServiceEntry
 from mlmesh_local.resources.networking import parse_virtual_service
@@ -33,10 +37,12 @@ from mlmesh_local.resources.workload import parse_deployment, parse_service_acco
 if TYPE_CHECKING:
     from mlmesh_local.resources.resource_set import ResourceSet
 
+S = TypeVar("S")
 DOMAIN = "cluster.local"
 _KEPT_MAX = 8
 _PARSERS: dict[str, Any] = {
     "VirtualService": parse_virtual_service,
+    "DestinationRule": parse_destination_rule,
     "Gateway": parse_gateway,
     "Deployment": parse_deployment,
     "Service": parse_service,
@@ -56,7 +62,7 @@ def derive(resources: ResourceSet) -> ResourceSet:
     if kept is not None:
         _kept.move_to_end(resources.digest)
         return kept
-    if not any(isinstance(resource.spec, KubernetesGateway | Route) for resource in resources):
+    if not any(isinstance(resource.spec, KubernetesGateway | Route | BackendTlsPolicy) for resource in resources):
         return resources
     conversion = conversion_of(resources)
     problems = Problems()
@@ -85,21 +91,36 @@ def derive(resources: ResourceSet) -> ResourceSet:
 
 def conversion_of(resources: ResourceSet) -> Conversion:
     """The conversion itself, with the results that statuses tell."""
-    # Of one age, the Gateway API takes them by namespace and name.
-    by_age = sorted(resources, key=lambda one: (one.age[:3], one.spec.meta.namespace, one.spec.meta.name))
-    routes = [resource.spec for resource in by_age if isinstance(resource.spec, Route)]
     return convert(
         Inputs(
             gateways=resources.specs(KubernetesGateway),
             classes=resources.specs(GatewayClass),
-            routes=tuple(routes),
+            routes=_by_age(resources, Route),
             grants=resources.specs(ReferenceGrant),
             namespaces=_namespaces(resources),
             services=frozenset((s.meta.namespace, s.meta.name) for s in resources.specs(Service)),
             entries={(e.meta.namespace, e.meta.name): e.hosts for e in resources.specs(ServiceEntry)},
+            sets=_by_age(resources, ListenerSet),
+            policies=_by_age(resources, BackendTlsPolicy),
+            bundles={(one.meta.namespace, one.meta.name): one for one in resources.specs(CaBundle)},
+            ports=_ports(resources),
             domain=DOMAIN,
         )
     )
+
+
+def _by_age(resources: ResourceSet, kind: type[S]) -> tuple[S, ...]:
+    """Specs of a kind, the oldest first: of one age, the Gateway API takes them by namespace and name."""
+    found = sorted(resources, key=lambda one: (one.age[:3], one.spec.meta.namespace, one.spec.meta.name))
+    return tuple(resource.spec for resource in found if isinstance(resource.spec, kind))
+
+
+def _ports(resources: ResourceSet) -> dict[tuple[str, str, str], dict[str, int]]:
+    named: tuple[Service | ServiceEntry, ...] = (*resources.specs(Service), *resources.specs(ServiceEntry))
+    return {
+        (one.meta.kind, one.meta.namespace, one.meta.name): {port.name: port.number for port in one.ports}
+        for one in named
+    }
 
 
 def _namespaces(resources: ResourceSet) -> tuple[Namespace, ...]:

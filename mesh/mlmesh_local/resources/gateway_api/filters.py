@@ -95,6 +95,7 @@ def _filter(fields: Fields, types: tuple[str, ...]) -> Filter:
 def _header_filter(fields: Fields) -> FilterValue:
     removed = fields.texts("remove")
     at_most(fields, "remove", len(removed), 16)
+    repeated(fields, "remove", list(removed))
     return HeaderFilter(overwrite=_headers(fields, "set"), add=_headers(fields, "add"), remove=removed)
 
 
@@ -218,14 +219,18 @@ def _rewrite(fields: Fields) -> FilterValue:
     )
 
 
+def _is_header(word: str) -> bool:
+    return len(word) <= 256 and HEADER_NAME.match(word) is not None
+
+
 def _cors(fields: Fields) -> FilterValue:
     age = fields.integer("maxAge", low=1)
     found = CorsFilter(
         origins=fields.texts("allowOrigins", lambda word: _ORIGIN.match(word) is not None, "an origin"),
         credentials=fields.boolean("allowCredentials"),
         methods=fields.texts("allowMethods", lambda word: word in _METHODS, "an HTTP method in capitals"),
-        headers=fields.texts("allowHeaders", lambda word: HEADER_NAME.match(word) is not None, "a header name"),
-        expose=fields.texts("exposeHeaders", lambda word: HEADER_NAME.match(word) is not None, "a header name"),
+        headers=fields.texts("allowHeaders", _is_header, "a header name"),
+        expose=fields.texts("exposeHeaders", _is_header, "a header name"),
         max_age_s=5 if age is None else age,
     )
     for name, words in (

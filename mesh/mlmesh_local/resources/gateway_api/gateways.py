@@ -16,11 +16,14 @@ from mlmesh_local.resources.gateway_api.model import (
     KubernetesGateway,
     LabelRequirement,
     Listener,
+    ListenerSet,
     ListenerTls,
     Namespace,
+    NamespaceScope,
     ObjectRef,
     ReferenceGrant,
 )
+from mlmesh_local.resources.gateway_api.policies import read_gateway_tls
 from mlmesh_local.resources.gateway_api.reading import (
     HOSTNAME,
     SECTION_NAME,
@@ -29,6 +32,7 @@ from mlmesh_local.resources.gateway_api.reading import (
     kind,
     metadata_map,
     namespace,
+    object_ref,
     selector,
     text,
 )
@@ -36,8 +40,14 @@ from mlmesh_local.resources.meta import Meta
 
 LISTENERS_MAX = 64
 _PROTOCOL = re.compile(
-    r"^[a-zA-Z0-9]([-a-zA-Z0-9]*[a-zA-Z0-9])?\Z|[a-z0-9]([-a-z0-9]*[a-z0-9])?"
-    r"(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*\/[A-Za-z0-9]+$"
+    # The second half is without "^" in the Gateway API's schema, too.
+    r"^[a-zA-Z0-9]([-a-zA-Z0-9]*[a-zA-Z0-9])?\Z|^.*[a-z0-9]([-a-z0-9]*[a-z0-9])?"
+    r"(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*\/[A-Za-z0-9]+\Z"
+)
+_ADDRESS_TYPES = "IPAddress, Hostname, NamedAddress or a type with a domain, such as example.com/Pool"
+_ADDRESS_TYPE = re.compile(
+    r"^Hostname|^.*IPAddress|^.*NamedAddress|"
+    r"^.*[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*\/[A-Za-z0-9\/\-._~%!$&'()*+,;=:]+\Z"
 )
 _CONTROLLER = re.compile(
     r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*\/[A-Za-z0-9\/\-._~%!$&'()*+,;=:]+\Z"
@@ -47,20 +57,7 @@ _CONTROLLER = re.compile(
 def parse_kubernetes_gateway(meta: Meta, spec: Fields) -> KubernetesGateway:
     """Read a Gateway's spec."""
     spec.unsupported("defaultScope", why="Istio has no default gateways")
-    spec.unsupported("allowedListeners", why="the laptop mesh has no ListenerSet")
-    spec.unsupported("tls", why="give the listener the option gateway.istio.io/tls-terminate-mode: MUTUAL instead")
-    listeners = tuple(_listener(item) for item in spec.messages("listeners"))
-    if not listeners:
-        spec.problems.add(spec.at, '"listeners" needs at least one listener')
-    at_most(spec, "listeners", len(listeners), LISTENERS_MAX)
-    repeated(spec, "listeners", [listener.name for listener in listeners])
-    seen: dict[tuple[int, str, str], Listener] = {}
-    for listener in listeners:
-        first = seen.setdefault((listener.port, listener.protocol, listener.hostname), listener)
-        if first is not listener:
-            spec.problems.add(
-                listener.at, f'has the port, the protocol and the host name of the listener "{first.name}"'
-            )
+    listeners = _listeners(spec)
     labels = annotations = parameters = None
     if spec.has("infrastructure"):
         with spec.message("infrastructure") as inner:
@@ -78,7 +75,48 @@ def parse_kubernetes_gateway(meta: Meta, spec: Fields) -> KubernetesGateway:
         labels=labels,
         annotations=annotations,
         parameters=parameters,
+        sets=_allowed_sets(spec),
+        tls=read_gateway_tls(spec),
     )
+
+
+def parse_listener_set(meta: Meta, spec: Fields) -> ListenerSet:
+    """Read a ListenerSet's spec."""
+    spec.required("parentRef")
+    with spec.message("parentRef") as inner:
+        parent = object_ref(inner, group_default=GROUP, kind_default="Gateway")
+    return ListenerSet(meta=meta, parent=parent, listeners=_listeners(spec))
+
+
+def _listeners(spec: Fields) -> tuple[Listener, ...]:
+    listeners = tuple(_listener(item) for item in spec.messages("listeners"))
+    if not listeners:
+        spec.problems.add(spec.at, '"listeners" needs at least one listener')
+    at_most(spec, "listeners", len(listeners), LISTENERS_MAX)
+    repeated(spec, "listeners", [listener.name for listener in listeners])
+    seen: dict[tuple[int, str, str], Listener] = {}
+    for listener in listeners:
+        first = seen.setdefault((listener.port, listener.protocol, listener.hostname), listener)
+        if first is not listener:
+            spec.problems.add(
+                listener.at, f'has the port, the protocol and the host name of the listener "{first.name}"'
+            )
+    return listeners
+
+
+def _allowed_sets(spec: Fields) -> NamespaceScope:
+    found = NamespaceScope(how="None")
+    if spec.has("allowedListeners"):
+        with spec.message("allowedListeners") as inner:
+            if inner.has("namespaces"):
+                with inner.message("namespaces") as scope:
+                    how = scope.choice("from", ("All", "Selector", "Same", "None"), "None")
+                    chosen = selector(scope.message("selector")) if scope.has("selector") else None
+                    scope.ignored("selector")
+                    found = NamespaceScope(how=how, selector=chosen)
+            inner.ignored("namespaces")
+    spec.ignored("allowedListeners")
+    return found
 
 
 def _addresses(spec: Fields) -> tuple[GatewayAddress, ...]:
@@ -159,14 +197,7 @@ def _tls(fields: Fields) -> ListenerTls:
     certificates: list[ObjectRef] = []
     for item in fields.messages("certificateRefs"):
         with item:
-            certificates.append(
-                ObjectRef(
-                    group=group(item, ""),
-                    kind=kind(item, "Secret"),
-                    namespace=namespace(item),
-                    name=text(item, "name", None, "a name", required=True),
-                )
-            )
+            certificates.append(object_ref(item, group_default="", kind_default="Secret"))
     if mode == "Terminate" and not certificates and not options:
         fields.problems.add(fields.at, 'mode Terminate needs "certificateRefs" or "options"')
     return ListenerTls(mode=mode, certificates=tuple(certificates), options=options)

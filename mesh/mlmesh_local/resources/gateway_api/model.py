@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from mlmesh_local.resources.meta import Meta
 from mlmesh_local.resources.problems import At
+
+if TYPE_CHECKING:
+    from mlmesh_local.resources.gateway_api.model_tls import GatewayTls
 
 GROUP = "gateway.networking.k8s.io"
 
@@ -254,8 +258,19 @@ class GatewayAddress:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NamespaceScope:
+    """Which namespaces: ``how`` is None, Same, All or Selector."""
+
+    how: str
+    selector: tuple[LabelRequirement, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class KubernetesGateway:
-    """Gateway of the Gateway API. ``labels`` and ``annotations`` of what is made for it: None takes its own."""
+    """Gateway of the Gateway API. ``labels`` and ``annotations`` of what is made for it: None takes its own.
+
+    ``sets``: of which namespaces it takes ListenerSets.
+    """
 
     meta: Meta
     class_name: str
@@ -264,6 +279,17 @@ class KubernetesGateway:
     labels: Mapping[str, str] | None = None
     annotations: Mapping[str, str] | None = None
     parameters: ObjectRef | None = None
+    sets: NamespaceScope = NamespaceScope(how="None")
+    tls: GatewayTls | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ListenerSet:
+    """More listeners for a Gateway."""
+
+    meta: Meta
+    parent: ObjectRef
+    listeners: tuple[Listener, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

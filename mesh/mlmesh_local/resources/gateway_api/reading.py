@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from mlmesh_local.resources.fields import Fields
-from mlmesh_local.resources.gateway_api.model import GROUP, LabelRequirement, ParentRef
+from mlmesh_local.resources.gateway_api.model import GROUP, LabelRequirement, ObjectRef, ParentRef
 from mlmesh_local.resources.problems import At
 
 _LABEL = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
@@ -64,6 +64,16 @@ def kind(fields: Fields, default: str = "", *, required: bool = False) -> str:
 def namespace(fields: Fields, *, required: bool = False) -> str:
     """A namespace; empty when absent."""
     return text(fields, "namespace", NAMESPACE_NAME, "a namespace", required=required, longest=63)
+
+
+def object_ref(fields: Fields, *, group_default: str | None = None, kind_default: str | None = None) -> ObjectRef:
+    """A reference to a resource; group and kind are required where they have no default."""
+    return ObjectRef(
+        group=group(fields, group_default or "", required=group_default is None),
+        kind=kind(fields, kind_default or "", required=kind_default is None),
+        namespace=namespace(fields),
+        name=text(fields, "name", None, "a name", required=True),
+    )
 
 
 def at_most(fields: Fields, name: str, count: int, limit: int) -> None:

@@ -45,6 +45,7 @@ MATCHES_MAX = 64
 ALL_MATCHES_MAX = 128
 _METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH")
 _PATH = re.compile(r"^(?:[-A-Za-z0-9/._~!$&'()*+,;=:@]|[%][0-9a-fA-F]{2})+\Z")
+_NAME_MAX = 1024
 _SERVICE = re.compile(r"^\.?[a-z_][a-z_0-9]*(\.[a-z_][a-z_0-9]*)*\Z", re.IGNORECASE)
 _METHOD = re.compile(r"^[A-Za-z_][A-Za-z_0-9]*\Z")
 _SESSION = "Istio ignores sessionPersistence; use a DestinationRule with consistentHash"
@@ -254,6 +255,9 @@ def _grpc_match(fields: Fields) -> GrpcRouteMatch:
             inner.ignored("service", "method")
             if service is None and method is None:
                 inner.problems.add(inner.at, 'one of "service", "method" is required')
+            for name, text in (("service", service), ("method", method)):
+                if text is not None and len(text) > _NAME_MAX:
+                    inner.refuse(name, f"must have at most {_NAME_MAX} characters, not {len(text)}")
             if how == "Exact" and service is not None and not _SERVICE.match(service):
                 inner.refuse("service", f'"{service}" is not the name of a gRPC service')
             if how == "Exact" and method is not None and not _METHOD.match(method):

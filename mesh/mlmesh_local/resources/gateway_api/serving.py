@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mlmesh_local.resources.gateway_api.listeners import SERVICES
+from mlmesh_local.resources.gateway_api.listeners import PARENT_NAMESPACE, SERVICES
 from mlmesh_local.resources.model import Gateway, Service
 
 if TYPE_CHECKING:
@@ -29,7 +29,8 @@ def _serving(resources: ResourceSet, namespace: str, labels: Mapping[str, str]) 
             if all(labels.get(key) == value for key, value in gateway.selector.items()):
                 yield gateway
             continue
-        if namespace != gateway.meta.namespace:
+        # The listeners of a set are served where its Gateway is.
+        if namespace != gateway.meta.annotations.get(PARENT_NAMESPACE, gateway.meta.namespace):
             continue
         services = [one for one in _services(resources, namespace, hosts) if _selects(one, labels)]
         ports = {port.number for service in services for port in service.ports}

@@ -13,21 +13,33 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from mlmesh_local.resources.gateway_api.attach import Binding, Fault, rank, reference_text
-from mlmesh_local.resources.gateway_api.convert import Conversion, GatewayResult, RouteResult
+from mlmesh_local.resources.gateway_api.conditions import Status, condition, judged
+from mlmesh_local.resources.gateway_api.convert import Conversion, RouteResult
 from mlmesh_local.resources.gateway_api.derive import DOMAIN, conversion_of, derive
 from mlmesh_local.resources.gateway_api.listeners import CONTROLLER, ListenerResult
 from mlmesh_local.resources.gateway_api.model import GROUP, GatewayClass, ParentRef
+from mlmesh_local.resources.gateway_api.owners import GatewayResult, SetResult
+from mlmesh_local.resources.gateway_api.policy_status import policy_ancestors
 from mlmesh_local.resources.model import Deployment, Service
 
 if TYPE_CHECKING:
-    pass
-
-if TYPE_CHECKING:
     from mlmesh_local.model import Endpoint
+    from mlmesh_local.resources.meta import Meta
     from mlmesh_local.resources.resource_set import Resource, ResourceSet
 
-Status = dict[str, Any]
+__all__ = [
+    "Key",
+    "Lookup",
+    "ServiceState",
+    "Status",
+    "proxy_addresses",
+    "resource_statuses",
+    "statuses",
+    "text_with_status",
+]
 Key = tuple[str, str, str]
+Attached = dict[tuple[str, str, str, str], int]
+"""How many routes are bound to a listener, by its owner's kind, namespace and name, and its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,12 +57,12 @@ Lookup = Callable[[str, str], ServiceState | None]
 
 def statuses(conversion: Conversion, lookup: Lookup, classes: Iterable[GatewayClass] = ()) -> dict[Key, Status]:
     """The `status` of each resource, by kind, namespace and name."""
-    attached: dict[tuple[str, str, str], int] = {}
+    attached: Attached = {}
     for result in conversion.routes:
         for binding in result.bindings:
             if binding.denied is None and not binding.is_mesh:
                 space = binding.ref.namespace or result.route.meta.namespace
-                key = (space, binding.ref.name, binding.parent.section)
+                key = (binding.ref.kind, space, binding.ref.name, binding.parent.section)
                 attached[key] = attached.get(key, 0) + 1
     found: dict[Key, Status] = {}
     for one in classes:
@@ -58,6 +70,10 @@ def statuses(conversion: Conversion, lookup: Lookup, classes: Iterable[GatewayCl
             found[_key(one)] = {"conditions": [condition("Accepted", "Accepted", "Handled by Istio controller")]}
     for gateway in conversion.gateways:
         found[_key(gateway.gateway)] = _gateway(gateway, lookup, attached)
+        for part in gateway.sets:
+            found[_key(part.listener_set)] = _listener_set(part, lookup, attached)
+    for policy in conversion.policies:
+        found[_key(policy.policy)] = {"ancestors": policy_ancestors(policy)}
     for route in conversion.routes:
         found[_key(route.route)] = {"parents": _parents(route)}
     return found
@@ -72,7 +88,8 @@ def resource_statuses(
     ready.
     """
     conversion = conversion_of(resources)
-    if not conversion.gateways and not conversion.routes and not resources.specs(GatewayClass):
+    things = (conversion.gateways, conversion.routes, conversion.policies, resources.specs(GatewayClass))
+    if not any(things):
         return {}
     everything = derive(resources)
     deployments = everything.specs(Deployment)
@@ -94,17 +111,8 @@ def resource_statuses(
     return statuses(conversion, lambda host, namespace: states.get((host, namespace)), resources.specs(GatewayClass))
 
 
-def condition(kind: str, reason: str, message: str, *, value: bool = True) -> Status:
-    """A condition of the Gateway API."""
-    return {"type": kind, "status": "True" if value else "False", "reason": reason, "message": message}
-
-
 def _key(spec: Any) -> Key:
     return (spec.meta.kind, spec.meta.namespace, spec.meta.name)
-
-
-def _judged(kind: str, fault: Fault | None, reason: str, message: str) -> Status:
-    return condition(kind, fault.reason, fault.message, value=False) if fault else condition(kind, reason, message)
 
 
 # Routes
@@ -132,8 +140,8 @@ def _parent(result: RouteResult, bindings: list[Binding]) -> Status:
         "parentRef": reference(bindings[0].ref),
         "controllerName": CONTROLLER,
         "conditions": [
-            _judged("Accepted", denied, "Accepted", message),
-            _judged("ResolvedRefs", fault, "ResolvedRefs", "All references resolved"),
+            judged("Accepted", denied, "Accepted", message),
+            judged("ResolvedRefs", fault, "ResolvedRefs", "All references resolved"),
         ],
     }
 
@@ -162,22 +170,25 @@ def reference(ref: ParentRef) -> Status:
 # Gateways
 
 
-def _gateway(result: GatewayResult, lookup: Lookup, attached: Mapping[tuple[str, str, str], int]) -> Status:
+def _gateway(result: GatewayResult, lookup: Lookup, attached: Attached) -> Status:
     gateway = result.gateway
-    namespace, name = gateway.meta.namespace, gateway.meta.name
-    ports = sorted({item.listener.port for item in result.listeners if item.server is not None})
-    seen = _look(result.services, namespace, ports, lookup)
+    ports = sorted({item.listener.port for _, item in result.served()})
+    seen = _look(result.services, gateway.meta.namespace, ports, lookup)
     status: Status = {
         "conditions": [
             _accepted(result),
-            _programmed(result, seen),
-            condition("ResolvedRefs", "ResolvedRefs", "All references resolved"),
+            _programmed(result.services, seen),
+            judged("ResolvedRefs", result.unresolved, "ResolvedRefs", "All references resolved"),
         ],
     }
+    if gateway.tls and gateway.tls.insecure:
+        message = "Gateway is operating in AllowInsecureFallback mode for frontend validation"
+        status["conditions"].append(condition("InsecureFrontendValidationMode", "ConfigurationChanged", message))
     if result.listeners:
-        status["listeners"] = [
-            _listener(item, attached.get((namespace, name, item.listener.name), 0)) for item in result.listeners
-        ]
+        status["listeners"] = _listeners("Gateway", gateway.meta, result.listeners, attached)
+    sets = sum(any(item.valid and item.server is not None for item in one.listeners) for one in result.sets)
+    if sets:
+        status["attachedListenerSets"] = sets
     addresses = seen.addresses or tuple(host.rpartition(":")[0] for host in seen.internal)
     if addresses:
         status["addresses"] = [
@@ -185,6 +196,34 @@ def _gateway(result: GatewayResult, lookup: Lookup, attached: Mapping[tuple[str,
             for address in dict.fromkeys(addresses)
         ]
     return status
+
+
+def _listener_set(result: SetResult, lookup: Lookup, attached: Attached) -> Status:
+    if result.refused:
+        return {"conditions": [judged(kind, result.refused, "", "") for kind in ("Accepted", "Programmed")]}
+    ports = sorted({item.listener.port for item in result.listeners if item.server is not None})
+    seen = _look(result.services, result.gateway.meta.namespace, ports, lookup)
+    usable = not result.services or any(item.valid for item in result.listeners)
+    invalid = Fault(reason="ListenersNotValid", message="None of the ListenerSet's listeners are valid")
+    accepted = None if usable else invalid
+    if result.fault:
+        accepted = Fault(reason=result.fault.reason, message=f"Parent not accepted: {result.fault.message}")
+    programmed = _programmed(result.services, seen) if usable else judged("Programmed", invalid, "", "")
+    status: Status = {"conditions": [judged("Accepted", accepted, "Accepted", "Resource accepted"), programmed]}
+    if result.listeners:
+        meta = result.listener_set.meta
+        status["listeners"] = _listeners("ListenerSet", meta, result.listeners, attached)
+        for one in status["listeners"]:
+            if not one["supportedKinds"]:
+                # Of a Gateway's listener the empty list is written.
+                del one["supportedKinds"]
+    return status
+
+
+def _listeners(kind: str, meta: Meta, listeners: Iterable[ListenerResult], attached: Attached) -> list[Status]:
+    return [
+        _listener(item, attached.get((kind, meta.namespace, meta.name, item.listener.name), 0)) for item in listeners
+    ]
 
 
 def _is_address(text: str) -> bool:
@@ -242,8 +281,8 @@ def _look(services: tuple[str, ...], namespace: str, ports: list[int], lookup: L
     )
 
 
-def _programmed(result: GatewayResult, seen: _Seen) -> Status:
-    if not result.services:
+def _programmed(services: tuple[str, ...], seen: _Seen) -> Status:
+    if not services:
         return condition("Programmed", "UnsupportedAddress", "Failed to assign to any requested addresses", value=False)
     places = _joined(seen.internal)
     if seen.warnings:
@@ -267,14 +306,14 @@ def _joined(words: tuple[str, ...]) -> str:
 def _listener(item: ListenerResult, attached: int) -> Status:
     fine = "No errors found"
     conflict = condition("Conflicted", "NoConflicts", fine, value=False)
-    conditions = [_judged("Accepted", item.accepted, "Accepted", fine), conflict]
+    conditions = [judged("Accepted", item.accepted, "Accepted", fine), conflict]
     if item.conflicted and item.accepted:
         conditions[1] = condition("Conflicted", item.conflicted, item.accepted.message)
-    conditions.append(_judged("Programmed", item.programmed, "Programmed", fine))
+    conditions.append(judged("Programmed", item.programmed, "Programmed", fine))
     if not item.kinds_valid:
         conditions.append(condition("ResolvedRefs", "InvalidRouteKinds", "Invalid route kinds", value=False))
     elif not item.conflicted:
-        conditions.append(_judged("ResolvedRefs", item.resolved, "ResolvedRefs", fine))
+        conditions.append(judged("ResolvedRefs", item.resolved, "ResolvedRefs", fine))
     return {
         "name": item.listener.name,
         "supportedKinds": [{"group": GROUP, "kind": kind} for kind in item.parent.kinds],
