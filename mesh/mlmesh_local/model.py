@@ -13,6 +13,7 @@ Nothing here knows Envoy, gRPC or processes.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from mlmesh_local.resources import ResourceSet
+    from mlmesh_local.resources.model_sidecars import ProxySettings
 
 ADS_CLUSTER = "xds-grpc"
 """Name of the cluster in a sidecar's bootstrap that leads to the control plane (Istio's own name)."""
@@ -47,6 +49,7 @@ class ProxyNode:
         container_ports: name to number, for a Service's named targetPort; an unnamed port has its number as name.
         extra_addresses: for a gateway, (server port, "host:port") at which that server listens in addition.
         access_log_path: file of access logs when Telemetry turns them on; empty for standard output.
+        settings: what the pod's annotation says about its proxy; where it says nothing MeshConfig does.
     """
 
     id: str
@@ -60,6 +63,7 @@ class ProxyNode:
     container_ports: Mapping[str, int] = field(default_factory=dict)
     extra_addresses: tuple[tuple[int, str], ...] = ()
     access_log_path: str = ""
+    settings: ProxySettings | None = None
 
     def identity(self, trust_domain: str) -> str:
         """The SPIFFE id of the workload's ServiceAccount."""
@@ -169,5 +173,7 @@ def _plain(value: ProxyNode | Endpoint) -> dict[str, object]:
     plain: dict[str, object] = {}
     for name in value.__dataclass_fields__:
         item = getattr(value, name)
+        if dataclasses.is_dataclass(item) and not isinstance(item, type):
+            item = dataclasses.asdict(item)
         plain[name] = dict(item) if isinstance(item, Mapping) else item
     return plain

@@ -120,6 +120,7 @@ def _proxy(name: str, deployment: Deployment, addresses: InstanceAddresses) -> P
         application_address="" if gateway else addresses.application,
         outbound_address="" if gateway else addresses.outbound,
         container_ports=dict(deployment.container_ports()),
+        settings=deployment.proxy,
     )
 
 

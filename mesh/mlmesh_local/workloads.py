@@ -49,7 +49,8 @@ class EnvironmentEntry:
 class Workload:
     """A Deployment, reduced to what one machine needs. ``argv`` is empty for a gateway: it is its sidecar.
 
-    ``proxy_threads`` 0 is one for each core; ``proxy_drain_s`` is how long listeners that go keep their connections.
+    ``proxy_threads`` 0 is one for each core; ``proxy_drain_s`` is how long listeners that go keep their connections;
+    ``proxy`` is what the annotation says.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Workload:
     is_gateway: bool = False
     proxy_threads: int = 1
     proxy_drain_s: int = DRAIN_S
+    proxy: ProxySettings = field(default_factory=ProxySettings)
 
     def instance_name(self, ordinal: int) -> str:
         """Name of a replica, counted from 0."""
@@ -120,6 +122,7 @@ def workload_of(deployment: Deployment, proxy: ProxySettings | None = None) -> W
         startup=_probe(at, "startupProbe", container.startup if argv and container else None, ports),
         grace_s=deployment.termination_grace_s,
         is_gateway=deployment.is_gateway,
+        proxy=deployment.proxy,
     )
 
 

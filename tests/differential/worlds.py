@@ -14,6 +14,9 @@ from mlmesh_local.istiod.nodes import Node
 from mlmesh_local.istiod.objects import Pod, injected_labels
 from mlmesh_local.model import ProxyNode, World
 from mlmesh_local.resources import Document, ResourceSet, load_resources
+from mlmesh_local.resources.model_sidecars import ProxySettings
+from mlmesh_local.resources.problems import At, Problems
+from mlmesh_local.resources.proxies import ANNOTATION, annotated
 from mlmesh_local.translate import service_endpoints
 
 NAMESPACE = "mlmesh"
@@ -30,6 +33,7 @@ class Member:
     kind: str
     number: int
     own_labels: Mapping[str, str]
+    config: Mapping[str, Any]
 
     @property
     def name(self) -> str:
@@ -44,6 +48,7 @@ class Member:
             address=self.pod.address,
             labels=self.pod.labels,
             service_account=self.pod.service_account,
+            metadata={"PROXY_CONFIG": dict(self.config)},
         )
 
     def proxy(self) -> ProxyNode:
@@ -59,7 +64,14 @@ class Member:
             application_address="" if gateway else f"127.64.2.{self.number}",
             outbound_address="" if gateway else f"127.64.3.{self.number}",
             container_ports=self.pod.ports,
+            settings=self.settings,
         )
+
+    @property
+    def settings(self) -> ProxySettings:
+        """What its annotation says, as our reader has it."""
+        text = self.pod.annotations.get(ANNOTATION, "")
+        return annotated(text, At(source="case.yaml", line=0), Problems())
 
 
 def read(paths: Iterable[Path]) -> str:
@@ -84,6 +96,7 @@ def documents(text: str) -> list[dict[str, Any]]:
 def members(found: Sequence[Mapping[str, Any]]) -> list[Member]:
     """One proxy and pod a Deployment, in order."""
     result: list[Member] = []
+    default = _default_config(found)
     for document in found:
         if document.get("kind") != "Deployment":
             continue
@@ -108,9 +121,19 @@ def members(found: Sequence[Mapping[str, Any]]) -> list[Member]:
                 kind="gateway" if gateway else "sidecar",
                 number=number,
                 own_labels=metadata.get("labels") or {},
+                # Istio's agent lays the annotation over MeshConfig's, field by field.
+                config={**default, **(yaml.safe_load(annotations.get(ANNOTATION, "")) or {})},
             )
         )
     return result
+
+
+def _default_config(found: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    for document in found:
+        if document.get("kind") == "ConfigMap" and document["metadata"].get("name") == "istio":
+            settings = yaml.safe_load((document.get("data") or {}).get("mesh", "")) or {}
+            return dict(settings.get("defaultConfig") or {})
+    return {}
 
 
 @functools.lru_cache(maxsize=64)

@@ -42,7 +42,6 @@ class Node:
             "MESH_ID": self.domain,
             "CLUSTER_ID": "Kubernetes",
             "WORKLOAD_NAME": self.name,
-            "PROXY_CONFIG": {},
             **self.metadata,
         }
         return {"id": self.id, "cluster": f"{self.labels.get('app', self.name)}.{self.namespace}", "metadata": metadata}

@@ -11,6 +11,7 @@ from mlmesh_local.resources.checked import part
 from mlmesh_local.resources.fields import Fields
 from mlmesh_local.resources.http_actions import parse_retries
 from mlmesh_local.resources.mesh_hosts import HostSettings, host_settings
+from mlmesh_local.resources.mesh_tls import TlsSettings, mesh_mtls, tls_settings
 from mlmesh_local.resources.meta import Meta
 from mlmesh_local.resources.model_routes import Retries
 from mlmesh_local.resources.model_security import ExternalAuthorizer
@@ -32,8 +33,7 @@ _OF_AN_INSTALL = (
 )
 _UNSUPPORTED = (
     "ca", "caCertificates", "enableEnvoyAccessLogService", "hboneIdleTimeout", "inboundClusterStatName",
-    "inboundTrafficPolicy", "meshMTLS", "outboundClusterStatName", "serviceEntryVisibility", "serviceScopeConfigs",
-    "tlsDefaults",
+    "outboundClusterStatName", "serviceEntryVisibility", "serviceScopeConfigs",
 )
 # fmt: on
 _NORMALIZATION = ("DEFAULT", "NONE", "BASE", "MERGE_SLASHES", "DECODE_AND_MERGE_SLASHES")
@@ -58,6 +58,8 @@ class MeshConfig:
     path_normalization: str = "DEFAULT"
     authorizers: tuple[ExternalAuthorizer, ...] = ()
     telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
+    mesh_mtls: TlsSettings = field(default_factory=TlsSettings)
+    tls_defaults: TlsSettings = field(default_factory=TlsSettings)
 
 
 def is_mesh_config(namespace: str, name: str) -> bool:
@@ -88,6 +90,8 @@ def _settings(meta: Meta, fields: Fields) -> MeshConfig:
     with fields:
         fields.ignored(*_OF_AN_INSTALL)
         fields.unsupported(*_UNSUPPORTED)
+        # Applications listen at an address that only their sidecar dials, whatever it is.
+        part(fields, "inboundTrafficPolicy", lambda inner: inner.choice("mode", ("PASSTHROUGH", "LOCALHOST")))
         return MeshConfig(
             meta=meta,
             trust_domain=fields.text("trustDomain"),
@@ -100,6 +104,8 @@ def _settings(meta: Meta, fields: Fields) -> MeshConfig:
             path_normalization=part(fields, "pathNormalization", _normalization) or "DEFAULT",
             authorizers=parse_authorizers(fields),
             telemetry=telemetry_settings(fields),
+            mesh_mtls=part(fields, "meshMTLS", mesh_mtls) or TlsSettings(),
+            tls_defaults=part(fields, "tlsDefaults", tls_settings) or TlsSettings(),
         )
 
 

@@ -76,6 +76,35 @@ class ProxyConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayTopology:
+    """What is in front of a gateway: how many proxies are trusted, and what becomes of certificates they tell of.
+
+    ``client_certificates`` empty leaves Istio's way; ``proxy_protocol``: connections begin with who calls.
+    """
+
+    trusted_proxies: int = 0
+    client_certificates: str = ""
+    proxy_protocol: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProxyHeaders:
+    """Headers that proxies add. ``server`` None leaves Istio's name, an empty one the application's own header.
+
+    ``certificate_details`` are those that are said (subject, cert, chain, dns, uri) of the caller's certificate.
+    """
+
+    client_certificates: str = ""
+    certificate_details: tuple[tuple[str, bool], ...] = ()
+    request_id: bool = True
+    server: str | None = None
+    attempt_count: bool = True
+    debug: bool = True
+    forwarded_port: bool = False
+    forwarded_host: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ProxySettings:
     """What of a proxy's configuration applies on a laptop. None leaves the laptop's own.
 
@@ -85,10 +114,14 @@ class ProxySettings:
 
     concurrency: int | None = None
     drain_s: float | None = None
+    topology: GatewayTopology | None = None
+    headers: ProxyHeaders | None = None
 
     def over(self, base: ProxySettings) -> ProxySettings:
         """These settings, and those of a wider scope where they say nothing."""
         return ProxySettings(
             concurrency=base.concurrency if self.concurrency is None else self.concurrency,
             drain_s=base.drain_s if self.drain_s is None else self.drain_s,
+            topology=self.topology or base.topology,
+            headers=self.headers or base.headers,
         )

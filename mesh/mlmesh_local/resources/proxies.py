@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from mlmesh_local.resources.checked import duration_s, selector
+from mlmesh_local.resources.checked import duration_s, part, selector
 from mlmesh_local.resources.fields import INT32_MAX, Fields
 from mlmesh_local.resources.meta import Meta
-from mlmesh_local.resources.model_sidecars import ProxyConfig, ProxySettings
+from mlmesh_local.resources.model_sidecars import GatewayTopology, ProxyConfig, ProxyHeaders, ProxySettings
 from mlmesh_local.resources.problems import At, Problems
 from mlmesh_local.resources.tree import Node, parse_yaml
 
@@ -31,10 +31,11 @@ _OF_THE_AGENT = (
 )
 _UNSUPPORTED = (
     "connectionSettings", "envoyAccessLogService", "envoyMetricsService", "envoyMetricsServiceAddress",
-    "extraStatTags", "gatewayTopology", "privateKeyProvider", "proxyHeaders", "proxyStatsMatcher", "runtimeValues",
-    "statsdUdpAddress", "zipkinAddress",
+    "extraStatTags", "privateKeyProvider", "proxyStatsMatcher", "runtimeValues", "statsdUdpAddress", "zipkinAddress",
 )
 # fmt: on
+_CERTIFICATES = ("UNDEFINED", "SANITIZE", "FORWARD_ONLY", "APPEND_FORWARD", "SANITIZE_SET", "ALWAYS_FORWARD_ONLY")
+_DETAILS = ("subject", "cert", "chain", "dns", "uri")
 
 
 def proxy_settings(fields: Fields) -> ProxySettings:
@@ -45,8 +46,52 @@ def proxy_settings(fields: Fields) -> ProxySettings:
     fields.ignored("tracing")
     duration_s(fields, "terminationDrainDuration", low_s=0.0)
     return ProxySettings(
-        concurrency=fields.integer("concurrency", high=INT32_MAX), drain_s=duration_s(fields, "drainDuration")
+        concurrency=fields.integer("concurrency", high=INT32_MAX),
+        drain_s=duration_s(fields, "drainDuration"),
+        topology=part(fields, "gatewayTopology", _topology),
+        headers=part(fields, "proxyHeaders", _headers),
     )
+
+
+def _topology(fields: Fields) -> GatewayTopology:
+    announced = fields.has("proxyProtocol")
+    with fields.message("proxyProtocol"):
+        return GatewayTopology(
+            trusted_proxies=fields.integer("numTrustedProxies") or 0,
+            client_certificates=_certificates(fields, "forwardClientCertDetails"),
+            proxy_protocol=announced,
+        )
+
+
+def _certificates(fields: Fields, name: str) -> str:
+    chosen = fields.choice(name, _CERTIFICATES, "UNDEFINED")
+    return "" if chosen == "UNDEFINED" else chosen
+
+
+def _headers(fields: Fields) -> ProxyHeaders:
+    fields.unsupported("preserveHttp1HeaderCase")
+    # Sidecars of a laptop do not tell each other who they are by headers.
+    fields.ignored("metadataExchangeHeaders")
+    with fields.message("setCurrentClientCertDetails") as inner:
+        said = ((name, inner.boolean_or_none(name)) for name in _DETAILS)
+        details = tuple((name, value) for name, value in said if value is not None)
+    with fields.message("server") as inner:
+        disabled, value = inner.boolean("disabled"), inner.text("value")
+    return ProxyHeaders(
+        client_certificates=_certificates(fields, "forwardedClientCert"),
+        certificate_details=details,
+        request_id=not _switch(fields, "requestId", "disabled"),
+        server="" if disabled else value or None,
+        attempt_count=not _switch(fields, "attemptCount", "disabled"),
+        debug=not _switch(fields, "envoyDebugHeaders", "disabled"),
+        forwarded_port=_switch(fields, "xForwardedPort", "enabled"),
+        forwarded_host=_switch(fields, "xForwardedHost", "enabled"),
+    )
+
+
+def _switch(fields: Fields, name: str, word: str) -> bool:
+    with fields.message(name) as inner:
+        return inner.boolean(word)
 
 
 def annotated(text: str, at: At, problems: Problems) -> ProxySettings:
@@ -60,7 +105,7 @@ def annotated(text: str, at: At, problems: Problems) -> ProxySettings:
 def parse_proxy_config(meta: Meta, spec: Fields) -> ProxyConfig:
     """Read a ProxyConfig's spec. Variables and images are of Istio's own agent, which a laptop does not run."""
     spec.text_map("environmentVariables")
-    spec.ignored("image")
+    part(spec, "image", lambda image: image.text("imageType"))
     return ProxyConfig(
         meta=meta,
         selector=selector(spec, "selector", "matchLabels"),

@@ -102,6 +102,9 @@ def parse_pod(meta: Meta, spec: Fields) -> Deployment:
         service_account=service_account,
         containers=containers,
         termination_grace_s=grace_s,
+        proxy=annotated(meta.annotations[ANNOTATION], meta.at, spec.problems)
+        if ANNOTATION in meta.annotations
+        else ProxySettings(),
     )
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from mlmesh_local.envoy_types import Json, typed
 from mlmesh_local.model import Endpoint, ProxyNode
 from mlmesh_local.resources.catalog import CatalogPort, CatalogService
+from mlmesh_local.resources.mesh_tls import TlsSettings
 from mlmesh_local.resources.model import TrafficPolicy
 from mlmesh_local.resources.rules import HostPolicy, effective_policy, load_balancer_of, port_policy
 from mlmesh_local.translate import names, tls
@@ -275,11 +276,13 @@ def _apply_tls(cluster: Json, options: Json, target: _Target) -> None:
             expected, view.trust_domain, rule.sni or server_name, http2=speaks_http2(options)
         )
     elif rule.mode != "DISABLE":
-        # Istio gives credentials to gateways, and to the sidecars that a workloadSelector names.
-        if rule.credential_name and target.proxy.kind == "sidecar" and not target.rules.selected:
+        # Istio gives credentials to gateways, and to the sidecars that a workloadSelector names; roots to everybody.
+        secret = rule.credential_name and not rule.credential_name.startswith(tls.IN_CONFIG_MAP)
+        if secret and target.proxy.kind == "sidecar" and not target.rules.selected:
             return
         known = view.identities(service) if service.is_entry else ()
-        cluster["transport_socket"] = outside_client(rule, options, known)
+        defaults = view.mesh_config.tls_defaults if view.mesh_config else TlsSettings()
+        cluster["transport_socket"] = outside_client(rule, options, known, defaults)
 
 
 def _dynamic_cluster(target: _Target) -> Json:

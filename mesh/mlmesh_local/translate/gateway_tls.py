@@ -4,42 +4,27 @@ from __future__ import annotations
 
 from mlmesh_local.envoy_types import Json, typed
 from mlmesh_local.model import TRUST_SECRET, WORKLOAD_SECRET
+from mlmesh_local.resources.ciphers import is_cipher_suite
+from mlmesh_local.resources.mesh_tls import TlsSettings
 from mlmesh_local.resources.model_gateways import ServerTls
 from mlmesh_local.translate import tls as mesh_tls
 from mlmesh_local.translate.names import ADS
 
 _VERSIONS = {"TLSV1_0": "TLSv1_0", "TLSV1_1": "TLSv1_1", "TLSV1_2": "TLSv1_2", "TLSV1_3": "TLSv1_3"}
 _SAN_TYPES = ("URI", "DNS", "EMAIL", "IP_ADDRESS")
-# What Envoy knows, pkg/config/security/security.go; Istio leaves out the rest.
-CIPHER_SUITES = frozenset(
-    {
-        "ECDHE-ECDSA-AES128-GCM-SHA256",
-        "ECDHE-RSA-AES128-GCM-SHA256",
-        "ECDHE-ECDSA-AES256-GCM-SHA384",
-        "ECDHE-RSA-AES256-GCM-SHA384",
-        "ECDHE-ECDSA-CHACHA20-POLY1305",
-        "ECDHE-RSA-CHACHA20-POLY1305",
-        "ECDHE-ECDSA-AES128-SHA",
-        "ECDHE-RSA-AES128-SHA",
-        "ECDHE-ECDSA-AES256-SHA",
-        "ECDHE-RSA-AES256-SHA",
-        "AES128-GCM-SHA256",
-        "AES256-GCM-SHA384",
-        "AES128-SHA",
-        "AES256-SHA",
-        "DES-CBC3-SHA",
-    }
-)
 
 
-def server_context(tls: ServerTls) -> Json:
-    """Transport socket of a server that ends TLS. Named certificates come over SDS, files are read by Envoy."""
+def server_context(tls: ServerTls, defaults: TlsSettings) -> Json:
+    """Transport socket of a server that ends TLS. Named certificates come over SDS, files are read by Envoy.
+
+    ``defaults`` are MeshConfig's, for what the server does not say.
+    """
     common: Json = {"alpn_protocols": mesh_tls.SERVER_ALPN}
     if tls.mode == "ISTIO_MUTUAL":
         common["tls_certificate_sds_secret_configs"] = [_secret(WORKLOAD_SECRET)]
         common |= _combined(tls, TRUST_SECRET)
         return _socket(common, required=True)
-    parameters = _parameters(tls)
+    parameters = _parameters(tls, defaults)
     if parameters:
         common["tls_params"] = parameters
     if tls.credentials:
@@ -66,12 +51,17 @@ def _socket(common: Json, *, required: bool) -> Json:
 
 def cipher_suites(names: tuple[str, ...]) -> list[str]:
     """Suites that Envoy knows, each once; expressions such as "-ALL" are left to it."""
-    known = (name for name in names if name in CIPHER_SUITES or name == "ALL" or not name[:1].isalnum())
-    return list(dict.fromkeys(known))
+    return list(dict.fromkeys(name for name in names if is_cipher_suite(name)))
 
 
-def _parameters(tls: ServerTls) -> Json:
+def _parameters(tls: ServerTls, defaults: TlsSettings) -> Json:
     result: Json = {}
+    if defaults.min_version:
+        result["tls_minimum_protocol_version"] = defaults.min_version
+    if defaults.cipher_suites:
+        result["cipher_suites"] = list(defaults.cipher_suites)
+    if defaults.curves:
+        result["ecdh_curves"] = list(defaults.curves)
     if tls.min_version in _VERSIONS:
         result["tls_minimum_protocol_version"] = _VERSIONS[tls.min_version]
     if tls.max_version in _VERSIONS:

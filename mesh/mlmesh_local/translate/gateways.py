@@ -9,6 +9,7 @@ from mlmesh_local.envoy_types import Json
 from mlmesh_local.model import ProxyNode
 from mlmesh_local.resources.domains import host_covers
 from mlmesh_local.resources.gateways import UNIX
+from mlmesh_local.resources.mesh_tls import TlsSettings
 from mlmesh_local.resources.model_routes import VirtualService
 from mlmesh_local.translate.authorization import authorization, authorization_extensions
 from mlmesh_local.translate.clusters import outbound_clusters, outbound_endpoints
@@ -26,6 +27,7 @@ from mlmesh_local.translate.listeners import TLS_INSPECTOR, manager
 from mlmesh_local.translate.matches import is_catch_all
 from mlmesh_local.translate.names import address, split_address
 from mlmesh_local.translate.observation import route_tracing
+from mlmesh_local.translate.proxy_headers import PROXY_PROTOCOL, counted, topology_of
 from mlmesh_local.translate.routes import Frame, rule_routes
 from mlmesh_local.translate.view import View
 from mlmesh_local.translate.virtual_hosts import route_configuration
@@ -77,7 +79,8 @@ def routes(view: View, proxy: ProxyNode) -> dict[str, Json]:
             )
             for one in served
         ]
-        configuration = route_configuration(name, _virtual_hosts(list(zip(served, frames, strict=True))))
+        hosts = _virtual_hosts(list(zip(served, frames, strict=True)))
+        configuration = route_configuration(name, counted(view, proxy, hosts))
         if checks:
             configuration["typed_per_filter_config"] = checks
         result[name] = configuration
@@ -100,8 +103,10 @@ def _listener(view: View, proxy: ProxyNode, place: Listening) -> Json:
         "traffic_direction": "OUTBOUND",
         "filter_chains": chains,
     }
-    if inspect:
-        listener["listener_filters"] = [TLS_INSPECTOR]
+    filters = [PROXY_PROTOCOL] if topology_of(view, proxy).proxy_protocol else []
+    filters += [TLS_INSPECTOR] if inspect else []
+    if filters:
+        listener["listener_filters"] = filters
     return listener
 
 
@@ -116,6 +121,7 @@ def _chains(view: View, proxy: ProxyNode, place: Listening, name: str) -> list[J
     sockets: dict[int, Json] = {}
     titles: dict[int, str] = {}
     found: list[Chain] = []
+    defaults = view.mesh_config.tls_defaults if view.mesh_config else TlsSettings()
     plain = False
     for one in place.servers:
         if one.server.speaks_http and plain:
@@ -125,7 +131,7 @@ def _chains(view: View, proxy: ProxyNode, place: Listening, name: str) -> list[J
         chains = [_requests(view, proxy, one, name)] if one.route_name else connection_chains(view, proxy, one)
         tls = one.server.tls
         if tls is not None and not tls.passes_through:
-            sockets |= {id(chain.filters): server_context(tls) for chain in chains}
+            sockets |= {id(chain.filters): server_context(tls, defaults) for chain in chains}
         titles |= {id(chain.filters): one.route_name for chain in chains if one.route_name}
         found += chains
     result: list[Json] = []

@@ -9,6 +9,7 @@ from typing import Final, Literal
 
 from mlmesh_local.envoy_types import Json, typed
 from mlmesh_local.model import ProxyNode
+from mlmesh_local.resources.mesh_tls import TlsSettings
 from mlmesh_local.resources.model import FilterPatch, MtlsMode
 from mlmesh_local.resources.protocols import Protocol, is_http
 from mlmesh_local.translate import tls
@@ -18,6 +19,7 @@ from mlmesh_local.translate.jwt import jwt_filter
 from mlmesh_local.translate.layer4 import layer4_services, network_logs, outbound_chains
 from mlmesh_local.translate.names import ADS, address, filter_of, inbound_cluster
 from mlmesh_local.translate.observation import access_logging, manager_tracing
+from mlmesh_local.translate.proxy_headers import headers_of, manager_headers
 from mlmesh_local.translate.route_actions import CORS_FILTER, FAULT_FILTER, STATE_FILTER
 from mlmesh_local.translate.view import View
 
@@ -60,7 +62,7 @@ def manager(
     view: View, proxy: ProxyNode, role: Role, route_name: str, stat_prefix: str, *, port: int, grpc_web: bool = False
 ) -> Json:
     """A connection manager as network filter; its routes come over RDS. ``grpc_web``: browsers' gRPC is translated."""
-    filters = _filters(role, grpc_web=grpc_web)
+    filters = _filters(role, grpc_web=grpc_web, debug=headers_of(view, proxy).debug)
     if role != "inbound":
         filters[-1:-1] = dynamic_filters(view, proxy, port)
     config: Json = {
@@ -75,25 +77,13 @@ def manager(
         "proxy_100_continue": True,
         "upgrade_configs": [{"upgrade_type": "websocket"}],
     }
-    if role == "gateway":
-        config["use_remote_address"] = True
-    if role != "outbound":
-        # Istio leaves Envoy's own name on the way out.
-        config["server_name"] = "istio-envoy"
-        # Behind this, the last element of x-forwarded-client-cert is who called; a gateway drops what clients sent.
-        config["forward_client_cert_details"] = "SANITIZE_SET" if role == "gateway" else "APPEND_FORWARD"
-        config["set_current_client_cert_details"] = {
-            "subject": True,
-            "dns": True,
-            "uri": True,
-            "cert": role == "gateway",
-        }
+    config.update(manager_headers(view, proxy, role))
     config.update(manager_tracing(view, proxy, role))
     config.update(access_logging(view, proxy, role))
     return filter_of("envoy.filters.network.http_connection_manager", _MANAGER, config)
 
 
-def _filters(role: Role, *, grpc_web: bool) -> list[Json]:
+def _filters(role: Role, *, grpc_web: bool, debug: bool) -> list[Json]:
     # Method names of strangers would make statistics without bound: by method only for one's own application's calls.
     stats: Json = {
         "stats_for_all_methods": role == "outbound",
@@ -110,7 +100,7 @@ def _filters(role: Role, *, grpc_web: bool) -> list[Json]:
         # Routes of ports without a declared protocol tell the other side that it is HTTP.
         *([filter_of(STATE_FILTER, _SET_STATE)] if role == "outbound" else []),
         # Last: faults are injected before it, so it does not retry them.
-        filter_of("envoy.filters.http.router", _ROUTER),
+        filter_of("envoy.filters.http.router", _ROUTER, None if debug else {"suppress_envoy_headers": True}),
     ]
 
 
@@ -199,7 +189,8 @@ def _inbound_chains(view: View, proxy: ProxyNode, port: int, protocol: Protocol,
     web = protocol == "grpc-web"
     http = [manager(view, proxy, "inbound", inbound_cluster(port), f"inbound_{name}", port=port, grpc_web=web)]
     tcp = [] if is_http(protocol) else _inbound_connection(view, proxy, port)
-    secure = tls.mesh_server(view.trust_domains)
+    settings = view.mesh_config.mesh_mtls if view.mesh_config else TlsSettings()
+    secure = tls.mesh_server(view.trust_domains, settings)
     strict: list[_Row]
     plain: list[_Row]
     mixed: list[_Row]

@@ -23,6 +23,7 @@ from mlmesh_local.resources.model_routes import (
 from mlmesh_local.translate import names
 from mlmesh_local.translate.matches import ANYTHING, applies, is_catch_all, route_match
 from mlmesh_local.translate.names import fraction
+from mlmesh_local.translate.proxy_headers import headers_of
 from mlmesh_local.translate.route_actions import (
     CORS_FILTER,
     FAULT_FILTER,
@@ -180,6 +181,8 @@ def _send(frame: Frame, route: Json, rule: HttpRule, authority: str, *, by_segme
         action["cluster_not_found_response_code"] = "INTERNAL_SERVER_ERROR"
     if rule.rewrite:
         apply_rewrite(action, route["match"], rule.rewrite, by_segment=by_segment)
+        if headers_of(frame.view, frame.proxy).forwarded_host:
+            action["append_x_forwarded_host"] = True
         authority = rule.rewrite.authority or authority
     if authority:
         action["host_rewrite_literal"] = authority

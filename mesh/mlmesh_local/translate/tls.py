@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mlmesh_local.envoy_types import Json, typed
 from mlmesh_local.model import TRUST_SECRET, WORKLOAD_SECRET
+from mlmesh_local.resources.mesh_tls import TlsSettings
 from mlmesh_local.translate.names import ADS
 
 RAW_BUFFER: Json = {
@@ -27,7 +28,10 @@ _MESH_PARAMETERS: Json = {
     ],
 }
 _INVALID = "invalid://"
-_KINDS_OF_SECRETS = ("kubernetes://", "kubernetes-gateway://", "configmap://")
+IN_CONFIG_MAP = "configmap://"
+"""Beginning of the name of roots in a ConfigMap: "configmap://namespace/name"."""
+
+_KINDS_OF_SECRETS = ("kubernetes://", "kubernetes-gateway://", IN_CONFIG_MAP)
 # Istio lists istio-peer-exchange first; Envoy without that extension would then choose HTTP/1.
 SERVER_ALPN = ["h2", "http/1.1"]
 
@@ -62,18 +66,23 @@ def mesh_client(identities: tuple[str, ...], trust_domain: str, server_name: str
     )
 
 
-def mesh_server(trust_domains: tuple[str, ...]) -> Json:
+def mesh_server(trust_domains: tuple[str, ...], settings: TlsSettings) -> Json:
     """Transport socket of a sidecar's inbound connection: a certificate of these trust domains is demanded.
 
-    ``trust_domains`` are the mesh's own and its aliases. One authority may sign for several: without the check of the
-    name every one of them would be let in.
+    ``trust_domains`` are the mesh's own and its aliases: one authority may sign for several, and without the check of
+    the name every one of them would be let in. ``settings`` is what MeshConfig says of mutual TLS.
     """
     sans = [_uri("prefix", f"spiffe://{domain}/") for domain in trust_domains]
+    parameters = dict(_MESH_PARAMETERS)
+    if settings.min_version:
+        parameters["tls_minimum_protocol_version"] = settings.min_version
+    if settings.cipher_suites:
+        parameters["cipher_suites"] = list(settings.cipher_suites)
     return _downstream(
         {
             "require_client_certificate": True,
             "common_tls_context": {
-                "tls_params": _MESH_PARAMETERS,
+                "tls_params": parameters,
                 "alpn_protocols": SERVER_ALPN,
                 "tls_certificate_sds_secret_configs": [_secret(WORKLOAD_SECRET)],
                 "combined_validation_context": {

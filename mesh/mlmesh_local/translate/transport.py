@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mlmesh_local.envoy_types import Json, typed
+from mlmesh_local.resources.mesh_tls import TlsSettings
 from mlmesh_local.resources.model import ClientTls, TrafficPolicy
 from mlmesh_local.translate import tls
 from mlmesh_local.translate.names import ADS
@@ -31,10 +32,11 @@ def mutual_matches(mutual: Json) -> list[Json]:
     ]
 
 
-def outside_client(rule: ClientTls, options: Json, subject_alt_names: Sequence[str]) -> Json:
+def outside_client(rule: ClientTls, options: Json, subject_alt_names: Sequence[str], defaults: TlsSettings) -> Json:
     """TLS to a server that is no part of the mesh. Changes the HTTP options as that needs it.
 
-    ``subject_alt_names`` are those expected where the rule names none: those of the ServiceEntry.
+    ``subject_alt_names`` are those expected where the rule names none: those of the ServiceEntry; ``defaults`` are
+    MeshConfig's.
     """
     automatic = not rule.sni
     checked = automatic and not rule.subject_alt_names and not rule.insecure_skip_verify
@@ -44,7 +46,12 @@ def outside_client(rule: ClientTls, options: Json, subject_alt_names: Sequence[s
             "auto_sni": True,
             **({"auto_san_validation": True} if checked else {}),
         }
-    common: Json = {"tls_params": _PARAMETERS}
+    parameters = dict(_PARAMETERS)
+    if defaults.curves:
+        parameters["ecdh_curves"] = list(defaults.curves)
+    if defaults.cipher_suites:
+        parameters["cipher_suites"] = list(defaults.cipher_suites)
+    common: Json = {"tls_params": parameters}
     expected = {"match_typed_subject_alt_names": _sans(rule.subject_alt_names or subject_alt_names)}
     if rule.credential_name:
         _from_credential(common, rule, expected)

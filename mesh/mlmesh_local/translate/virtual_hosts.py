@@ -17,6 +17,7 @@ from mlmesh_local.resources.model_routes import VirtualService
 from mlmesh_local.resources.protocols import is_http
 from mlmesh_local.translate import names
 from mlmesh_local.translate.matches import ANYTHING, unique
+from mlmesh_local.translate.proxy_headers import counted
 from mlmesh_local.translate.route_actions import STATE_FILTER, request_marker, timeouts
 from mlmesh_local.translate.routes import GATEWAY_SEMANTICS, Frame, default_route, rule_routes
 from mlmesh_local.translate.view import View
@@ -75,7 +76,8 @@ def outbound_virtual_hosts(frame: Frame) -> list[Json]:
         for host, service in here.items()
         if host not in ruled and _routed(service, port) and not service.alias_for
     ]
-    return [*sorted(_built(frame, groups), key=lambda host: str(host["name"])), _rest(frame)]
+    hosts = [*sorted(_built(frame, groups), key=lambda host: str(host["name"])), _rest(frame)]
+    return counted(frame.view, frame.proxy, hosts)
 
 
 def _overlaps(host: str, here: Mapping[str, CatalogService], wildcards: Iterable[str]) -> bool:

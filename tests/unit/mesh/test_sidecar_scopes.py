@@ -204,9 +204,12 @@ def test_settings_of_the_mesh() -> None:
     [
         ("connectTimout: 1s", 'data.mesh.connectTimout: unknown field (did you mean "connectTimeout"?)'),
         ("connectTimeout: 31s", "data.mesh.connectTimeout: must be at most 30 s"),
-        ("meshMTLS: {}", "data.mesh.meshMTLS: not supported"),
+        ("meshMTLS: {ecdhCurves: [P-256]}", "data.mesh.meshMTLS.ecdhCurves: does not go with meshMTLS"),
+        ("tlsDefaults: {ecdhCurves: [secp]}", '"secp" is not one of P-224'),
+        ("caCertificates: []", "data.mesh.caCertificates: not supported"),
         ("outboundTrafficPolicy: {mode: ALLOW_ANY_DYNAMIC_DNS}", "is not supported by the laptop mesh"),
-        ("defaultConfig: {proxyHeaders: {}}", "data.mesh.defaultConfig.proxyHeaders: not supported"),
+        ("defaultConfig: {proxyHeaders: {server: {valu: a}}}", "defaultConfig.proxyHeaders.server.valu: unknown field"),
+        ("defaultConfig: {gatewayTopology: {forwardClientCertDetails: A}}", '"A" is not one of UNDEFINED, SANITIZE'),
         ("localityLbSetting: {distribute: [{from: a, to: {b: 50}}]}", "the shares sum to 50, not to 100"),
     ],
 )
