@@ -164,7 +164,8 @@ CHECKS: Final[tuple[Check, ...]] = (
         severity="warning",
         layer="files",
         title="a port that no container declares",
-        why="A named target that is not there makes the endpoint vanish; a number works but hides what listens.",
+        why="A named target that is not there makes the endpoint vanish; a number of which no port, argument or "
+        "variable of the container speaks is likely a slip.",
         fix="Declare the container port, or correct the Service's targetPort.",
         source="https://kubernetes.io/docs/concepts/services-networking/service/#field-spec-ports",
         find=workloads.undeclared_ports,

@@ -170,7 +170,10 @@ def no_keepalive(context: Context) -> Iterator[Hit]:
     for host, target in context.view.services.items():
         if host not in ruled and not target.is_entry and not everywhere and context.streams(target):
             name = f"{target.namespace}/{target.name}"
-            yield Hit(kind="Service", name=name, detail=f"no DestinationRule says how streams to {host} are watched")
+            # Without a mesh that runs it is not known whether there are any.
+            detail = f"no DestinationRule says how streams to {host} are watched"
+            detail += "" if host in context.facts.methods else ", if it has any"
+            yield Hit(kind="Service", name=name, detail=detail)
 
 
 def pings_too_often(context: Context) -> Iterator[Hit]:

@@ -114,7 +114,7 @@ def missing_drain(context: Context) -> Iterator[Hit]:
         hook = bool(plain.get("lifecycle", {}).get("preStop"))
         drain_s, grace_s = _number(variables.get(DRAIN)), _number(variables.get(GRACE))
         if not hook and not drain_s:
-            detail = "it closes its port at SIGTERM, before every sidecar knows that the endpoint goes"
+            detail = "nothing makes it wait after SIGTERM until every sidecar knows that its endpoint goes"
             yield _hit(deployment, *_CONTAINER, index, "lifecycle", detail=detail)
             continue
         proxy_s = _proxy_drain_s(deployment)
@@ -194,11 +194,27 @@ def undeclared_ports(context: Context) -> Iterator[Hit]:
         for index, port in enumerate(service.ports):
             for deployment in _behind(context, service):
                 declared = deployment.container_ports()
-                there = port.target in declared if isinstance(port.target, str) else port.target in declared.values()
-                if not there:
+                if isinstance(port.target, str):
+                    missing = port.target not in declared
+                else:
+                    missing = port.target not in declared.values() and _is_suspect(deployment, port.target)
+                if missing:
                     detail = f"{_name(deployment)} declares no container port {port.target}"
                     name = f"{service.meta.namespace}/{service.meta.name}"
                     yield Hit(kind="Service", name=name, path=("spec", "ports", index, "targetPort"), detail=detail)
+
+
+def _is_suspect(deployment: Deployment, number: int) -> bool:
+    """Whether nothing but the Service speaks of a port: Kubernetes lets containers listen without a declaration."""
+    if not deployment.container_ports():
+        return False
+    texts = (
+        text
+        for container in deployment.containers
+        for text in (*container.command, *container.args, *(one.value for one in container.environment))
+    )
+    word = re.compile(rf"(?<!\d){number}(?!\d)")
+    return not any(word.search(text) for text in texts)
 
 
 def hidden_tcp(context: Context) -> Iterator[Hit]:

@@ -266,6 +266,27 @@ def test_the_younger_of_two_tcp_services_is_hidden(first: str, second: str, hidd
     assert found == [hidden] * bool(hidden)
 
 
+@pytest.mark.parametrize(
+    "listens",
+    [
+        "containers: [{name: app, command: [serve, --port=9999], ",
+        "containers: [{name: app, args: [':9999'], command: [serve], ",
+    ],
+)
+def test_a_port_that_the_container_is_told_of_needs_no_declaration(listens: str) -> None:
+    told = DRAINED.replace("targetPort: 9090", "targetPort: 9999")
+    assert _found("MLM015", _context(QUIET, workloads=told))
+    told = told.replace("containers: [{name: app, command: [serve], ", listens)
+    assert not _found("MLM015", _context(QUIET, workloads=told))
+
+
+def test_a_port_of_a_pod_that_declares_none_is_no_slip() -> None:
+    """Istio's and Kubernetes' own samples are so."""
+    bare = "ports: [{name: grpc, containerPort: 8000}, {containerPort: 9090}]"
+    none = DRAINED.replace(bare, "ports: []").replace("targetPort: grpc", "targetPort: 8000")
+    assert not _found("MLM015", _context(QUIET, workloads=none))
+
+
 def test_methods_that_a_service_tells_count_more_than_those_that_are_known() -> None:
     host = "server.mlmesh.svc.cluster.local"
     bad = CASES["MLM001"].bad
