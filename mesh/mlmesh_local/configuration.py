@@ -276,7 +276,6 @@ class Configuration:
             extra_addresses=self._extra_addresses(plan, resources),
             access_log_path=str(self._logs / f"{plan.name}.access.log"),
             settings=workload.proxy,
-            settings=workload.proxy,
         )
 
     def _extra_addresses(self, plan: InstancePlan, resources: ResourceSet) -> tuple[tuple[int, str], ...]:
