@@ -339,8 +339,9 @@ def _target(chain: Json) -> str:
 
 
 def _names_only(match: Json) -> Json:
-    """Without iptables there are no destination addresses to match."""
-    return {key: value for key, value in match.items() if key not in ("prefix_ranges", "destination_port")}
+    """Without iptables there are no destination addresses to match; of names the order means nothing."""
+    kept = {key: value for key, value in match.items() if key not in ("prefix_ranges", "destination_port")}
+    return {**kept, "server_names": sorted(kept["server_names"])} if "server_names" in kept else kept
 
 
 def _domains(domains: Iterable[str], *, ignore_port: bool) -> list[str]:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from mlmesh_local.istiod.objects import NODE
+
 VERSION = "1.31.0"
 
 
@@ -41,6 +43,7 @@ class Node:
             "ISTIO_VERSION": VERSION,
             "MESH_ID": self.domain,
             "CLUSTER_ID": "Kubernetes",
+            "NODE_NAME": NODE,
             "WORKLOAD_NAME": self.name,
             **self.metadata,
         }

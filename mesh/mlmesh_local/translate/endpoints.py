@@ -98,10 +98,14 @@ class EndpointIndex:
 
 def _named(service: CatalogService, port: CatalogPort, workloads: LabelIndex[WorkloadEntry]) -> Iterator[Endpoint]:
     if not service.is_entry:
+        if service.node_local:
+            # A laptop is one node, and other machines are not on it.
+            return
         for entry in workloads.select(service.namespace, service.selector or {}):
             endpoint = entry.endpoint
-            if is_ip(endpoint.address):
-                yield _endpoint(service, port, endpoint, _service_target(port, endpoint))
+            served = _service_target(port, endpoint)
+            if served and is_ip(endpoint.address):
+                yield _endpoint(service, port, endpoint, served)
         return
     once = service.resolution == "DNS_ROUND_ROBIN"
     for source in service.entries:
@@ -132,10 +136,11 @@ def _is_address(address: str) -> bool:
 
 
 def _service_target(port: CatalogPort, endpoint: EntryEndpoint) -> int:
-    """Where a WorkloadEntry serves a Service's port: by the target's number or name, else by the port's name."""
+    """Where a WorkloadEntry serves a Service's port: the target's number or, by its port's name, another; else the
+    port that it has by the target's name. 0: nowhere."""
     if isinstance(port.target, int):
         return endpoint.ports.get(port.name) or port.target
-    return endpoint.ports.get(port.target) or endpoint.ports.get(port.name) or port.number
+    return endpoint.ports.get(port.target, 0)
 
 
 def _endpoint(service: CatalogService, port: CatalogPort, endpoint: EntryEndpoint, target: int) -> Endpoint:

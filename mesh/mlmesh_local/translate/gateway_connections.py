@@ -5,7 +5,7 @@ Istio's rules (pilot/pkg/networking/core/gateway.go in its source).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from mlmesh_local.envoy_types import Json
 from mlmesh_local.model import ProxyNode
@@ -19,6 +19,9 @@ from mlmesh_local.translate.routes import Frame
 from mlmesh_local.translate.view import View
 
 MESH_ALPN = ("istio", "istio-peer-exchange", "istio-http/1.0", "istio-http/1.1", "istio-h2")
+# One such server is enough for the clusters of every service, as in Istio: only its chains go by its hosts.
+_ALL = ("*",)
+_OF_THE_ENDS = ("transport_socket", "transport_socket_matches", "alt_stat_name")
 
 
 def connection_chains(view: View, proxy: ProxyNode, one: Served) -> list[Chain]:
@@ -34,7 +37,7 @@ def connection_chains(view: View, proxy: ProxyNode, one: Served) -> list[Chain]:
     )
     tls = one.server.tls
     if tls is not None and tls.mode == "AUTO_PASSTHROUGH":
-        return [_direct_chain(frame, name, mongo=mongo) for name, _, mongo in _direct(view, proxy, [one])]
+        return [_direct_chain(frame, name, mongo=mongo) for name, _, mongo in _direct(view, proxy, one.server.hosts)]
     if tls is not None and tls.passes_through:
         return _passed_through(frame, one)
     chain = _forwarded(frame, one)
@@ -93,16 +96,15 @@ def _passed_through(frame: Frame, one: Served) -> list[Chain]:
 
 def passes_mesh_tls(places: list[Listening]) -> bool:
     """Whether there is a server of mode AUTO_PASSTHROUGH."""
-    return any(_direct_servers(place.servers) for place in places)
+    return any(
+        one.server.tls is not None and one.server.tls.mode == "AUTO_PASSTHROUGH"
+        for place in places
+        for one in place.servers
+    )
 
 
-def _direct_servers(servers: list[Served]) -> list[Served]:
-    return [one for one in servers if one.server.tls is not None and one.server.tls.mode == "AUTO_PASSTHROUGH"]
-
-
-def _direct(view: View, proxy: ProxyNode, servers: list[Served]) -> Iterator[tuple[str, str, bool]]:
-    """Server name and cluster of what servers of that mode pass on, and whether it is a port of Mongo."""
-    hosts = tuple(host for one in servers for host in one.server.hosts)
+def _direct(view: View, proxy: ProxyNode, hosts: Sequence[str]) -> Iterator[tuple[str, str, bool]]:
+    """Server name and cluster of what a server of that mode passes on, and whether it is a port of Mongo."""
     for service in view.services_seen_by(proxy):
         if service.external or not any(host_covers(host, service.host) for host in hosts):
             continue
@@ -123,22 +125,13 @@ def direct_clusters(
 ) -> dict[str, Json]:
     """Clusters without TLS of their own: what comes is encrypted already."""
     result: dict[str, Json] = {}
-    for name, origin, _ in _direct(view, proxy, [one for place in places for one in _direct_servers(place.servers)]):
+    for name, origin, _ in _direct(view, proxy, _ALL) if passes_mesh_tls(places) else ():
         cluster = clusters.get(origin, {})
         if cluster.get("type") == "EDS":
-            kept = (
-                "connect_timeout",
-                "circuit_breakers",
-                "common_lb_config",
-                "outlier_detection",
-                "lb_policy",
-                "typed_extension_protocol_options",
-            )
             result[name] = {
+                **{field: value for field, value in cluster.items() if field not in _OF_THE_ENDS},
                 "name": name,
-                "type": "EDS",
                 "eds_cluster_config": {**cluster["eds_cluster_config"], "service_name": name},
-                **{field: cluster[field] for field in kept if field in cluster},
             }
     return result
 
@@ -148,7 +141,7 @@ def direct_endpoints(
 ) -> dict[str, Json]:
     """Endpoints of those clusters: only such as take mutual TLS."""
     result: dict[str, Json] = {}
-    for name, origin, _ in _direct(view, proxy, [one for place in places for one in _direct_servers(place.servers)]):
+    for name, origin, _ in _direct(view, proxy, _ALL) if passes_mesh_tls(places) else ():
         if origin in endpoints:
             localities = [
                 {**group, "lb_endpoints": [one for one in group["lb_endpoints"] if "metadata" in one]}

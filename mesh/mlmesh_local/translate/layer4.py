@@ -81,13 +81,15 @@ def cidr(subnet: str) -> Json:
 def layer4_services(view: View, proxy: ProxyNode, port: int) -> tuple[list[CatalogService], bool]:
     """Services of a port whose connections are forwarded as they are, oldest first; and whether others speak HTTP.
 
-    Where no protocol is declared both hold.
+    Where no protocol is declared both hold. A port that a Sidecar declares for requests takes them, whoever is there;
+    connections only to services that its other calls may go to, too: these have addresses of their own in Istio.
     """
     found: list[CatalogService] = []
-    requests = False
+    requests = declared = is_http(view.egress_protocol(proxy, port))
+    others = {service.host for service in view.other_services(proxy)} if declared else set()
     for service in view.egress_services(proxy, port):
         described = service.port(port)
-        if described is None:
+        if described is None or (declared and not is_http(described.protocol) and service.host not in others):
             continue
         requests = requests or is_http(described.protocol) or described.protocol == "unknown"
         if not is_http(described.protocol):

@@ -136,8 +136,7 @@ def outbound_listener(view: View, proxy: ProxyNode, port: int) -> Json:
         "traffic_direction": "OUTBOUND",
     }
     services, requests = layer4_services(view, proxy, port)
-    described = [service.port(port) for service in view.egress_services(proxy, port)]
-    web = any(each is not None and each.protocol == "grpc-web" for each in described)
+    web = view.request_protocol(proxy, port) == "grpc-web"
     prefix = f"outbound_{name}"
     http = [manager(view, proxy, "outbound", str(port), prefix, port=port, grpc_web=web)] if requests else []
     if not services:

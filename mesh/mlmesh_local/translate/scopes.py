@@ -223,10 +223,15 @@ class _Hosts:
         """Whether a service of a namespace is imported."""
         if self._left_out(namespace, host):
             return False
-        return any(
-            (scope, host) in self._exact or any(host_covers(wild, host) for wild in self._wild.get(scope, ()))
-            for scope in (namespace, "*")
-        )
+        return any(self._has(scope, host) for scope in (namespace, "*"))
+
+    def aliases(self, service: CatalogService) -> tuple[tuple[str, str], ...]:
+        """Other names of an imported service that are imported with it: by the hosts that bring the service."""
+        scope = next(scope for scope in (service.namespace, "*") if self._has(scope, service.host))
+        return tuple(alias for alias in service.aliases if self._has(scope, alias[1]))
+
+    def _has(self, scope: str, host: str) -> bool:
+        return (scope, host) in self._exact or any(host_covers(wild, host) for wild in self._wild.get(scope, ()))
 
     def imports_rules(self, service: VirtualService) -> bool:
         """Whether a VirtualService is imported: by a host that has one in common with what is imported."""
@@ -261,6 +266,8 @@ def _egress(
     for service in exported:
         if everything or hosts.imports(service.namespace, service.host):
             trimmed = _with_ports(service, wanted)
+            if trimmed is not None and trimmed.aliases and not everything:
+                trimmed = dataclasses.replace(trimmed, aliases=hosts.aliases(trimmed))
             if trimmed is not None:
                 imported.append(trimmed)
     found = tuple(_one_namespace_a_host(imported, namespace))

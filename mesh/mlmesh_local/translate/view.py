@@ -33,6 +33,7 @@ from mlmesh_local.resources.model import (
     VirtualService,
 )
 from mlmesh_local.resources.names import MESH_GATEWAY
+from mlmesh_local.resources.protocols import Protocol, is_http
 from mlmesh_local.resources.rules import RuleIndex, chosen, effective_policy, load_balancer_of
 from mlmesh_local.translate.endpoints import EndpointIndex, excluded_ports, service_endpoints
 from mlmesh_local.translate.inbound import Inbound, InboundIndex
@@ -156,6 +157,25 @@ class View:
         """Services that the listener of a port knows."""
         egress = self.egress(proxy, port)
         return egress.services if egress else ()
+
+    def egress_protocol(self, proxy: ProxyNode, port: int) -> Protocol:
+        """What a Sidecar says is spoken on a port of its own."""
+        egress = self.egress(proxy, port)
+        return egress.listener.protocol if egress is not None and egress.port is not None else "unknown"
+
+    def request_protocol(self, proxy: ProxyNode, port: int) -> Protocol:
+        """What decides where services with requests share a port: what a Sidecar says, else the oldest of them."""
+        found = [
+            (service.age, service.name, service.namespace, described.protocol)
+            for service in self.egress_services(proxy, port)
+            if (described := service.port(port)) is not None and is_http(described.protocol)
+        ]
+        declared = self.egress_protocol(proxy, port)
+        return declared if declared != "unknown" or not found else min(found)[-1]
+
+    def other_services(self, proxy: ProxyNode) -> tuple[CatalogService, ...]:
+        """Services that the listener for ports without one of their own knows."""
+        return next((egress.services for egress in self.scope(proxy).egress if egress.port is None), ())
 
     def policy(self, service: CatalogService, client: Client, *, inbound: bool = False) -> HostPolicy:
         """What DestinationRules say of a client's calls of a service, or (`inbound`) of the calls that it takes."""

@@ -120,13 +120,16 @@ def test_selected_workloads() -> None:
         f"{{hosts: [{OUTSIDE}], resolution: STATIC, location: MESH_INTERNAL, {PORT},"
         " workloadSelector: {labels: {app: server}}}"
     )
-    vm = workload("{address: 10.0.0.9, labels: {app: server, version: v2}, ports: {http: 81}}")
+    vm = workload("{address: 10.0.0.9, labels: {app: server, version: v2}, ports: {http: 81, grpc: 82}}")
     elsewhere = workload("{address: 10.0.0.8, labels: {app: server}}", namespace="other")
     named = workload("{address: b.example.com, labels: {app: server}}", name="dns")
     it = Told("client", selecting, vm, elsewhere, named)
     assert addresses(it) == [("10.0.0.9", 81), ("127.64.1.1", 8080), ("127.64.1.2", 8080)]
-    # A Service selects them, too.
-    assert ("10.0.0.9", 9000) in addresses(it, HOST, 9000)
+    # A Service selects them, too; where it means a port by name, only such as have it.
+    assert ("10.0.0.9", 82) in addresses(it, HOST, 9000)
+    assert ("10.0.0.9", 9090) in addresses(it, HOST, 9090)
+    without = workload("{address: 10.0.0.9, labels: {app: server}, ports: {http: 81}}")
+    assert addresses(Told("client", without), HOST, 9000) == [("127.64.1.1", 8000), ("127.64.1.2", 8000)]
     assert {port.port for port in it.view.inbound(it.proxy_of("server-v1"))} == {8000, 8080, 9090}
 
 
