@@ -1,20 +1,31 @@
-"""Services and workloads of a random world, ServiceEntries, WorkloadEntries, Sidecars and MeshConfig."""
+"""Services and workloads of a random world, and MeshConfig."""
 
 from __future__ import annotations
 
 import yaml
 
 from tests.differential.fuzzing.chance import NAMESPACES, ROOT, Chance, Doc, Host
+from tests.differential.fuzzing.destinations import locality
 
-NETWORKING = "networking.istio.io/v1"
 _APPS = ("web", "api", "cart", "db")
 _HTTP_PORTS = (80, 8000, 9000)
+# How a port says its protocol: by its name, or beside a name that says nothing.
+_APPLICATION = {
+    "http": ("http", "kubernetes.io/ws"),
+    "http2": ("http2", "kubernetes.io/h2c"),
+    "grpc": ("grpc",),
+    "tcp": ("tcp",),
+    "tls": ("tls",),
+    "https": ("https",),
+}
+_PLACES = ("us.east.1", "us.east.2", "us.west", "eu.north", "eu")
 
 
 def base(chance: Chance) -> None:
     """Two to four services with one or two workloads each, a client in each of two namespaces, and a gateway."""
     # Bytes share a sidecar's address: their ports are of one service each.
     bytes_from = 7000
+    near = chance.yes(0.4)
     for app in chance.some(_APPS, 2, 4):
         namespace = chance.one(NAMESPACES[:2])
         ports: dict[int, str] = {}
@@ -23,58 +34,80 @@ def base(chance: Chance) -> None:
         for _ in range(chance.number(0, 2) if app == "db" else chance.number(0, 1)):
             bytes_from += 1
             ports[bytes_from] = chance.one(["tcp", "tcp", "tls", "https"])
-        _service(chance, app, namespace, ports)
+        _service(chance, app, namespace, ports, near=near)
     for namespace in NAMESPACES[:2]:
-        _deployment(
-            chance, f"client-{namespace}", namespace, {"app": "client", "team": chance.one(["red", "blue"])}, []
-        )
+        labels = {"app": "client", "team": chance.one(["red", "blue"])}
+        _deployment(chance, f"client-{namespace}", namespace, _placed(chance, labels, near=near), [])
     _gateway(chance)
     if chance.yes(0.2):
-        name = "outside"
-        ports = {chance.one(_HTTP_PORTS): "http"}
-        spec = {"type": "ExternalName", "externalName": "ext.example.org", "ports": _ports(ports, {})}
-        namespace = chance.one(NAMESPACES[:2])
-        chance.add("v1", "Service", spec, name=name, namespace=namespace)
-        chance.hosts.append(
-            Host(name=f"{name}.{namespace}.svc.cluster.local", short=name, namespace=namespace, ports=ports, labels={})
-        )
+        _alias(chance)
+    if chance.yes(0.25):
+        _second(chance)
 
 
-def _ports(ports: dict[int, str], targets: dict[int, int]) -> list[Doc]:
-    return [
-        {"name": f"{protocol}-{number}", "port": number, **({"targetPort": targets[number]} if targets else {})}
-        for number, protocol in ports.items()
-    ]
+def _alias(chance: Chance) -> None:
+    name, namespace = "outside", chance.one(NAMESPACES[:2])
+    ports = {chance.one(_HTTP_PORTS): "http"}
+    named = [host.name for host in chance.hosts if set(ports) <= set(host.ports)]
+    target = chance.one(["ext.example.org", *named])
+    spec = {"type": "ExternalName", "externalName": target, "ports": _ports(chance, ports, {})}
+    chance.add("v1", "Service", spec, name=name, namespace=namespace)
+    chance.hosts.append(
+        Host(name=f"{name}.{namespace}.svc.cluster.local", short=name, namespace=namespace, ports=ports, labels={})
+    )
 
 
-def _service(chance: Chance, app: str, namespace: str, ports: dict[int, str]) -> None:
+def _second(chance: Chance) -> None:
+    """Another Service of workloads that have one."""
+    first = chance.one([host for host in chance.hosts if host.labels])
+    number, protocol = chance.one([(n, p) for n, p in first.ports.items() if p in ("http", "grpc", "http2")])
+    labels = {**first.labels, **chance.maybe(0.5, version="v1")}
+    name = chance.name("more-")
+    target = 10000 + number if chance.yes(0.5) else number
+    port = chance.one(_HTTP_PORTS)
+    protocol = protocol if chance.yes(0.7) else "http"
+    spec = {"selector": labels, "ports": _ports(chance, {port: protocol}, {port: target})}
+    chance.add("v1", "Service", spec, name=name, namespace=first.namespace)
+    host = f"{name}.{first.namespace}.svc.cluster.local"
+    chance.hosts.append(
+        Host(name=host, short=name, namespace=first.namespace, ports={port: protocol}, labels=first.labels)
+    )
+
+
+def _ports(chance: Chance, ports: dict[int, str], targets: dict[int, int]) -> list[Doc]:
+    result = []
+    for number, protocol in ports.items():
+        item: Doc = {"name": f"{protocol}-{number}", "port": number}
+        if chance.yes(0.2):
+            item.update(
+                name=chance.one([f"p-{number}", f"http-{number}"]), appProtocol=chance.one(_APPLICATION[protocol])
+            )
+        elif len(ports) == 1 and chance.yes(0.1):
+            item["name"] = protocol
+        result.append({**item, **({"targetPort": targets[number]} if targets else {})})
+    return result
+
+
+def _service(chance: Chance, app: str, namespace: str, ports: dict[int, str], *, near: bool) -> None:
     targets = {number: chance.one([number, 10000 + number]) for number in ports}
     labels = {"app": app}
-    chance.add(
-        "v1",
-        "Service",
-        {"selector": labels, "ports": _ports(ports, targets)},
-        name=app,
-        namespace=namespace,
-        **(
-            {"annotations": {"networking.istio.io/exportTo": chance.one([".", "*", "third"])}}
-            if chance.yes(0.05)
-            else {}
-        ),
-    )
-    chance.hosts.append(
-        Host(
-            name=f"{app}.{namespace}.svc.cluster.local",
-            short=app,
-            namespace=namespace,
-            ports=dict(ports),
-            labels=labels,
-        )
-    )
+    spec: Doc = {"selector": labels, "ports": _ports(chance, ports, targets)}
+    spec.update(chance.maybe(0.1, trafficDistribution=chance.one(["PreferClose", "PreferSameZone", "PreferSameNode"])))
+    spec.update(chance.maybe(0.05, type=chance.one(["NodePort", "LoadBalancer"])))
+    spec.update(chance.maybe(0.05, publishNotReadyAddresses=True))
+    spec.update(chance.maybe(0.05, internalTrafficPolicy="Local"))
+    exports = chance.one([".", "*", "third", "~", ".,third", "mlmesh,other"])
+    metadata: Doc = {"annotations": {"networking.istio.io/exportTo": exports}} if chance.yes(0.12) else {}
+    chance.add("v1", "Service", spec, name=app, namespace=namespace, **metadata)
+    host = f"{app}.{namespace}.svc.cluster.local"
+    chance.hosts.append(Host(name=host, short=app, namespace=namespace, ports=dict(ports), labels=labels))
     for version in chance.some(["v1", "v2"], 1, 2):
-        _deployment(
-            chance, f"{app}-{version}", namespace, {**labels, "version": version}, sorted(set(targets.values()))
-        )
+        own = _placed(chance, {**labels, "version": version}, near=near)
+        _deployment(chance, f"{app}-{version}", namespace, own, sorted(set(targets.values())))
+
+
+def _placed(chance: Chance, labels: dict[str, str], *, near: bool) -> dict[str, str]:
+    return {**labels, "istio-locality": chance.one(_PLACES)} if near and chance.yes(0.9) else labels
 
 
 def _deployment(chance: Chance, name: str, namespace: str, labels: dict[str, str], ports: list[int]) -> None:
@@ -96,125 +129,76 @@ def _gateway(chance: Chance) -> None:
     template = {"metadata": metadata, "spec": {"containers": [{"name": "istio-proxy", "image": "auto"}]}}
     spec = {"selector": {"matchLabels": {"istio": "gateway"}}, "template": template}
     chance.add("apps/v1", "Deployment", spec, name="gateway", namespace=NAMESPACES[2])
-
-
-def service_entry(chance: Chance) -> None:
-    """A ServiceEntry: by DNS, of endpoints, or of WorkloadEntries or pods by labels."""
-    number = len(chance.documents)
-    taken = {host.name for host in chance.hosts}
-    names = [n for n in (f"e{number}.example.com", "a.example.com", "b.example.com") if n not in taken]
-    hosts = chance.some(names, 1, 2)
-    ports = {chance.one((*_HTTP_PORTS, 8443)): chance.one(["http", "grpc", "http2"])}
     if chance.yes(0.3):
-        # Only one host: bytes are told apart by port.
-        hosts, ports = hosts[:1], {**ports, 6000 + number: chance.one(["tcp", "tls"])}
-    written = [
-        {
-            "number": port,
-            "name": f"{protocol}-{port}",
-            "protocol": protocol.upper(),
-            **chance.maybe(0.3, targetPort=9990),
-        }
-        for port, protocol in ports.items()
-    ]
-    spec: Doc = {
-        "hosts": hosts,
-        "ports": written,
-        **chance.maybe(0.5, location=chance.one(["MESH_INTERNAL", "MESH_EXTERNAL"])),
-    }
-    namespace = chance.one(NAMESPACES[:2])
-    labels: dict[str, str] = {}
-    shape = chance.one(["dns", "dns", "static", "static", "selector"])
-    if shape == "dns":
-        spec["resolution"] = chance.one(["DNS", "DNS", "DNS_ROUND_ROBIN"])
-        if chance.yes(0.4):
-            spec["endpoints"] = [_endpoint(chance, f"d{i}.example.org") for i in range(chance.number(1, 2))]
-        if spec["resolution"] == "DNS_ROUND_ROBIN":
-            spec["endpoints"] = spec.get("endpoints", [])[:1]
-    elif shape == "static":
-        spec["resolution"] = "STATIC"
-        spec["endpoints"] = [_endpoint(chance, f"10.1.{number % 200}.{i + 1}") for i in range(chance.number(1, 3))]
-    else:
-        spec["resolution"] = "STATIC"
-        labels = chance.label() if chance.yes(0.4) else {"app": "vm"}
-        spec["workloadSelector"] = {"labels": labels}
-        if labels == {"app": "vm"}:
-            for i in range(chance.number(1, 2)):
-                entry = _endpoint(chance, f"10.2.{number % 200}.{i + 1}")
-                entry["labels"] = {"app": "vm", **entry.get("labels", {})}
-                chance.add(NETWORKING, "WorkloadEntry", entry, namespace=namespace)
-    spec.update(chance.maybe(0.15, exportTo=chance.one([["."], ["*"], ["other"]])))
-    spec.update(chance.maybe(0.15, subjectAltNames=["spiffe://cluster.local/ns/other/sa/x"]))
-    chance.add(NETWORKING, "ServiceEntry", spec, namespace=namespace)
-    chance.hosts += [Host(name=h, short="", namespace=namespace, ports=dict(ports), labels={}) for h in hosts]
-
-
-def _endpoint(chance: Chance, address: str) -> Doc:
-    labels = {
-        **chance.maybe(0.5, version=chance.one(["v1", "v2"])),
-        **({"security.istio.io/tlsMode": "istio"} if chance.yes(0.3) else {}),
-    }
-    return {
-        "address": address,
-        **({"labels": labels} if labels else {}),
-        **chance.maybe(0.2, weight=chance.number(1, 5)),
-        **chance.maybe(0.3, locality=chance.one(["us/east/1", "us/west", "eu"])),
-        **chance.maybe(0.2, serviceAccount="vm"),
-    }
-
-
-def sidecar(chance: Chance) -> None:
-    """A Sidecar of a namespace, of workloads or of all."""
-    namespace = chance.one([*NAMESPACES[:2], NAMESPACES[0], ROOT])
-    of_all = [
-        d
-        for d in chance.documents
-        if d["kind"] == "Sidecar" and d["metadata"]["namespace"] == namespace and "workloadSelector" not in d["spec"]
-    ]
-    spec: Doc = {}
-    if (of_all or chance.yes(0.4)) and namespace != ROOT:
-        spec["workloadSelector"] = {"labels": chance.one([{"app": "client"}, chance.label()])}
-    elif of_all:
-        return
-    scopes = ["./*", "*/*", "other/*", "mlmesh/*", f"{ROOT}/*", "~/*", "*/*.example.com"]
-    scopes += [f"{chance.one(['.', '*', host.namespace])}/{host.name}" for host in chance.hosts]
-    egress: Doc = {"hosts": chance.some(scopes[:5] + scopes[6:], 1, 3) if chance.yes(0.95) else ["~/*"]}
-    spec["egress"] = [egress]
-    if chance.yes(0.3):
-        host = chance.http_host()
-        port = chance.one(host.http_ports())
-        if chance.yes(0.5):
-            protocol = host.ports[port]
-            own = {"port": {"number": port, "name": protocol, "protocol": protocol.upper()}, "hosts": ["*/*"]}
-            spec["egress"] = [own, egress]
-    spec.update(chance.maybe(0.3, outboundTrafficPolicy={"mode": chance.one(["REGISTRY_ONLY", "ALLOW_ANY"])}))
-    chance.add(NETWORKING, "Sidecar", spec, namespace=namespace)
+        ports = [{"name": "http", "port": 80, "targetPort": 8080}, {"name": "https", "port": 443, "targetPort": 8443}]
+        chance.add(
+            "v1", "Service", {"selector": {"istio": "gateway"}, "ports": ports}, name="gateway", namespace=NAMESPACES[2]
+        )
 
 
 def mesh_config(chance: Chance) -> None:
     """MeshConfig with a few settings, and the providers that Telemetry and AuthorizationPolicy may name."""
     # Not an alias: Envoy rejects an authorizer's cluster that is not there.
     host = chance.one([host for host in chance.hosts if host.labels and host.http_ports()])
-    port = host.http_ports()[0]
+    there = {"service": host.name, "port": host.http_ports()[0]}
+    ask: Doc = {
+        "pathPrefix": "/ask",
+        **chance.maybe(0.5, timeout="1s", failOpen=True),
+        **chance.maybe(0.4, includeRequestHeadersInCheck=["x-a", "x-b*"]),
+        **chance.maybe(0.3, headersToUpstreamOnAllow=["x-ok*"], statusOnError="503"),
+        **chance.maybe(0.3, includeRequestBodyInCheck={"maxRequestBytes": 99, "allowPartialMessage": True}),
+    }
     settings: Doc = {
         "extensionProviders": [
-            {"name": "check", "envoyExtAuthzGrpc": {"service": host.name, "port": port}},
-            {"name": "ask", "envoyExtAuthzHttp": {"service": host.name, "port": port, "pathPrefix": "/ask"}},
-            {"name": "spans", "opentelemetry": {"service": host.name, "port": port}},
+            {"name": "check", "envoyExtAuthzGrpc": {**there, **chance.maybe(0.3, timeout="2s", clearRouteCache=True)}},
+            {"name": "ask", "envoyExtAuthzHttp": {**there, **ask}},
+            {"name": "spans", "opentelemetry": {**there, **chance.maybe(0.3, maxTagLength=99)}},
+            {"name": "zip", "zipkin": there},
             {"name": "lines", "envoyFileAccessLog": {"path": "/dev/stdout"}},
+            {
+                "name": "json",
+                "envoyFileAccessLog": {"path": "/dev/stdout", "logFormat": {"labels": {"s": "%RESPONSE_CODE%"}}},
+            },
+            {"name": "als", "envoyOtelAls": there},
         ],
+        **chance.maybe(0.2, defaultProviders=_defaults(chance)),
         **chance.maybe(0.2, outboundTrafficPolicy={"mode": "REGISTRY_ONLY"}),
-        **chance.maybe(0.2, defaultHttpRetryPolicy={"attempts": 5, "retryOn": "reset"}),
+        **chance.maybe(
+            0.2,
+            defaultHttpRetryPolicy=chance.one(
+                [{"attempts": 5, "retryOn": "reset"}, {"attempts": 0}, {"attempts": 1, "perTryTimeout": "1s"}]
+            ),
+        ),
         **chance.maybe(0.2, connectTimeout="3s"),
         **chance.maybe(0.2, enableAutoMtls=chance.yes(0.3)),
         **chance.maybe(0.2, accessLogFile="/dev/stdout"),
-        **chance.maybe(0.2, pathNormalization={"normalization": chance.one(["NONE", "MERGE_SLASHES"])}),
-        **chance.maybe(0.2, defaultServiceExportTo=[chance.one(["*", "."])]),
-        **chance.maybe(0.2, defaultVirtualServiceExportTo=[chance.one(["*", "."])]),
-        **chance.maybe(0.2, defaultDestinationRuleExportTo=[chance.one(["*", "."])]),
-        **chance.maybe(0.2, localityLbSetting={"enabled": chance.yes(0.5)}),
+        **chance.maybe(0.1, accessLogEncoding="JSON"),
+        **chance.maybe(0.1, accessLogFormat="%PROTOCOL%\n"),
+        **chance.maybe(0.1, enableTracing=chance.yes(0.5)),
+        **chance.maybe(0.1, h2UpgradePolicy="UPGRADE"),
+        **chance.maybe(0.1, dnsRefreshRate="7s"),
+        **chance.maybe(
+            0.2,
+            pathNormalization={
+                "normalization": chance.one(["NONE", "BASE", "MERGE_SLASHES", "DECODE_AND_MERGE_SLASHES"])
+            },
+        ),
+        **chance.maybe(0.2, defaultServiceExportTo=chance.one([["*"], ["."], ["~"], [".", "third"]])),
+        **chance.maybe(0.2, defaultVirtualServiceExportTo=chance.one([["*"], ["."], ["other"]])),
+        **chance.maybe(0.2, defaultDestinationRuleExportTo=chance.one([["*"], ["."], ["other", "third"]])),
+        **chance.maybe(0.3, localityLbSetting=locality(chance)),
         **chance.maybe(0.2, tcpKeepalive={"time": "10s", "probes": 3}),
+        **chance.maybe(0.1, defaultTrafficPolicy={"outlierDetection": {"consecutive5xxErrors": 6}}),
+        **chance.maybe(0.1, defaultConfig={"concurrency": 2, "tracing": {"sampling": 20}}),
     }
     chance.add("v1", "ConfigMap", None, name="istio", namespace=ROOT)
     del chance.documents[-1]["spec"]
     chance.documents[-1]["data"] = {"mesh": yaml.safe_dump(settings)}
+
+
+def _defaults(chance: Chance) -> Doc:
+    return {
+        **chance.maybe(0.6, tracing=[chance.one(["spans", "zip"])]),
+        **chance.maybe(0.6, accessLogging=chance.some(["lines", "json", "als"], 1, 2)),
+        **chance.maybe(0.4, metrics=chance.one([[], ["prometheus"]])),
+    }

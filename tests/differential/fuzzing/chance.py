@@ -12,6 +12,7 @@ T = TypeVar("T")
 
 NAMESPACES = ("mlmesh", "other", "third")
 ROOT = "istio-system"
+NETWORKING = "networking.istio.io/v1"
 
 
 @dataclass(slots=True, kw_only=True)
