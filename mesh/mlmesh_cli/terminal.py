@@ -84,7 +84,13 @@ class Terminal:
     def fail(self, error: CliError) -> None:
         """Prints a problem and its hint, to standard error."""
         if self.json:
-            body = {"problem": error.problem, "hint": error.hint, "reason": error.reason, "exit_code": error.exit_code}
+            body = {
+                "problem": error.problem,
+                "problems": [line.strip() for line in error.problem.splitlines()],
+                "hint": error.hint,
+                "reason": error.reason,
+                "exit_code": error.exit_code,
+            }
             self.err.file.write(json.dumps({"error": body}) + "\n")
             self.err.file.flush()
             return

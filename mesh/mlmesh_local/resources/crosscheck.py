@@ -16,6 +16,7 @@ from mlmesh_local.resources.catalog import (
 )
 from mlmesh_local.resources.gateway_api.derive import derive
 from mlmesh_local.resources.indexes import LabelIndex
+from mlmesh_local.resources.meta import Meta
 from mlmesh_local.resources.model import (
     AuthorizationPolicy,
     Deployment,
@@ -31,6 +32,7 @@ from mlmesh_local.resources.model import (
     ServiceAccount,
     VirtualService,
 )
+from mlmesh_local.resources.places import field_place
 from mlmesh_local.resources.problems import At, Problems, did_you_mean
 from mlmesh_local.resources.rules import RuleIndex, chosen
 from mlmesh_local.resources.security import security_warnings
@@ -69,6 +71,10 @@ class _Check:
         self._deployments = resources.specs(Deployment)
         self._pods = LabelIndex((one.meta.namespace, one.labels, one) for one in self._deployments)
 
+    def _field(self, meta: Meta, *path: str | int) -> At:
+        resource = next((one for one in self._resources if one.spec.meta is meta), None)
+        return field_place(resource, *path) if resource else meta.at
+
     # VirtualService
 
     def virtual_services(self) -> None:
@@ -80,7 +86,12 @@ class _Check:
                 self._rule(service, rule)
 
     def _check_gateways(self, service: VirtualService) -> None:
-        named = [(name, service.meta.at) for name in service.gateways]
+        unknown = [
+            (index, name)
+            for index, name in enumerate(service.gateways)
+            if full_gateway(name, service.meta.namespace) not in (MESH_GATEWAY, *self._gateways)
+        ]
+        named = [(name, self._field(service.meta, "spec", "gateways", index)) for index, name in unknown]
         named += [(name, match.at) for rule in service.http for match in rule.matches for name in match.gateways]
         for name, at in named:
             full = full_gateway(name, service.meta.namespace)
@@ -152,7 +163,7 @@ class _Check:
             if account[1] != "default" and account not in accounts:
                 names = [name for namespace, name in accounts if namespace == account[0]]
                 self.problems.add(
-                    deployment.meta.at,
+                    self._field(deployment.meta, "spec", "template", "spec", "serviceAccountName"),
                     f'there is no ServiceAccount "{account[0]}/{account[1]}", which its pods name (serviceAccountName)'
                     f": a cluster would start none of them{did_you_mean(account[1], names)}",
                 )
@@ -166,12 +177,12 @@ class _Check:
         workloads = self._pods.select(target.namespace, target.selector) if target.selector else []
         if not workloads:
             self.warnings.add(service.meta.at, "selects no workload")
-        for port in service.ports:
+        for index, port in enumerate(service.ports):
             for workload in workloads:
                 names = workload.container_ports()
                 if isinstance(port.target, str) and port.target not in names and not workload.is_gateway:
                     self.problems.add(
-                        service.meta.at,
+                        self._field(service.meta, "spec", "ports", index, "targetPort"),
                         f'targetPort "{port.target}" is the name of no container port of {workload.meta}'
                         f"{did_you_mean(port.target, names)}",
                     )

@@ -69,7 +69,9 @@ class Problems:
 
     def found(self) -> tuple[Problem, ...]:
         """All problems, in the order of their lines."""
-        return tuple(sorted(self._found, key=lambda problem: (problem.at.source, problem.at.line, problem.at.path)))
+        # A field that is read twice is wrong once.
+        once = dict.fromkeys(self._found)
+        return tuple(sorted(once, key=lambda problem: (problem.at.source, problem.at.line, problem.at.path)))
 
     def refuse(self) -> None:
         """Raise InvalidResource if there are problems."""

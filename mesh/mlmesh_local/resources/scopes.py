@@ -173,7 +173,9 @@ def _hosts(fields: Fields) -> tuple[EgressHost, ...]:
     for text in fields.texts("hosts"):
         scope, slash, name = text.partition("/")
         bare = scope.removeprefix("~")
-        problem = domain_problem(name, wildcard=True) if slash else "must be NAMESPACE/HOST"
+        problem = domain_problem(name, wildcard=True)
+        if not slash:
+            problem = f'"{text}" must be NAMESPACE/HOST, such as ./* or shop/web.shop.svc.cluster.local'
         if not problem and name != "*" and "." not in name:
             problem = f'"{name}" is a short name; write it with its domain'
         if not problem and "*" in name and len(name) > 1 and not name.startswith("*."):

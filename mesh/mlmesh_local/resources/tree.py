@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -62,7 +63,7 @@ def parse_yaml(source: str, text: str) -> Iterator[Tree]:
     loader: _Loader | None = None
     try:
         # It reads at once, and refuses what is no text.
-        loader = _Loader(text)
+        loader = _Loader(_without_tabs(text))
         while loader.check_node():
             node = loader.get_node()
             if node is None or (isinstance(node, yaml.ScalarNode) and _scalar(node) is None):
@@ -80,6 +81,17 @@ def parse_yaml(source: str, text: str) -> Iterator[Tree]:
     finally:
         if loader is not None:
             loader.dispose()
+
+
+def _without_tabs(text: str) -> str:
+    """JSON may be indented with tabs, which the reader of YAML does not take; in its strings there is none."""
+    if "\t" in text and text.lstrip()[:1] in ("{", "["):
+        try:
+            json.loads(text)
+        except ValueError:
+            return text
+        return text.replace("\t", " ")
+    return text
 
 
 def _yaml_problem(source: str, error: yaml.YAMLError) -> Problem:

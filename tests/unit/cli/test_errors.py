@@ -47,6 +47,8 @@ def test_a_problem_is_json_when_asked_for(capsys: pytest.CaptureFixture[str]) ->
     assert error["reason"] == "MESH_NOT_RUNNING"
     assert error["exit_code"] == 3
     assert "mlmesh up" in error["hint"]
+    _, err = _run(CliError("a.yaml:1: one\n       a.yaml:2: two"), OutputFormat.JSON, capsys)
+    assert json.loads(err)["error"]["problems"] == ["a.yaml:1: one", "a.yaml:2: two"]
 
 
 def test_a_problem_inside_a_task_group_is_found(capsys: pytest.CaptureFixture[str]) -> None:

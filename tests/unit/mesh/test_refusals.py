@@ -229,13 +229,15 @@ TOGETHER = {
     "there is no DestinationRule of that host": (send("{host: server, subset: v1}"),),
     'no Service and no ServiceEntry (did you mean "server.mlmesh.svc.cluster.local"?)': (send("{host: sever}"),),
     "has no port 9001; it has 9000, 9090": (send("{host: server, port: {number: 9001}}"),),
-    'there is no Gateway "mlmesh/way-in"': (send("{host: server}", "hosts: [server], gateways: [way-in]"),),
+    'spec.gateways[0]: there is no Gateway "mlmesh/way-in"': (
+        send("{host: server}", "hosts: [server], gateways: [way-in]"),
+    ),
     'there is no ServiceAccount "mlmesh/operater", which its pods name (serviceAccountName)': (
         CLIENT.replace("name: client", "name: toolbox").replace(
             "spec: {containers", "spec: {serviceAccountName: operater, containers"
         ),
     ),
-    'targetPort "grcp" is the name of no container port of Deployment mlmesh/server-v1 (did you mean "grpc"?)': (
+    'spec.ports[0].targetPort: targetPort "grcp" is the name of no container port of Deployment mlmesh/server-v1': (
         resource("Service", "{selector: {app: server}, ports: [{name: grpc, port: 1, targetPort: grcp}]}", group="v1"),
     ),
 }
@@ -261,6 +263,40 @@ def test_a_line_break_at_the_end_belongs_to_a_name(text: str) -> None:
     with pytest.raises(InvalidResource):
         load_alone(text)
     load_alone(text.replace("\\n", ""))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("namespace: shop", "namespace: Shop", '"Shop" is not a Kubernetes name'),
+        ("namespace: shop", "namespace: a.b", "namespace"),
+        ("namespace: shop", 'namespace: shop, labels: {"a b": c}', '"a b"'),
+        ("namespace: shop", "namespace: shop, labels: {a: b c}", '"b c"'),
+        ("namespace: shop", "namespace: shop, labels: {a: 1}", "metadata.labels.a: must be a string, not a number"),
+        ("namespace: shop", 'namespace: shop, annotations: {"a b": c}', '"a b"'),
+        ("egress: [{hosts: [./*]}]", "egress: [{hosts: [web]}]", '"web" must be NAMESPACE/HOST'),
+        ("egress: [{hosts: [./*]}]", "egress: [null]", "spec.egress[0]: must be a mapping, not null"),
+        ("egress: [{hosts: [./*]}]", "egress: []", "at least one of"),
+        (
+            "egress: [{hosts: [./*]}]",
+            "egress: [{hosts: [./*]}], ingres: null",
+            'unknown field (did you mean "ingress"?)',
+        ),
+    ],
+)
+def test_what_a_cluster_refuses_of_any_kind(old: str, new: str, message: str) -> None:
+    text = """apiVersion: networking.istio.io/v1
+kind: Sidecar
+metadata: {name: it, namespace: shop}
+spec: {egress: [{hosts: [./*]}]}
+"""
+    load_alone(text)
+    assert message in refusal(text.replace(old, new))
+
+
+def test_a_problem_is_told_once() -> None:
+    lines = refusal(virtual_service("[{route: {destination: {host: server}}}]")).splitlines()
+    assert len(lines) == len(set(lines)) == 2
 
 
 def warnings(*texts: str) -> str:

@@ -68,6 +68,20 @@ items:
     assert spec.meta.name == "a"
 
 
+def test_lists_may_hold_lists_or_nothing() -> None:
+    entry = "{apiVersion: v1, kind: Namespace, metadata: {name: shop}}"
+    text = f"{{apiVersion: v1, kind: List, items: [{{apiVersion: v1, kind: List, items: [{entry}]}}]}}"
+    assert len(load_resources([Document(source="a.yaml", text=text)])) == 1
+    assert len(load_resources([Document(source="a.yaml", text="{apiVersion: v1, kind: List}")])) == 0
+
+
+def test_json_may_be_indented_with_tabs_and_yaml_may_not() -> None:
+    (tree,) = parse_yaml("a.json", '{\n\t"a": [\n\t\t1\n\t]\n}')
+    assert tree.root.plain() == {"a": [1]}
+    with pytest.raises(InvalidResource):
+        list(parse_yaml("a.yaml", "a:\n\t- 1\n"))
+
+
 def test_numbers_in_quotes_are_numbers_in_mesh_config_only() -> None:
     mesh = """
 apiVersion: v1
