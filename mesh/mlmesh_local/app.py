@@ -31,6 +31,7 @@ from mlmesh_local.instance import SidecarSetup
 from mlmesh_local.instances import Folders
 from mlmesh_local.istiod.driver import Driver
 from mlmesh_local.istiod.process import Istiod, find_program
+from mlmesh_local.istiod.relay import Relay
 from mlmesh_local.key_sets import KeySets, fetcher
 from mlmesh_local.mesh import Mesh, SupervisorTraffic
 from mlmesh_local.metering import Metering
@@ -142,6 +143,7 @@ async def _run(start: Start, block: addresses.Block, report: Report) -> None:
         ):
             guardian = instances_group.create_task(guard(state.path))
             driver = Driver(istiod, instances_group, deliver=ads.update) if istiod else None
+            ads.relay = Relay(istiod.address) if istiod else None
             mesh = _build(
                 start,
                 block=block,

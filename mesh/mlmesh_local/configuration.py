@@ -31,7 +31,7 @@ from mlmesh_local.translate import View, service_endpoints
 from mlmesh_local.translate.shadowed import shadowed
 from mlmesh_local.workloads import Workload, workload_of, workloads_of
 from mlmesh_local.xds import AdsServer, ConfigurationRejectedError, SentResource
-from mlmesh_runtime.errors import MeshError, TimedOut, WrongState
+from mlmesh_runtime.errors import MeshError, TimedOut
 
 logger = logging.getLogger(__name__)
 
@@ -135,12 +135,7 @@ class Configuration:
         return client.snapshot(self.version)
 
     def client_bootstrap(self, node: ProxylessNode, folder: str) -> dict[str, Any]:
-        """The bootstrap of a client without a sidecar. Raises WrongState where another control plane serves."""
-        if self._other is not None:
-            raise WrongState(
-                "gRPC clients without a sidecar are served by mlmesh's own control plane only",
-                reason="NO_PROXYLESS",
-            )
+        """The bootstrap of a client without a sidecar. It comes to us, also where another control plane serves it."""
         proven = dataclasses.replace(node, token=self._token(node.id))
         return bootstrap(proven, ads=self._block.ads, folder=folder)
 

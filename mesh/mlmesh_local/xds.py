@@ -69,6 +69,13 @@ class Guests(Protocol):
         """What a client is told now; `AdsServer.update_guests` when that changes."""
 
 
+class GuestRelay(Protocol):
+    """Serves the stream of a client without a sidecar that proved who it is."""
+
+    async def serve(self, guest: ProxylessNode, first: Any, requests: AsyncIterator[Any], context: Context) -> None:
+        """Until it ends; ``first`` is the first of its requests."""
+
+
 class _Node:
     """One Envoy: what it shall run, and its stream while it is connected."""
 
@@ -97,6 +104,8 @@ class AdsServer:
         self._authorize = authorize
         self.hosts: Guests | None = None
         """Who makes configuration for clients without a sidecar; None refuses them."""
+        self.relay: GuestRelay | None = None
+        """Who serves them in the place of ``hosts``."""
         self._guest_count = 0
         self._nodes: dict[str, _Node] = {}
         self._changed = asyncio.Event()
@@ -251,6 +260,9 @@ class AdsServer:
             return
         # gRPC sends no metadata of its own with this call: the token is in the bootstrap's node.
         await self._check(guest.id, {TOKEN_HEADER: guest.token}, context)
+        if self.relay is not None:
+            await self.relay.serve(guest, first, requests, context)
+            return
         if self.hosts is None or sum(node.guest is not None for node in self._nodes.values()) >= GUESTS_MAX:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"at most {GUESTS_MAX} clients without a sidecar")
             return

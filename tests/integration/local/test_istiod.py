@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
 
+from mlmesh.local.v1 import local_pb2
 from mlmesh_local import process
 from mlmesh_local.options import Options
+from mlmesh_local.proxyless import bootstrap
 from tests.integration.local.conftest import HERE, RunningMesh, answer, start, stop
 from tests.support import tools
 
@@ -57,6 +63,41 @@ async def test_calls_go_where_the_resources_say(driven: RunningMesh) -> None:
     async with driven.echo() as stub:
         versions = {(await answer(stub))["pod"].rsplit("-", 1)[0] for _ in range(10)}
     assert versions == {"echo-v1"}
+
+
+CLIENT = """
+import json
+import grpc
+from grpc import experimental
+from tests.support.echo import PROTOS, Text
+credentials = grpc.xds_channel_credentials(experimental.insecure_channel_credentials())
+with grpc.secure_channel("xds:///echo.mlmesh.svc.cluster.local:9000", credentials) as channel:
+    for _ in range(5):
+        print(PROTOS.stub(channel).Unary(Text(), timeout=20).text)
+"""
+
+
+async def test_clients_without_a_sidecar_are_served_by_istio(driven: RunningMesh, tmp_path: Path) -> None:
+    async with driven.control() as stub:
+        request = local_pb2.IssueXdsBootstrapRequest(service_account="toolbox", folder=str(tmp_path))
+        issued = await stub.IssueXdsBootstrap(request)
+    for name, text in (
+        (bootstrap.BOOTSTRAP_FILE, issued.bootstrap_json),
+        (bootstrap.CHAIN_FILE, issued.certificate.certificate_chain_pem),
+        (bootstrap.KEY_FILE, issued.certificate.private_key_pem),
+        (bootstrap.ROOTS_FILE, issued.certificate.trust_bundle_pem),
+    ):
+        (tmp_path / name).write_text(text)
+    client = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", CLIENT),
+        stdout=asyncio.subprocess.PIPE,
+        env={**os.environ, "GRPC_XDS_BOOTSTRAP": str(tmp_path / bootstrap.BOOTSTRAP_FILE)},
+    )
+    found = [json.loads(line) for line in (await client.communicate())[0].splitlines()]
+    assert len(found) == 5
+    assert {(one["pod"].rsplit("-", 1)[0], one["identity"]) for one in found} == {
+        ("echo-v1", "spiffe://cluster.local/ns/mlmesh/sa/toolbox")
+    }
 
 
 async def test_a_change_is_active_when_it_is_acknowledged_also_after_the_control_plane_died(
