@@ -115,12 +115,17 @@ build_trainer_crds() {
 
 # The schemas of Istio's API and of the Gateway API, from their modules.
 build_istio_crds() {
-  local api gateway
+  local api file folder gateway
   api=$(cd tools/go && go list -m -f '{{.Dir}}' istio.io/api)
   gateway=$(cd tools/go && go list -m -f '{{.Dir}}' sigs.k8s.io/gateway-api)
   mkdir -p "$bin/../crds/istio" "$bin/../crds/gateway-api"
   install -m 644 "$api"/kubernetes/customresourcedefinitions.gen.yaml "$bin/../crds/istio/"
   install -m 644 "$gateway"/config/crd/experimental/*.yaml "$bin/../crds/gateway-api/"
+  # MeshConfig has none: its protos, with those that they import.
+  for folder in "$api" "$api/common-protos"; do
+    (cd "$folder" && find mesh networking type google/api/field_behavior.proto -name '*.proto' 2>/dev/null || true) |
+      while read -r file; do install -D -m 644 "$folder/$file" "$bin/../crds/mesh-config/$file"; done
+  done
   ln -sfn ../crds/istio "$bin/istio_crds"
 }
 
@@ -166,7 +171,7 @@ for name in "${@:-all}"; do
       build istiod-memory "$ISTIOCTL-$(sha256sum tools/go/istiod-memory/main.go | cut -c 1-12)" || failed=1
       build crdserver "$CRDSERVER" || failed=1
       build trainer_crds "$TRAINER_CRDS" || failed=1
-      build istio_crds "$ISTIOCTL" || failed=1
+      build istio_crds "$ISTIOCTL-mesh" || failed=1
       package postgresql '/usr/lib/postgresql/*/bin/initdb' || failed=1
       package etcd-server '/usr/bin/etcd' || failed=1
       ;;
@@ -177,7 +182,7 @@ for name in "${@:-all}"; do
     istiod-memory) build istiod-memory "$ISTIOCTL-$(sha256sum tools/go/istiod-memory/main.go | cut -c 1-12)" || failed=1 ;;
     crdserver) build crdserver "$CRDSERVER" || failed=1 ;;
     trainer_crds) build trainer_crds "$TRAINER_CRDS" || failed=1 ;;
-    istio_crds) build istio_crds "$ISTIOCTL" || failed=1 ;;
+    istio_crds) build istio_crds "$ISTIOCTL-mesh" || failed=1 ;;
     # Minutes, and 220 MiB: only when it is asked for.
     spire) build spire "$SPIRE" || failed=1 ;;
     postgresql) package postgresql '/usr/lib/postgresql/*/bin/initdb' || failed=1 ;;

@@ -2,7 +2,7 @@
 
     python tools/istio_fields.py [--check]
 
-What fields there are is read from the schemas of Istio's API (`make tools` puts them into .tools/crds/istio). Whether a
+What fields there are is read from the schemas of Istio's API (`make tools` puts them into .tools/crds). Whether a
 field is taken is asked of the reader itself, with a document that has it. That its effect is Istio's comes from the
 differential suite (tests/differential), which leaves build/differential.json.
 """
@@ -14,24 +14,34 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from mlmesh_local.resources.mesh_config import OF_AN_INSTALL
 from mlmesh_local.resources.parse import Document, load_resources
 from mlmesh_local.resources.problems import InvalidResource, Problem
+from mlmesh_local.resources.proxies import OF_THE_AGENT
 
 ROOT = Path(__file__).resolve().parent.parent
-SCHEMAS = (ROOT / ".tools" / "crds" / "istio", ROOT / ".tools" / "crds" / "gateway-api")
+if str(ROOT) not in sys.path:
+    # Run by its path only the folder of tools is there.
+    sys.path.insert(0, str(ROOT))
+
+from tools import mesh_config  # noqa: E402
+
+SCHEMAS = (ROOT / ".tools" / "crds" / "istio", mesh_config.FOLDER, ROOT / ".tools" / "crds" / "gateway-api")
 GATEWAY_API = "gateway.networking.k8s.io"
 RESULTS = ROOT / "build" / "differential.json"
 PAGE = ROOT / "docs" / "mesh" / "fields.md"
 
 Schema = Mapping[str, Any]
 _BOGUS = "aFieldThatNobodyKnows"
-_REFUSALS = ("unknown field", "not supported")
+# What Istio's own validation refuses, too.
+_ISTIO_TOO = ("means nothing", "does not go with", "must not be set")
+_REFUSALS = ("unknown field", "not supported", *_ISTIO_TOO)
 _UNREAD = "never read"
 # Members of unions that are told by a word beside them.
 _UNIONS = {
@@ -43,12 +53,16 @@ _VERDICTS = ("same", "differs", "accepted", "no effect", "refused")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kind:
-    """A kind with the paths of its fields; "[]" is an item of a list, "*" a key that is free."""
+    """A kind with the paths of its fields; "[]" is an item of a list, "*" a key that is free.
+
+    ``unused`` are fields that are taken and mean nothing on a laptop, and why.
+    """
 
     group: str
     kind: str
     version: str
     leaves: tuple[tuple[str, Schema], ...]
+    unused: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -57,8 +71,14 @@ class Kind:
 
     @property
     def api_version(self) -> str:
-        """Group and version."""
-        return f"{self.group}/{self.version}"
+        """Group and version, or where else it is."""
+        return f"{self.group}/{self.version}" if self.group else "key `mesh` of ConfigMap istio-system/istio"
+
+    def why_unused(self, path: str) -> str:
+        """Why a field means nothing on a laptop; empty for others."""
+        return next(
+            (why for name, why in self.unused.items() if path == name or path.startswith((f"{name}.", f"{name}["))), ""
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +150,10 @@ def _problems(kind: Kind, path: str, leaf: Any) -> tuple[Problem, ...]:
         "metadata": {"name": "probe", "namespace": "mlmesh"},
         **_nested(path.split("."), leaf),
     }
+    if not kind.group:
+        settings = yaml.safe_dump(_nested(path.split("."), leaf))
+        named = {"name": "istio", "namespace": "istio-system"}
+        document = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": named, "data": {"mesh": settings}}
     try:
         load_resources([Document(source="probe.yaml", text=yaml.safe_dump(document))])
     except InvalidResource as error:
@@ -167,6 +191,7 @@ def _value(schema: Schema) -> Any:
 def _covers(place: str, path: str) -> bool:
     """Whether a problem's place is the field or something around it."""
     plain = place.replace('["probe"]', ".*").replace(".probe", ".*").replace("[0]", "[]").removeprefix(".")
+    plain = plain.removeprefix("data.mesh.")
     return path == plain or path.startswith((f"{plain}.", f"{plain}["))
 
 
@@ -178,7 +203,7 @@ def verdicts(kind: Kind, results: Mapping[str, Any]) -> list[Verdict]:
         refusal = probe(kind, path, schema)
         compared = results.get(field, {})
         if refusal == _UNREAD and not compared:
-            found.append(Verdict(field=field, verdict="no effect"))
+            found.append(Verdict(field=field, verdict="no effect", why=kind.why_unused(path)))
         elif refusal and refusal != _UNREAD:
             found.append(Verdict(field=field, verdict="refused", why=refusal.removeprefix("not supported: ")))
         elif compared.get("differs"):
@@ -186,14 +211,24 @@ def verdicts(kind: Kind, results: Mapping[str, Any]) -> list[Verdict]:
             found.append(Verdict(field=field, verdict="differs", why=links))
         elif compared.get("cases"):
             found.append(Verdict(field=field, verdict="same"))
+        elif kind.why_unused(path):
+            found.append(Verdict(field=field, verdict="no effect", why=kind.why_unused(path)))
         else:
             found.append(Verdict(field=field, verdict="accepted"))
     return found
 
 
+def mesh_config_kind() -> Kind:
+    """MeshConfig as a kind of its own."""
+    unused = {**OF_AN_INSTALL, **{f"defaultConfig.{name}": why for name, why in OF_THE_AGENT.items()}}
+    leaves = tuple((path.removeprefix("."), schema) for path, schema in _leaves(mesh_config.schema(), ""))
+    return Kind(group="", kind="MeshConfig", version="v1alpha1", leaves=leaves, unused=unused)
+
+
 def all_kinds() -> list[Kind]:
-    """Kinds of Istio's API, then those of the Gateway API that are no experiments under another group."""
-    return [kind for folder in SCHEMAS for kind in kinds(folder) if not kind.group.endswith("x-k8s.io")]
+    """Kinds of Istio's API, MeshConfig, then those of the Gateway API that are no experiments under another group."""
+    istio, _, gateway_api = (kinds(folder) for folder in SCHEMAS)
+    return [*istio, mesh_config_kind(), *(kind for kind in gateway_api if not kind.group.endswith("x-k8s.io"))]
 
 
 def page(listed: Iterable[Kind], results: Mapping[str, Any]) -> str:

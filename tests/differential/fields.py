@@ -12,7 +12,8 @@ from typing import Any
 import yaml
 
 from tests.support.tools import ROOT
-from tools.istio_fields import Kind, kinds
+from tools import mesh_config
+from tools.istio_fields import Kind, kinds, mesh_config_kind
 
 SCHEMAS = (ROOT / ".tools" / "crds" / "istio", ROOT / ".tools" / "crds" / "gateway-api")
 GATEWAY_API = "gateway.networking.k8s.io"
@@ -20,10 +21,12 @@ COMPARED = frozenset(
     {
         "AuthorizationPolicy",
         "DestinationRule",
+        "EnvoyFilter",
         "GRPCRoute",
         "Gateway",
         "HTTPRoute",
         "KubernetesGateway",
+        "MeshConfig",
         "PeerAuthentication",
         "ProxyConfig",
         "ReferenceGrant",
@@ -42,6 +45,8 @@ COMPARED = frozenset(
 def known() -> dict[str, Kind]:
     """Kinds by title; the Gateway of the Gateway API is a KubernetesGateway. Empty where the schemas are not."""
     found = [kind for folder in SCHEMAS if folder.is_dir() for kind in kinds(folder)]
+    if mesh_config.FOLDER.is_dir():
+        found.append(mesh_config_kind())
     return {title(kind.group, kind.kind): kind for kind in found}
 
 
@@ -57,15 +62,18 @@ def fields_of(documents: Iterable[Mapping[str, Any]]) -> set[str]:
         kind = str(document.get("kind", ""))
         if kind == "ConfigMap" and document["metadata"].get("name") == "istio":
             settings = yaml.safe_load((document.get("data") or {}).get("mesh", "")) or {}
-            found.update(_generic(settings, "MeshConfig"))
+            found.update(_set_leaves("MeshConfig", settings))
             continue
         name = title(str(document.get("apiVersion", "")).rpartition("/")[0], kind)
-        schema = known().get(name)
-        if schema is not None:
-            found.update(
-                f"{name}.{path}" for path, _ in schema.leaves if _is_set(document, path.replace("[]", ".[]").split("."))
-            )
+        found.update(_set_leaves(name, document))
     return found
+
+
+def _set_leaves(name: str, document: Mapping[str, Any]) -> Iterator[str]:
+    schema = known().get(name)
+    for path, _ in schema.leaves if schema is not None else ():
+        if _is_set(document, path.replace("[]", ".[]").split(".")):
+            yield f"{name}.{path}"
 
 
 def plain(path: str) -> str:
@@ -84,14 +92,3 @@ def _is_set(value: Any, parts: list[str]) -> bool:
     if head == "*":
         return any(_is_set(item, rest) for item in value.values())
     return head in value and _is_set(value[head], rest)
-
-
-def _generic(value: Any, path: str) -> Iterator[str]:
-    if isinstance(value, dict) and value:
-        for key, item in value.items():
-            yield from _generic(item, f"{path}.{key}")
-    elif isinstance(value, list):
-        for item in value:
-            yield from _generic(item, f"{path}[]")
-    else:
-        yield path

@@ -5,7 +5,9 @@ https://istio.io/latest/docs/reference/config/istio.mesh.v1alpha1/
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 from mlmesh_local.resources.checked import part
 from mlmesh_local.resources.fields import Fields
@@ -24,16 +26,34 @@ from mlmesh_local.resources.telemetry_providers import telemetry_settings
 from mlmesh_local.resources.tree import Node, parse_yaml
 
 ROOT_NAMESPACE = "istio-system"
-# What Istio knows and the laptop mesh has no use for: ports and means of capture, Istio's own parts, other installs.
+_CAPTURE = "of the capture of traffic, which a laptop does not have"
+_INGRESS = "of Kubernetes' Ingress, which the laptop mesh does not serve"
+_ISTIOD = "of Istio's control plane itself"
+_AMBIENT = "of the ambient mesh and of several clusters"
+OF_AN_INSTALL: Final[Mapping[str, str]] = {
+    "certificates": _ISTIOD,
+    "configSources": _ISTIOD,
+    "disableEnvoyListenerLog": "gateways of a laptop log no connections that come to nothing",
+    "discoverySelectors": "every document that is applied counts",
+    "enablePrometheusMerge": "of Istio's agent; the laptop mesh serves all metrics at one address",
+    "hboneIdleTimeout": _AMBIENT,
+    "ingressClass": _INGRESS,
+    "ingressControllerMode": _INGRESS,
+    "ingressSelector": _INGRESS,
+    "ingressService": _INGRESS,
+    "protocolDetectionTimeout": "a port of no declared protocol waits for the first bytes",
+    "proxyHttpPort": _CAPTURE,
+    "proxyInboundListenPort": _CAPTURE,
+    "proxyListenPort": _CAPTURE,
+    "serviceScopeConfigs": _AMBIENT,
+    "serviceSettings": "there is one cluster",
+    "verifyCertificateAtClient": "Istio 1.31 reads it and does nothing with it",
+}
+"""Settings that are taken and mean nothing on a laptop, and why."""
 # fmt: off
-_OF_AN_INSTALL = (
-    "certificates", "configSources", "disableEnvoyListenerLog", "discoverySelectors", "enablePrometheusMerge",
-    "ingressClass", "ingressControllerMode", "ingressSelector", "ingressService", "protocolDetectionTimeout",
-    "proxyHttpPort", "proxyInboundListenPort", "proxyListenPort", "serviceSettings", "verifyCertificateAtClient",
-)
 _UNSUPPORTED = (
-    "ca", "caCertificates", "enableEnvoyAccessLogService", "hboneIdleTimeout", "inboundClusterStatName",
-    "outboundClusterStatName", "serviceEntryVisibility", "serviceScopeConfigs",
+    "ca", "caCertificates", "enableEnvoyAccessLogService", "inboundClusterStatName", "outboundClusterStatName",
+    "serviceEntryVisibility",
 )
 # fmt: on
 _NORMALIZATION = ("DEFAULT", "NONE", "BASE", "MERGE_SLASHES", "DECODE_AND_MERGE_SLASHES")
@@ -88,7 +108,7 @@ def _inner(node: Node | None, place: At) -> Node:
 
 def _settings(meta: Meta, fields: Fields) -> MeshConfig:
     with fields:
-        fields.ignored(*_OF_AN_INSTALL)
+        fields.ignored(*OF_AN_INSTALL)
         fields.unsupported(*_UNSUPPORTED)
         # Applications listen at an address that only their sidecar dials, whatever it is.
         part(fields, "inboundTrafficPolicy", lambda inner: inner.choice("mode", ("PASSTHROUGH", "LOCALHOST")))

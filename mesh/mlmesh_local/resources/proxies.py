@@ -5,8 +5,8 @@ https://istio.io/latest/docs/reference/config/networking/proxy-config/
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Final
 
 from mlmesh_local.resources.checked import duration_s, part, selector
 from mlmesh_local.resources.fields import INT32_MAX, Fields
@@ -20,15 +20,37 @@ if TYPE_CHECKING:
 
 ANNOTATION = "proxy.istio.io/config"
 
-# Each is of Istio's own agent, of its control plane's address, or of a part that the laptop mesh has in another way.
+_AGENT = "of Istio's agent beside Envoy, or of its way to the control plane"
+_START = "of how Envoy is started, which is the laptop's own"
+OF_THE_AGENT: Final[Mapping[str, str]] = {
+    "availabilityZone": _AGENT,
+    "binaryPath": _START,
+    "caCertificatesPem": _AGENT,
+    "configPath": _START,
+    "controlPlaneAuthPolicy": _AGENT,
+    "customConfigFile": _START,
+    "discoveryAddress": _AGENT,
+    "discoveryRefreshDelay": _AGENT,
+    "fileFlushInterval": _START,
+    "fileFlushMinSizeKb": _START,
+    "holdApplicationUntilProxyStarts": "applications of a laptop are ready when their sidecar is",
+    "image": "a laptop runs no images",
+    "interceptionMode": "of the capture of traffic, which a laptop does not have",
+    "meshId": "there is one mesh",
+    "proxyAdminPort": "the laptop mesh chooses where Envoy's admin listens",
+    "proxyBootstrapTemplatePath": _START,
+    "proxyMetadata": _AGENT,
+    "readinessProbe": _AGENT,
+    "sds": _AGENT,
+    "serviceCluster": "the name of the workload is taken",
+    "statNameLength": "Envoy has given it up",
+    "statsCompression": "the laptop mesh serves all metrics at one address",
+    "statusPort": _AGENT,
+    "terminationDrainDuration": "instances end by their terminationGracePeriodSeconds",
+    "tracingServiceName": "the canonical name of the workload is taken",
+}
+"""Settings that are taken and mean nothing on a laptop, and why."""
 # fmt: off
-_OF_THE_AGENT = (
-    "availabilityZone", "binaryPath", "caCertificatesPem", "configPath", "controlPlaneAuthPolicy",
-    "customConfigFile", "discoveryAddress", "discoveryRefreshDelay", "fileFlushInterval", "fileFlushMinSizeKb",
-    "holdApplicationUntilProxyStarts", "image", "interceptionMode", "meshId", "proxyAdminPort",
-    "proxyBootstrapTemplatePath", "proxyMetadata", "readinessProbe", "sds", "serviceCluster", "statNameLength",
-    "statsCompression", "statusPort", "tracingServiceName",
-)
 _UNSUPPORTED = (
     "connectionSettings", "envoyAccessLogService", "envoyMetricsService", "envoyMetricsServiceAddress",
     "extraStatTags", "privateKeyProvider", "proxyStatsMatcher", "runtimeValues", "statsdUdpAddress", "zipkinAddress",
@@ -40,7 +62,7 @@ _DETAILS = ("subject", "cert", "chain", "dns", "uri")
 
 def proxy_settings(fields: Fields) -> ProxySettings:
     """Read `defaultConfig`, or the annotation, which has the same fields."""
-    fields.ignored(*_OF_THE_AGENT)
+    fields.ignored(*OF_THE_AGENT)
     fields.unsupported(*_UNSUPPORTED)
     # Of `defaultConfig` it is read with the other settings of tracing.
     fields.ignored("tracing")
