@@ -57,7 +57,11 @@ async def probe(control: local_pb2_grpc.LocalMeshServiceAsyncStub, status: local
     return Facts(
         methods=methods,
         certificates=tuple(
-            Certified(instance=one.name, expires_s=float(one.certificate_expire_time.seconds))
+            Certified(
+                instance=one.name,
+                expires_s=float(one.certificate_expire_time.seconds),
+                begins_s=float(one.certificate_begin_time.seconds),
+            )
             for one in status.instances
             if one.certificate_expire_time.seconds
         ),

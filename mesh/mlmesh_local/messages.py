@@ -306,6 +306,7 @@ def _instance(mesh: Mesh, instance: Instance) -> local_pb2.Instance:
         restarts=instance.application.restarts,
         sidecar_restarts=instance.sidecar.restarts,
         certificate_expire_time=timestamp(leaf.not_after) if leaf else None,
+        certificate_begin_time=timestamp(leaf.not_before) if leaf else None,
         certificate_serial=leaf.serial if leaf else "",
         acked_version=node.acked_version if node else "",
         outbound_listeners=[]

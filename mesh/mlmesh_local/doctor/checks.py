@@ -237,7 +237,8 @@ CHECKS: Final[tuple[Check, ...]] = (
         layer="live",
         title="a certificate near its end",
         why="Handshakes fail when it has expired; connections that are open go on, so it shows late.",
-        fix="`mlmesh certs rotate` issues new ones; look at the sidecar's log when it does not take them.",
+        fix="`mlmesh certs rotate` issues new ones (with --spiffe-socket the Workload API does: look at its agent); "
+        "look at the sidecar's log when it does not take them.",
         source=f"{_ISTIO}/tasks/security/cert-management/",
         find=running.expiring_certificates,
     ),

@@ -19,10 +19,11 @@ STATS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Certified:
-    """A sidecar's certificate; times are seconds since 1970."""
+    """A sidecar's certificate; times are seconds since 1970, 0 where one is not known."""
 
     instance: str
     expires_s: float
+    begins_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -242,6 +242,14 @@ def test_a_check_finds_what_is_wrong_and_nothing_where_nothing_is(check: str) ->
     assert not _found(check, _context(case.good, other=case.others[1], facts=case.facts[1]))
 
 
+@pytest.mark.parametrize(("left_s", "hours", "told"), [(3500, 1, 0), (899, 1, 1), (3700, 24, 0), (3500, 24, 1)])
+def test_what_is_near_its_end_depends_on_how_long_it_lives(left_s: float, hours: int, told: int) -> None:
+    """SPIRE's certificates live for an hour."""
+    end_s = NOW_S + left_s
+    one = Certified(instance="a", expires_s=end_s, begins_s=end_s - hours * 3600)
+    assert len(_found("MLM022", _context(QUIET, facts=_facts(certificates=(one,))))) == told
+
+
 def test_a_finding_names_the_line() -> None:
     (finding,) = _found("MLM001", _context("# a comment\n" + CASES["MLM001"].bad))
     assert finding.resource == "VirtualService mlmesh/server"
