@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from mlmesh_local.explain.requests import Request
+from mlmesh_local.explain.requests import USUAL, Request
 from mlmesh_local.explain.scene import Scene, listening_at
 from mlmesh_local.inspection import find_proxies
 from mlmesh_local.model import ProxyNode
 from mlmesh_local.resources.domains import is_ip
 from mlmesh_local.resources.gateway_api.listeners import INTERNAL_NAME
 from mlmesh_runtime.errors import InvalidInput, NotFound
-
-_USUAL = frozenset({":method", ":scheme", ":path", ":authority", "content-type", "te"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +23,7 @@ class Call:
         host: as the application writes it; short names are completed by the namespace of the caller.
         port: service port; 0 for the only one, or the one that speaks gRPC.
         path: "/package.Service/Method".
+        http: method of a call that is no gRPC call, such as GET; the path is then any.
         headers: further ones, any case; ":method" and others may be given, too.
         gateway: name of a Gateway resource, or of a gateway's workload, at which the call arrives.
         identity: SPIFFE id in the certificate that a client outside shows at the gateway.
@@ -34,6 +33,7 @@ class Call:
     host: str = ""
     port: int = 0
     path: str = "/"
+    http: str = ""
     headers: Mapping[str, str] = field(default_factory=dict)
     gateway: str = ""
     identity: str = ""
@@ -126,13 +126,13 @@ def _full(scene: Scene, proxy: ProxyNode, host: str) -> str:
 
 def request_of(scene: Scene, call: Call, proxy: ProxyNode, port: int) -> Request:
     """The request as the proxy gets it."""
+    secure = bool(call.gateway) and _is_secure(scene, proxy, port)
     headers = {
-        ":method": "POST",
-        ":scheme": "https" if call.gateway else "http",
+        ":method": call.http or "POST",
+        ":scheme": "https" if secure else "http",
         ":path": call.path,
         ":authority": call.host if call.gateway else f"{call.host}:{port}",
-        "content-type": "application/grpc",
-        "te": "trailers",
+        **({} if call.http else {"content-type": "application/grpc", "te": "trailers"}),
     }
     for name, value in call.headers.items():
         key = name.lower()
@@ -141,7 +141,6 @@ def request_of(scene: Scene, call: Call, proxy: ProxyNode, port: int) -> Request
     identity = call.identity
     if call.gateway and call.source and not identity:
         identity = scene.identity(find_proxies(scene.world, call.source)[0])
-    secure = bool(call.gateway) and _is_secure(scene, proxy, port)
     return Request(
         headers=headers,
         peer=identity if secure else "",
@@ -161,13 +160,15 @@ def _is_secure(scene: Scene, proxy: ProxyNode, port: int) -> bool:
 
 def told(call: Call, proxy: ProxyNode, port: int, request: Request) -> dict[str, object]:
     """The call as an explanation repeats it."""
-    extra = {name: value for name, value in request.headers.items() if name not in _USUAL}
+    extra = {name: value for name, value in request.headers.items() if name not in USUAL}
     return {
         "from": call.source,
         "at_gateway": call.gateway,
         "to": call.host,
         "port": port,
         "method": request.path,
+        "http": call.http,
+        "scheme": request.headers.get(":scheme", ""),
         "headers": extra,
         "namespace": proxy.namespace,
     }

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 
 from mlmesh_local.envoy_types import Json
+from mlmesh_local.explain.answers import http_as_grpc
 from mlmesh_local.explain.durations import number, seconds, text
-from mlmesh_local.explain.requests import Request
+from mlmesh_local.explain.requests import USUAL, Request
 from mlmesh_local.explain.scene import Scene
 from mlmesh_local.explain.servers import Dialed, Served, client_context, serve
-from mlmesh_local.explain.values import Destination, EndpointSeen, Outcome, Place
+from mlmesh_local.explain.values import Destination, EndpointSeen, Outcome, Place, Sent
 from mlmesh_local.model import ProxyNode
 from mlmesh_local.translate.names import BLACK_HOLE
 
@@ -30,7 +32,7 @@ def destination(
     cluster = scene.clusters(proxy).get(name)
     _, port, subset, host = name.split("|") if name.count("|") == 3 else ("", "0", "", name)
     found = list(_endpoints(scene, proxy, cluster or {}))
-    served = _served(scene, proxy, cluster, found, request)
+    served = _served(scene, proxy, cluster, found, request, action=action)
     return Destination(
         cluster=name,
         host=host,
@@ -47,7 +49,14 @@ def destination(
         tls=served.tls,
         checks=served.checks,
         outcome=served.outcome,
+        sent=_sent(request),
     )
+
+
+def _sent(request: Request) -> Sent:
+    headers = {name: value for name, value in request.headers.items() if name not in USUAL}
+    method = request.headers.get(":method", "")
+    return Sent(method=method, path=request.path, authority=request.authority, headers=headers)
 
 
 def _served(
@@ -56,13 +65,17 @@ def _served(
     cluster: Json | None,
     found: list[tuple[EndpointSeen, Json]],
     request: Request,
+    *,
+    action: Json,
 ) -> Served:
     if cluster is None:
         why = "the route names a cluster that this proxy does not know"
-        return Served(tls=None, checks=(), outcome=Outcome(kind="no_cluster", code="UNAVAILABLE", why=why))
+        http = 500 if action.get("cluster_not_found_response_code") == "INTERNAL_SERVER_ERROR" else 503
+        outcome = Outcome(kind="no_cluster", code=http_as_grpc(http), why=why, http=http)
+        return Served(tls=None, checks=(), outcome=outcome)
     if not found and cluster.get("type") != "ORIGINAL_DST" and "cluster_type" not in cluster:
         why = "no endpoint is ready" if cluster["name"] != BLACK_HOLE else "the destination does not exist"
-        return Served(tls=None, checks=(), outcome=Outcome(kind="no_endpoint", code="UNAVAILABLE", why=why))
+        return Served(tls=None, checks=(), outcome=Outcome(kind="no_endpoint", code="UNAVAILABLE", why=why, http=503))
     results: list[Served] = []
     workloads: set[str] = set()
     for seen, endpoint in found:
@@ -85,7 +98,7 @@ def _served(
     return Served(
         tls=bad.tls,
         checks=bad.checks,
-        outcome=Outcome(kind="mixed", code=bad.outcome.code, why=f"endpoints differ ({kinds}): {bad.outcome.why}"),
+        outcome=dataclasses.replace(bad.outcome, kind="mixed", why=f"endpoints differ ({kinds}): {bad.outcome.why}"),
     )
 
 

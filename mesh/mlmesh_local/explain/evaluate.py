@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mlmesh_local.envoy_types import Json
+from mlmesh_local.explain.answers import answered, http_as_grpc, location
 from mlmesh_local.explain.asking import (
     Call,
     called_gateway,
@@ -27,7 +28,7 @@ from mlmesh_local.explain.chains import TCP_PROXY, chain_of, network_filter
 from mlmesh_local.explain.destinations import destination
 from mlmesh_local.explain.filters import http_filters, kind_of, pass_filters
 from mlmesh_local.explain.not_given import not_given, without_weight
-from mlmesh_local.explain.policies import GRPC_CODES, faults, header_edits, http_as_grpc, retries, telemetry, timeout
+from mlmesh_local.explain.policies import GRPC_CODES, faults, header_edits, retries, telemetry, timeout
 from mlmesh_local.explain.requests import Request, edited, rewritten
 from mlmesh_local.explain.routing import Tried, choose, describe_match, most_specific, share, virtual_host
 from mlmesh_local.explain.scene import Scene, listening_at, manager_of
@@ -98,19 +99,27 @@ class _Hit:
 
 def _http(scene: Scene, proxy: ProxyNode, manager: Json, request: Request, base: Explanation) -> Explanation:
     configuration = scene.route_configuration(proxy, manager)
-    host = virtual_host(configuration, request.authority)
-    if host is None:
-        why = f'no virtual host is for "{request.authority}"'
-        return dataclasses.replace(base, outcome=Outcome(kind="no_route", code="UNIMPLEMENTED", why=why))
+    host = virtual_host(configuration, request.authority) or {}
+    secured = _https_first(host, request)
     _, first = choose(host, request)
-    # Filters run with the route of the request as it came; claims that they find may choose another.
+    # Filters run with the route of the request as it came; claims that they find may choose another. Without a route
+    # they run, too, as the listener has them.
     passed = pass_filters(
         http_filters(manager, scene.extensions(proxy)),
-        (first or {}, host, configuration),
+        (first, host, configuration) if first is not None and secured is None else (),
         request,
         scene.provenance,
         now_s=scene.now_s,
     )
+    if secured is not None or not host:
+        why = f'no virtual host is for "{request.authority}"'
+        nowhere = Outcome(kind="no_route", code="UNIMPLEMENTED", why=why, http=404)
+        return dataclasses.replace(
+            base,
+            virtual_host=str(host.get("name", "")),
+            checks=passed.checks,
+            outcome=passed.ended or secured or nowhere,
+        )
     tried, route = choose(host, passed.request)
     gateway = next(iter(gateway_names(scene, proxy)), "") if proxy.kind == "gateway" else "mesh"
     base = dataclasses.replace(
@@ -134,15 +143,26 @@ def _http(scene: Scene, proxy: ProxyNode, manager: Json, request: Request, base:
         return dataclasses.replace(base, outcome=passed.ended)
     if route is None:
         return dataclasses.replace(
-            base, outcome=Outcome(kind="no_route", code="UNIMPLEMENTED", why="no rule of the host takes it")
+            base, outcome=Outcome(kind="no_route", code="UNIMPLEMENTED", why="no rule of the host takes it", http=404)
         )
     hit = _Hit(proxy=proxy, manager=manager, configuration=configuration, host=host, route=route)
     return _routed(scene, hit, passed.request, base)
 
 
+def _https_first(host: Json, request: Request) -> Outcome | None:
+    """The redirect of a gateway's server that takes HTTPS only (httpsRedirect)."""
+    if host.get("require_tls", "NONE") == "NONE" or request.headers.get(":scheme") == "https":
+        return None
+    place = location({"https_redirect": True}, {}, request)
+    why = f"the gateway's server asks for HTTPS (httpsRedirect): it redirects to {place}"
+    return Outcome(kind="redirected", code=http_as_grpc(301), why=why, http=301, location=place)
+
+
 def _routed(scene: Scene, hit: _Hit, request: Request, base: Explanation) -> Explanation:
     if "direct_response" in hit.route or "redirect" in hit.route:
-        return dataclasses.replace(base, outcome=_answered(hit.route))
+        return dataclasses.replace(
+            base, outcome=answered(hit.route, request), headers=tuple(header_edits(hit.levels, {}))
+        )
     action = hit.action
     found = tuple(_destinations(scene, hit, request))
     fault = faults(_fault_config(scene, hit))
@@ -172,7 +192,7 @@ def _destinations(scene: Scene, hit: _Hit, request: Request) -> Iterator[Destina
     for entry in entries:
         sent = edited(request, (entry, *hit.levels))
         sent = rewritten(sent, hit.route.get("match", {}), action, entry)
-        yield destination(
+        found = destination(
             scene,
             hit.proxy,
             str(entry["name"]),
@@ -181,6 +201,7 @@ def _destinations(scene: Scene, hit: _Hit, request: Request) -> Iterator[Destina
             weight=_weight(entry),
             share=_weight(entry) / total,
         )
+        yield dataclasses.replace(found, headers=tuple(header_edits((entry,), entry)))
 
 
 def _weight(entry: Json) -> int:
@@ -207,18 +228,10 @@ def _fault_config(scene: Scene, hit: _Hit) -> Json | None:
     return None
 
 
-def _answered(route: Json) -> Outcome:
-    if "redirect" in route:
-        return Outcome(kind="redirected", code="UNKNOWN", why="the route redirects; gRPC clients do not follow that")
-    answer = route["direct_response"]
-    text = str(answer.get("body", {}).get("inline_string", ""))
-    why = f"the proxy answers HTTP {answer.get('status', 0)} itself" + (f": {text}" if text else "")
-    return Outcome(kind="answered", code=http_as_grpc(int(answer.get("status", 0))), why=why)
-
-
 def _outcome(found: tuple[Destination, ...], fault: Faulty | None) -> Outcome:
     if fault and fault.abort_share >= 1:
-        return Outcome(kind="aborted", code=fault.abort_code, why="a fault on purpose ends every such call")
+        why = "a fault on purpose ends every such call"
+        return Outcome(kind="aborted", code=fault.abort_code, why=why, http=fault.abort_http)
     kinds = {one.outcome.kind for one in found}
     if not found:
         return Outcome(kind="no_cluster", code="UNAVAILABLE", why="every destination has the weight 0")
@@ -226,7 +239,7 @@ def _outcome(found: tuple[Destination, ...], fault: Faulty | None) -> Outcome:
         return found[0].outcome
     parts = ", ".join(f"{one.share:.0%} {one.outcome.kind}" for one in found)
     bad = next(one for one in found if one.outcome.kind != "routed")
-    return Outcome(kind="mixed", code=bad.outcome.code, why=f"destinations differ: {parts}; {bad.outcome.why}")
+    return dataclasses.replace(bad.outcome, kind="mixed", why=f"destinations differ: {parts}; {bad.outcome.why}")
 
 
 def _rejected(scene: Scene, tried: list[Tried]) -> Iterator[Rejected]:
@@ -240,6 +253,11 @@ def _rejected(scene: Scene, tried: list[Tried]) -> Iterator[Rejected]:
             )
 
 
+def _closed(one: Destination) -> Destination:
+    """Of bytes: a call that is refused gets no status, its connection is closed."""
+    return dataclasses.replace(one, outcome=dataclasses.replace(one.outcome, http=0))
+
+
 def _bytes(scene: Scene, proxy: ProxyNode, chain: Json, request: Request, base: Explanation) -> Explanation:
     raw = network_filter(chain, TCP_PROXY)
     if raw is None:
@@ -247,7 +265,9 @@ def _bytes(scene: Scene, proxy: ProxyNode, chain: Json, request: Request, base: 
     entries = raw.get("weighted_clusters", {}).get("clusters") or [{"name": raw.get("cluster", ""), "weight": 1}]
     total = sum(_weight(one) for one in entries) or 1
     found = tuple(
-        destination(scene, proxy, str(one["name"]), request, {}, weight=_weight(one), share=_weight(one) / total)
+        _closed(
+            destination(scene, proxy, str(one["name"]), request, {}, weight=_weight(one), share=_weight(one) / total)
+        )
         for one in entries
     )
     note = "the port carries bytes, not requests: methods and headers are not seen, and nothing is retried"

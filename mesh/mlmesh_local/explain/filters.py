@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from mlmesh_local.envoy_types import Json
+from mlmesh_local.explain.answers import grpc_as_http
 from mlmesh_local.explain.provenance import Provenance
 from mlmesh_local.explain.rbac import evaluate
 from mlmesh_local.explain.requests import Request
@@ -62,7 +63,7 @@ def pass_filters(
                 continue
             check, request, code = _token(name, config, request, provenance, now_s)
             if check.verdict == "deny":
-                ended = Outcome(kind="unauthenticated", code=code, why=check.why)
+                ended = Outcome(kind="unauthenticated", code=code, why=check.why, http=grpc_as_http(code))
                 return Filtered(request=request, checks=(*checks, check), ended=ended)
         elif kind_of(plain) == "ExtAuthz":
             check = _service(name, config)
@@ -152,4 +153,4 @@ def _service(name: str, config: Json) -> Check:
 
 
 def _ended(check: Check) -> Outcome:
-    return Outcome(kind="denied", code="PERMISSION_DENIED", why=f"{check.policy}: {check.why}".lstrip(": "))
+    return Outcome(kind="denied", code="PERMISSION_DENIED", why=f"{check.policy}: {check.why}".lstrip(": "), http=403)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mlmesh_local.envoy_types import Json
+from mlmesh_local.explain.answers import http_as_grpc
 from mlmesh_local.explain.durations import grpc_timeout, number, seconds, text
 from mlmesh_local.explain.requests import Request
 from mlmesh_local.explain.routing import share
@@ -19,12 +20,6 @@ GRPC_CODES = (
     "INTERNAL", "UNAVAILABLE", "DATA_LOSS", "UNAUTHENTICATED",
 )  # fmt: skip
 _AMPLIFYING = frozenset({"resource-exhausted", "5xx", "retriable-4xx", "deadline-exceeded", "internal"})
-
-
-def http_as_grpc(status: int) -> str:
-    """The gRPC status that Envoy makes of an HTTP status of its own (source/common/grpc/status.cc)."""
-    known = {400: "INTERNAL", 401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED", 404: "UNIMPLEMENTED"}
-    return known.get(status, "UNAVAILABLE" if status in (429, 502, 503, 504) else "UNKNOWN")
 
 
 def retries(action: Json, host: Json, *, window_bytes: int = STREAM_WINDOW_BYTES) -> Retried:
@@ -88,7 +83,8 @@ def _bounded(bound: float | None) -> list[str]:
         return ["no timeout: the client's deadline holds, and it gets DEADLINE_EXCEEDED when that passes"]
     return [
         f"all attempts together may take {text(bound)}; a client that asks for more gets no more",
-        "when it runs out a unary call ends with UNAVAILABLE (not DEADLINE_EXCEEDED), an open stream with INTERNAL",
+        "when it runs out a unary call ends with UNAVAILABLE (DEADLINE_EXCEEDED only where the server's sidecar, which "
+        "is told what is left of it, comes first), an open stream with INTERNAL",
     ]
 
 
@@ -97,17 +93,21 @@ def faults(config: Json | None) -> Faulty | None:
     if config is None:
         return None
     delay, abort = config.get("delay", {}), config.get("abort", {})
-    code = ""
+    code, http = "", 0
     if "grpc_status" in abort:
         code = GRPC_CODES[int(abort["grpc_status"])]
+        # Envoy's fault filter: the HTTP status of an abort by a gRPC status is 200 for every client.
+        http = 200
     elif "http_status" in abort:
-        code = http_as_grpc(int(abort["http_status"]))
+        http = int(abort["http_status"])
+        code = http_as_grpc(http)
     if not (delay or abort):
         return None
     return Faulty(
         delay_s=seconds(delay.get("fixed_delay")) or 0.0,
         delay_share=share(delay.get("percentage", {})) if delay else 0.0,
         abort_code=code,
+        abort_http=http,
         abort_share=share(abort.get("percentage", {})) if abort else 0.0,
     )
 

@@ -8,7 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlmesh_local.envoy_types import Json
-from mlmesh_local.explain.strings import regex_matches, without_query
+from mlmesh_local.explain.strings import regex_replaced, without_query
+
+USUAL = frozenset({":method", ":scheme", ":path", ":authority", "content-type", "te"})
+"""Headers that every call has."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +60,8 @@ def edited(request: Request, levels: Iterable[Json]) -> Request:
             headers.pop(str(name).lower(), None)
         for option in level.get("request_headers_to_add", ()):
             header = option.get("header", {})
-            name, value = str(header.get("key", "")).lower(), str(header.get("value", ""))
+            # A percent sign is written twice; what stands between single ones is only known by the proxy.
+            name, value = str(header.get("key", "")).lower(), str(header.get("value", "")).replace("%%", "%")
             action = option.get("append_action", "APPEND_IF_EXISTS_OR_ADD")
             if action == "ADD_IF_ABSENT" and name in headers:
                 continue
@@ -84,12 +88,6 @@ def rewritten(request: Request, match: Json, action: Json, entry: Json) -> Reque
 
 
 def _regex_rewrite(rewrite: Json, path: str) -> str:
-    import re2  # noqa: PLC0415  rare
-
     pattern, substitution = str(rewrite.get("pattern", {}).get("regex", "")), str(rewrite.get("substitution", ""))
     plain = without_query(path)
-    changed = re2.sub(pattern, substitution, plain)
-    return str(changed) + path[len(plain) :]
-
-
-__all__ = ["Request", "edited", "regex_matches", "rewritten"]
+    return regex_replaced(pattern, substitution, plain) + path[len(plain) :]

@@ -82,7 +82,9 @@ def serve(scene: Scene, dialed: Dialed, server: ProxyNode | None, port: int) -> 
     chain = chain_of(listener, arriving)
     tls = _meeting(scene, listener, chain, dialed, server)
     if tls.problem:
-        return Served(tls=tls, checks=(), outcome=Outcome(kind="tls_failed", code="UNAVAILABLE", why=tls.problem))
+        return Served(
+            tls=tls, checks=(), outcome=Outcome(kind="tls_failed", code="UNAVAILABLE", why=tls.problem, http=503)
+        )
     assert chain is not None  # noqa: S101  no chain is a problem of TLS
     return _behind_tls(scene, server, chain, arriving, tls)
 
@@ -104,7 +106,8 @@ def _behind_tls(scene: Scene, server: ProxyNode, chain: Json, request: Request, 
                 )
             )
             if not verdict.allowed:
-                outcome = Outcome(kind="denied", code="UNAVAILABLE", why=f"{verdict.policy}: the connection is closed")
+                why = f"{verdict.policy}: the connection is closed"
+                outcome = Outcome(kind="denied", code="UNAVAILABLE", why=why, http=503)
                 return Served(tls=tls, checks=tuple(checks), outcome=outcome)
     manager = manager_of(chain)
     if manager is None:
@@ -115,7 +118,9 @@ def _behind_tls(scene: Scene, server: ProxyNode, chain: Json, request: Request, 
     host = virtual_host(configuration, request.authority)
     _, route = choose(host, request) if host else ([], None)
     if host is None or route is None:
-        outcome = Outcome(kind="no_route", code="UNIMPLEMENTED", why="the server's sidecar has no route for it")
+        outcome = Outcome(
+            kind="no_route", code="UNIMPLEMENTED", why="the server's sidecar has no route for it", http=404
+        )
         return Served(tls=tls, checks=tuple(checks), outcome=outcome)
     passed = pass_filters(
         http_filters(manager, scene.extensions(server)),

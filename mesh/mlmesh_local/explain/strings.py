@@ -28,6 +28,11 @@ def regex_matches(pattern: str, value: str) -> bool:
     return _regex(pattern).fullmatch(value) is not None
 
 
+def regex_replaced(pattern: str, substitution: str, value: str) -> str:
+    """A value in which every match of RE2 is replaced."""
+    return str(_regex(pattern).sub(substitution, value))
+
+
 def string_matches(matcher: Json, value: str) -> bool:
     """type.matcher.v3.StringMatcher. An empty matcher matches the empty string only, as `exact` would."""
     if "safe_regex" in matcher:

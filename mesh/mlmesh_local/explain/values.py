@@ -21,11 +21,17 @@ OutcomeKind = Literal[
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What becomes of a call. ``code`` is the gRPC status that the mesh gives; "OK" where the application decides."""
+    """What becomes of a call.
+
+    ``code`` is the gRPC status that the mesh gives; "OK" where the application decides. ``http`` is the status that a
+    client that does not speak gRPC gets from the mesh, 0 where it is the application's; ``location`` where it is sent.
+    """
 
     kind: OutcomeKind
     code: str
     why: str
+    http: int = 0
+    location: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,8 +106,21 @@ class EndpointSeen:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Sent:
+    """The request as the other end gets it: rewritten, and with the headers that routes set or take away."""
+
+    method: str
+    path: str
+    authority: str
+    headers: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Destination:
-    """One place where the call may go, with its share of such calls."""
+    """One place where the call may go, with its share of such calls.
+
+    ``headers`` are the edits of this destination alone; those of its rule stand in the explanation.
+    """
 
     cluster: str
     host: str
@@ -118,6 +137,8 @@ class Destination:
     tls: Tls | None
     checks: tuple[Check, ...]
     outcome: Outcome
+    sent: Sent
+    headers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,11 +173,12 @@ class Timed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Faulty:
-    """Faults on purpose: shares of calls that are delayed and aborted."""
+    """Faults on purpose: shares of calls that are delayed and aborted; ``abort_http`` for clients without gRPC."""
 
     delay_s: float
     delay_share: float
     abort_code: str
+    abort_http: int
     abort_share: float
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from mlmesh_cli.app import app
 from mlmesh_local.inspection import find_proxies, items
 from mlmesh_local.offline import offline_world
 from mlmesh_local.picture import documents_of, resources_of, values_of, world_of
+from mlmesh_local.resources.model_sidecars import GatewayTopology, ProxyHeaders, ProxySettings
 from tests.support.mesh_documents import SUBSETS
 from tests.support.mesh_world import WORKLOADS, load
 from tests.unit.cli.conftest import FakeMesh
@@ -66,7 +68,8 @@ def test_a_person_sees_the_rule_with_its_line_and_why_not_the_one_before(folder:
 def test_scripts_get_a_stable_document(folder: Path) -> None:
     said = json.loads(_run(*CALL, "-f", str(folder), "-o", "json").stdout)
     assert said["schema"] == "mlmesh.explain/v1"
-    assert said["outcome"] == {"kind": "routed", "code": "OK", "why": "the application answers"}
+    why = "the application answers"
+    assert said["outcome"] == {"kind": "routed", "code": "OK", "why": why, "http": 0, "location": ""}
     assert said["route"]["place"] == {
         "kind": "VirtualService",
         "name": "mlmesh/server",
@@ -141,6 +144,9 @@ def test_a_running_mesh_is_explained_on_the_lines_of_its_files(mesh: FakeMesh, f
 
 def test_a_picture_of_a_world_is_the_world() -> None:
     world = offline_world(load(WORKLOADS, SUBSETS, RULES), otlp_address="127.64.0.1:4317")
+    first, *others = world.proxies
+    settings = ProxySettings(drain_s=1.5, topology=GatewayTopology(trusted_proxies=2), headers=ProxyHeaders(server=""))
+    world = replace(world, proxies=(replace(first, settings=settings), *others))
     values = Struct()
     values.update(values_of(world))
     again = world_of(resources_of(documents_of(world.resources)), MessageToDict(values))

@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlmesh_local.explain import Call, Scene, document, explain
+from mlmesh_local.explain.answers import http_as_grpc, location
 from mlmesh_local.explain.chains import chain_of
-from mlmesh_local.explain.policies import http_as_grpc, retries, timeout
+from mlmesh_local.explain.policies import retries, timeout
 from mlmesh_local.explain.rbac import evaluate
 from mlmesh_local.explain.requests import Request, edited, rewritten
 from mlmesh_local.explain.routing import share, value_matches, virtual_host
@@ -387,3 +388,52 @@ def test_a_gateway_of_the_gateway_api_goes_by_its_name_and_by_that_of_its_worklo
     scene = Scene(offline_world(load(WORKLOADS, _EDGE)), now_s=NOW_S)
     said = explain(scene, Call(source="client", host="a.example", gateway=name))
     assert (said.proxy, said.outcome.kind) == ("edge-istio-0", "no_route")
+
+
+@pytest.mark.parametrize(
+    ("redirect", "authority", "path", "where"),
+    [
+        ({"path_redirect": "/new"}, "web:8000", "/a?q=1", "http://web:8000/new?q=1"),
+        ({"path_redirect": "/new?x=2"}, "web:8000", "/a?q=1", "http://web:8000/new?x=2"),
+        ({"path_redirect": "", "scheme_redirect": "https"}, "web:8000", "/a?q=1", "https://web:8000/a?q=1"),
+        ({"https_redirect": True}, "web:80", "/a", "https://web/a"),
+        ({"host_redirect": "c.example.com"}, "web:8000", "/a", "http://c.example.com/a"),
+        ({"host_redirect": "c", "port_redirect": 81, "strip_query": True}, "web:8000", "/a?q=1", "http://c:81/a"),
+        ({"prefix_rewrite": "/n"}, "web", "/a/b?q=1", "http://web/n/b?q=1"),
+    ],
+)
+def test_redirects_lead_where_envoy_sends(redirect: dict[str, Any], authority: str, path: str, where: str) -> None:
+    request = Request(headers={":path": path, ":authority": authority, ":scheme": "http"})
+    assert location(redirect, {"prefix": "/a"}, request) == where
+
+
+def test_a_gateway_that_asks_for_https_redirects_before_any_rule() -> None:
+    gateway = resource(
+        "Gateway",
+        "{selector: {istio: gateway}, servers: [{port: {number: 8080, name: http, protocol: HTTP}, "
+        "hosts: [a.example], tls: {httpsRedirect: true}}]}",
+        name="way-in",
+        group="networking.istio.io/v1",
+    )
+    scene = Scene(offline_world(load(WORKLOADS, gateway)), now_s=NOW_S)
+    said = explain(scene, Call(gateway="way-in", host="a.example", path="/x?q=1", http="GET"))
+    assert (said.outcome.kind, said.outcome.http) == ("redirected", 301)
+    assert said.outcome.location == "https://a.example/x?q=1"
+
+
+def test_calls_without_grpc_end_with_http_statuses_and_tell_what_is_sent() -> None:
+    rules = virtual_service(
+        "[{match: [{uri: {prefix: /no}}], directResponse: {status: 404}}, "
+        "{match: [{uri: {prefix: /old}}], rewrite: {uri: /new, authority: else}, "
+        "route: [{destination: {host: server, port: {number: 9000}}, headers: {request: {set: {x-set: 50%%}}}}]}]"
+    )
+    scene = Scene(offline_world(load(WORKLOADS, rules)), now_s=NOW_S)
+
+    def ask(path: str) -> Any:
+        return explain(scene, Call(source="client", host="server", port=9000, path=path, http="GET"))
+
+    assert (ask("/no").outcome.http, ask("/no").outcome.code) == (404, "UNIMPLEMENTED")
+    assert ask("/other").outcome.http == 404
+    (one,) = ask("/old/x").destinations
+    assert (one.sent.method, one.sent.path, one.sent.authority) == ("GET", "/new/x", "else")
+    assert one.sent.headers == {"x-set": "50%"}
