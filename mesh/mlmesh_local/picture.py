@@ -10,6 +10,7 @@ from typing import Any
 
 from mlmesh_local.model import World
 from mlmesh_local.resources import Document, ResourceSet, load_resources
+from mlmesh_local.resources.model_sidecars import ProxySettings
 from mlmesh_local.resources.parse import DOCUMENT_BYTES_MAX
 
 _OWN = frozenset({"resources"})
@@ -66,7 +67,7 @@ def _plain(value: Any) -> Any:
 
 
 def _dataclass(kind: type, values: Mapping[str, Any]) -> Any:
-    hints = typing.get_type_hints(kind, localns={"ResourceSet": ResourceSet})
+    hints = typing.get_type_hints(kind, localns={"ResourceSet": ResourceSet, "ProxySettings": ProxySettings})
     known = {field.name for field in dataclasses.fields(kind)}
     return kind(**{name: _value(hints[name], value) for name, value in values.items() if name in known})
 

@@ -120,6 +120,9 @@ def command(envoy: Path, bootstrap_file: Path, *, threads: int = 1, drain_s: int
         str(drain_s + 15),
         "--drain-strategy",
         "immediate",
+        # As in Istio: an access log is read while calls are made.
+        "--file-flush-interval-msec",
+        "1000",
         "--log-level",
         "warning",
         "--skip-deprecated-logs",
