@@ -61,7 +61,8 @@ def describe_string(matcher: Json) -> str:
 def header_mismatch(matcher: Json, headers: Mapping[str, str]) -> str:
     """route.v3.HeaderMatcher; `headers` have lower-case names, and several values of one joined by a comma."""
     name = str(matcher.get("name", "")).lower()
-    value = headers.get(name)
+    # To Envoy the two are one.
+    value = headers.get(":authority" if name == "host" else name)
     inverted = bool(matcher.get("invert_match"))
     label = f"header {name}"
     if "present_match" in matcher or not _says_anything(matcher):

@@ -390,6 +390,11 @@ def test_a_gateway_of_the_gateway_api_goes_by_its_name_and_by_that_of_its_worklo
     assert (said.proxy, said.outcome.kind) == ("edge-istio-0", "no_route")
 
 
+def test_the_header_host_is_the_authority() -> None:
+    assert not header_mismatch({"name": "host", "present_match": True}, {":authority": "web:8000"})
+    assert header_mismatch({"name": "Host", "string_match": {"exact": "api"}}, {":authority": "web"})
+
+
 @pytest.mark.parametrize(
     ("redirect", "authority", "path", "where"),
     [
