@@ -42,10 +42,19 @@ class ServerCredential:
     addresses: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RootBundle:
+    """Roots (PEM) under an SDS name, for certain clients or servers; empty are the authority's own."""
+
+    name: str
+    roots: str = ""
+
+
 @dataclass(slots=True)
 class _Held:
     proxy: ProxyNode
     credentials: tuple[ServerCredential, ...]
+    bundles: tuple[RootBundle, ...]
     trust_domain: str
     leaf: Certificate
     servers: dict[str, Certificate] = field(default_factory=dict)
@@ -91,16 +100,26 @@ class Certificates:
         """Who holds certificates."""
         return self._held.keys()
 
-    def provide(self, proxy: ProxyNode, credentials: tuple[ServerCredential, ...], *, trust_domain: str = "") -> None:
-        """Give a node its certificates; what it holds already is kept when it still fits.
+    def provide(
+        self,
+        proxy: ProxyNode,
+        credentials: tuple[ServerCredential, ...],
+        *,
+        trust_domain: str = "",
+        bundles: tuple[RootBundle, ...] = (),
+    ) -> None:
+        """Give a node its certificates, and roots; what it holds already is kept when it still fits.
 
         ``trust_domain`` is that of the mesh's settings; empty is the issuer's own.
         """
         held = self._held.get(proxy.id)
         identity = proxy.identity(trust_domain or self.authority.trust_domain)
         if held and held.credentials == credentials and held.leaf.identity == identity:
+            if held.bundles != bundles:
+                held.bundles = bundles
+                self._give(held)
             return
-        self._issue(proxy, credentials, trust_domain)
+        self._issue(proxy, credentials, trust_domain, bundles)
 
     def check(self, proxies: Iterable[ProxyNode], *, trust_domain: str = "") -> None:
         """Raise WrongState when a foreign issuer has no identity for one of these."""
@@ -115,7 +134,7 @@ class Certificates:
     def rotate(self) -> int:
         """New certificates for everybody now; gives how many nodes got one."""
         for held in list(self._held.values()):
-            self._issue(held.proxy, held.credentials, held.trust_domain)
+            self._issue(held.proxy, held.credentials, held.trust_domain, held.bundles)
         self._changed()
         return len(self._held)
 
@@ -127,7 +146,7 @@ class Certificates:
         foreign = [held for held in self._held.values() if not held.is_of(self.authority, servers=servers)]
         for held in foreign:
             kept = {} if servers else held.servers
-            self._issue(held.proxy, held.credentials, held.trust_domain, kept)
+            self._issue(held.proxy, held.credentials, held.trust_domain, held.bundles, kept)
         self._changed()
         return len(foreign)
 
@@ -139,7 +158,7 @@ class Certificates:
         old = [held for held in self._held.values() if not issuer.is_current(held.leaf)]
         for held in old:
             try:
-                self._issue(held.proxy, held.credentials, held.trust_domain)
+                self._issue(held.proxy, held.credentials, held.trust_domain, held.bundles)
             except WrongState as error:
                 # It goes on with what it has, until that expires.
                 logger.warning("an identity is issued no more", extra={"problem": error.message})
@@ -165,7 +184,7 @@ class Certificates:
         now = self._clock().timestamp()
         due = [held for held in self._held.values() if held.rotate_at() <= now]
         for held in due:
-            self._issue(held.proxy, held.credentials, held.trust_domain)
+            self._issue(held.proxy, held.credentials, held.trust_domain, held.bundles)
         if due:
             logger.info("certificates rotated", extra={"count": len(due)})
             self._changed()
@@ -176,11 +195,13 @@ class Certificates:
         proxy: ProxyNode,
         credentials: tuple[ServerCredential, ...],
         trust_domain: str,
+        bundles: tuple[RootBundle, ...],
         servers: Mapping[str, Certificate] | None = None,
     ) -> None:
         held = _Held(
             proxy=proxy,
             credentials=credentials,
+            bundles=bundles,
             trust_domain=trust_domain,
             leaf=self._leaf(proxy, trust_domain),
             servers=dict(servers)
@@ -205,6 +226,8 @@ class Certificates:
         for name, certificate in held.servers.items():
             secrets[credential_secret(name)] = _secret(certificate)
             secrets[root_secret(name)] = callers
+        for bundle in held.bundles:
+            secrets[bundle.name] = TrustSecret(roots=bundle.roots.encode()) if bundle.roots else callers
         # Last: "builtin://" names the workload's own.
         secrets |= {WORKLOAD_SECRET: _secret(held.leaf), TRUST_SECRET: roots}
         self._sink.set_secrets(held.proxy.id, secrets)

@@ -26,6 +26,7 @@ from mlmesh_local.resources.gateway_api.serving import gateways_serving
 from mlmesh_local.resources.model import Deployment, Gateway, MeshConfig
 from mlmesh_local.resources.parse import Document, load_resources
 from mlmesh_local.resources.resource_set import Applied, Change, ResourceSet
+from mlmesh_local.root_bundles import backend_bundles, client_bundles
 from mlmesh_local.snapshot import Snapshot, SnapshotBuilder
 from mlmesh_local.translate import View, service_endpoints
 from mlmesh_local.translate.shadowed import shadowed
@@ -285,10 +286,18 @@ class Configuration:
         # Before sidecars act on it: what they then report is to be understood.
         self._describe(world)
         instances = self._instances()
+        derived = derive(world.resources)
+        backends = backend_bundles(derived)
         for proxy in world.proxies:
             if proxy.id in instances:
-                credentials = self._credentials(instances[proxy.id].plan, world.resources)
-                self._certificates.provide(proxy, credentials, trust_domain=self.trust_domain)
+                plan = instances[proxy.id].plan
+                served = gateways_of(world.resources, plan) if plan.workload.is_gateway else []
+                self._certificates.provide(
+                    proxy,
+                    self._credentials(plan, served),
+                    trust_domain=self.trust_domain,
+                    bundles=backends + client_bundles(derived, served),
+                )
             if self._other is None:
                 self._ads.update(proxy.id, snapshots[proxy.id])
         if self._other is not None:
@@ -301,11 +310,9 @@ class Configuration:
             self._ads.forget(node_id)
         self._known = {proxy.id for proxy in world.proxies}
 
-    def _credentials(self, plan: InstancePlan, resources: ResourceSet) -> tuple[ServerCredential, ...]:
-        if not plan.workload.is_gateway:
-            return ()
+    def _credentials(self, plan: InstancePlan, gateways: Iterable[Gateway]) -> tuple[ServerCredential, ...]:
         hosts: dict[str, list[str]] = {}
-        for gateway in gateways_of(resources, plan):
+        for gateway in gateways:
             for server in gateway.servers:
                 for name in server.tls.credentials if server.tls else ():
                     hosts.setdefault(name, ["localhost"]).extend(host for host in server.hosts if host != "*")

@@ -32,9 +32,11 @@ from mlmesh_local.proxyless.build import Client, client_of
 from mlmesh_local.proxyless.node import ProxylessNode
 from mlmesh_local.resources import Deployment, Document, ResourceSet, load_resources
 from mlmesh_local.resources.gateway_api.derive import derive
+from mlmesh_local.resources.gateway_api.serving import gateways_serving
+from mlmesh_local.root_bundles import backend_bundles, client_bundles
 from mlmesh_local.sidecar import TOKEN_HEADER, SidecarPlan, bootstrap, command, find_envoy
 from mlmesh_local.snapshot import Snapshot, SnapshotBuilder
-from mlmesh_local.translate import View, service_endpoints
+from mlmesh_local.translate import View, credential_secret, service_endpoints
 from mlmesh_local.translate.metric_plans import plans_of
 from mlmesh_local.xds import AdsServer
 from tests.support.pki import Authority, Leaf, spiffe
@@ -43,7 +45,9 @@ HOST = "server.mlmesh.svc.cluster.local"
 UNARY = "/test.Echo/Unary"
 CHAT = "/test.Echo/Chat"
 ENVOY_STOP_S = 5.0
-READY_S = 20.0
+# Secrets that a gateway has from the beginning.
+_ALWAYS = {"default", "kubernetes://ingress-cert"}
+READY_S = 60.0
 
 
 @dataclass
@@ -125,6 +129,7 @@ class EnvoyMesh:
         self._folder = folder
         self._claim = claim(str(folder))
         self._channels: dict[tuple[str, int], grpc.aio.Channel] = {}
+        self._asked: dict[str, tuple[set[str], dict[str, str]]] = {}
         self._envoys: dict[str, asyncio.subprocess.Process] = {}
         self.proxies = tuple(self._plan())
 
@@ -162,6 +167,11 @@ class EnvoyMesh:
 
     def push(self) -> str:
         """Give every sidecar the configuration of the world as it is."""
+        asked = {proxy.id: (self._certificates(proxy), self._bundles(proxy)) for proxy in self.proxies}
+        for proxy in self.proxies:
+            if asked[proxy.id] != self._asked.get(proxy.id, (set(), {})):
+                self.ads.set_secrets(proxy.id, self._secrets(proxy))
+        self._asked = asked
         for node_id, snapshot in self.builder.build(self.world).items():
             self.ads.update(node_id, snapshot)
         self.ads.update_guests(self.snapshot_of)
@@ -175,7 +185,7 @@ class EnvoyMesh:
         client = self.clients[node.id] = client_of(self.builder, node, before=self.clients.get(node.id))
         return client.snapshot(self.world.version)
 
-    async def apply(self, *texts: str, timeout_s: float = 5.0) -> float:
+    async def apply(self, *texts: str, timeout_s: float = 20.0) -> float:
         """Apply documents; returns the seconds until every sidecar had acknowledged. A refusal changes nothing."""
         good = self.resources
         self.resources = good.apply(load(*texts)).resources
@@ -193,7 +203,7 @@ class EnvoyMesh:
         """Back to these documents alone (Istio's part); backends behave and count from zero."""
         self.resources = self.resources.apply(load(*texts), prune=True).resources
         self.not_ready.clear()
-        await self.ads.wait_acked(self.push(), timeout_s=5.0)
+        await self.ads.wait_acked(self.push(), timeout_s=30.0)
         for backend in self.backends.values():
             backend.calls, backend.fail, backend.fail_times, backend.delay_s = 0, None, 1 << 30, 0.0
             backend.metadata.clear()
@@ -220,7 +230,7 @@ class EnvoyMesh:
         port: int = 9000,
         request: bytes = b"",
         metadata: Mapping[str, str] | None = None,
-        timeout_s: float = 5.0,
+        timeout_s: float = 20.0,
         channel: grpc.aio.Channel | None = None,
     ) -> Answer:
         """One unary call through a client's sidecar, over a connection that stays open."""
@@ -304,7 +314,7 @@ class EnvoyMesh:
 
     async def secrets_taken(self, instance: str) -> None:
         """Wait until an Envoy has acknowledged its secrets."""
-        await self.ads.wait_connected(instance, timeout_s=5)
+        await self.ads.wait_connected(instance, timeout_s=30)
 
     async def start_control_plane(self) -> None:
         """Serve ADS, with a state as new, at the address that Envoys know."""
@@ -362,7 +372,7 @@ class EnvoyMesh:
 
     async def _ask(self, instance: str, request: str) -> bytes:
         def get() -> bytes:
-            with urlopen(f"http://{self._admin(instance)}:{ADMIN_PORT}{request}", timeout=5) as answer:
+            with urlopen(f"http://{self._admin(instance)}:{ADMIN_PORT}{request}", timeout=30) as answer:
                 return bytes(answer.read())
 
         return await asyncio.to_thread(get)
@@ -370,11 +380,29 @@ class EnvoyMesh:
     def _secrets(self, proxy: ProxyNode) -> dict[str, Secret]:
         secrets = self.secrets_of(proxy.service_account)
         if proxy.kind == "gateway":
-            leaf = self.authority.leaf(spiffe(proxy.service_account), dns=(HOST, "*.mlmesh.svc.cluster.local"))
+            leaf = self.authority.leaf(
+                spiffe(proxy.service_account), dns=(HOST, "*.mlmesh.svc.cluster.local", "api.example.com")
+            )
             shown = CertificateSecret(certificate_chain=leaf.cert, private_key=leaf.key)
             secrets["kubernetes://ingress-cert"] = shown
             secrets["kubernetes://ingress-cert-cacert"] = secrets["ROOTCA"]
-        return secrets
+            secrets |= dict.fromkeys(self._certificates(proxy), shown)
+        own = self.authority.pem
+        return secrets | {name: TrustSecret(roots=text.encode() or own) for name, text in self._bundles(proxy).items()}
+
+    def _certificates(self, proxy: ProxyNode) -> set[str]:
+        """Names of the secrets whose certificates a gateway's servers show."""
+        if proxy.kind != "gateway":
+            return set()
+        served = gateways_serving(derive(self.resources), proxy.namespace, proxy.labels)
+        shown = [server.tls for gateway in served for server in gateway.servers if server.tls]
+        return {credential_secret(name) for tls in shown for name in tls.credentials} - _ALWAYS
+
+    def _bundles(self, proxy: ProxyNode) -> dict[str, str]:
+        """Roots that a proxy needs beside those of the mesh, by the names of their secrets."""
+        derived = derive(self.resources)
+        served = gateways_serving(derived, proxy.namespace, proxy.labels) if proxy.kind == "gateway" else ()
+        return {one.name: one.roots for one in backend_bundles(derived) + client_bundles(derived, served)}
 
     async def _serve(self, stack: contextlib.AsyncExitStack) -> None:
         self._stack = stack

@@ -12,7 +12,7 @@ from types import ModuleType
 from mlmesh_local.envoy_types import CLUSTER, ENDPOINTS, EXTENSIONS, LISTENER, ROUTES, Json
 from mlmesh_local.model import ProxyNode
 from mlmesh_local.translate import gateways, reporting, sidecars
-from mlmesh_local.translate.tls import credential_secret, root_secret
+from mlmesh_local.translate.tls import IN_CONFIG_MAP, credential_secret, root_secret
 from mlmesh_local.translate.view import View, service_endpoints
 
 Configuration = dict[str, dict[str, Json]]
@@ -42,6 +42,7 @@ def translate(view: View, proxy: ProxyNode) -> Configuration:
 
 
 __all__ = [
+    "IN_CONFIG_MAP",
     "SECTIONS",
     "Configuration",
     "Section",

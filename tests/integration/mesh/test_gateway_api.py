@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
 from http.client import HTTPConnection
 
 import grpc
 import pytest
+import yaml
 
 from mlmesh_local.resources.gateway_api.status import proxy_addresses, resource_statuses
-from tests.support.envoy_mesh import EnvoyMesh
+from tests.support.envoy_mesh import Answer, EnvoyMesh
 from tests.support.mesh_documents import STRICT, deployment, service
+from tests.support.pki import Authority
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -74,7 +78,7 @@ async def http(mesh: EnvoyMesh, path: str, method: str = "GET") -> tuple[int, di
     """An HTTP call from outside: status and headers."""
 
     def ask() -> tuple[int, dict[str, str]]:
-        connection = HTTPConnection(mesh.proxy("edge-istio-0").pod_address, 8080, timeout=5)
+        connection = HTTPConnection(mesh.proxy("edge-istio-0").pod_address, 8080, timeout=30)
         try:
             connection.request(method, path, headers={"Host": "api.example.com"})
             response = connection.getresponse()
@@ -150,3 +154,90 @@ async def test_redirects_and_prefixes(mesh: EnvoyMesh) -> None:
     # A prefix is of path segments, not of characters.
     assert (await http(mesh, "/older"))[0] == 404
     assert (await http(mesh, "/nothing"))[0] == 500
+
+
+OUTSIDE = """
+apiVersion: networking.istio.io/v1
+kind: ServiceEntry
+metadata: {{name: outside}}
+spec: {{hosts: [api.example.com], resolution: STATIC, endpoints: [{{address: {address}}}],
+  ports: [{{number: 8443, name: grpc, protocol: GRPC}}]}}
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: BackendTLSPolicy
+metadata: {{name: outside}}
+spec:
+  targetRefs: [{{group: networking.istio.io, kind: ServiceEntry, name: outside, sectionName: grpc}}]
+  validation: {{hostname: api.example.com, caCertificateRefs: [{{group: "", kind: ConfigMap, name: {roots}}}]}}
+---
+"""
+MORE = """
+apiVersion: gateway.networking.k8s.io/v1
+kind: ListenerSet
+metadata: {name: more}
+spec:
+  parentRef: {name: edge}
+  listeners:
+    - {name: tls, port: 8443, protocol: HTTPS, hostname: api.example.com, tls: {certificateRefs: [{name: cert}]}}
+---
+"""
+CHECKED = GATEWAY.replace(
+    "gatewayClassName: istio",
+    """gatewayClassName: istio
+  allowedListeners: {namespaces: {from: Same}}
+  tls: {frontend: {default: {validation: {caCertificateRefs: [{group: "", kind: ConfigMap, name: %s}]}}}}""",
+)
+OPEN = GATEWAY.replace(
+    "gatewayClassName: istio", "gatewayClassName: istio\n  allowedListeners: {namespaces: {from: Same}}"
+)
+
+
+def roots(name: str, authority: Authority) -> str:
+    document = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}}
+    return f"{yaml.safe_dump({**document, 'data': {'ca.crt': authority.pem.decode()}})}\n---\n"
+
+
+async def answered(call: Callable[[], Awaitable[Answer]], wanted: str) -> None:
+    """Wait for an answer, or for a code: secrets come after what asks for them."""
+    found = ""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(30):
+            while found != wanted:
+                answer = await call()
+                found = answer.text if answer.code is grpc.StatusCode.OK else answer.code.name
+                await asyncio.sleep(0.05)
+    assert found == wanted
+
+
+async def test_a_listener_set_and_who_may_call_it(mesh: EnvoyMesh) -> None:
+    stranger = Authority()
+    bundles = roots("ours", mesh.authority) + roots("theirs", stranger)
+    parent = "{kind: ListenerSet, name: more}"
+    await mesh.apply(OPEN + MORE + bundles, route("GRPCRoute", parent, f"{{backendRefs: [{backend('green')}]}}"))
+    leaf = mesh.authority.leaf("spiffe://cluster.local/ns/mlmesh/sa/somebody")
+
+    async def call() -> Answer:
+        return await mesh.direct("edge-istio-0", leaf, port=8443, host="api.example.com")
+
+    await answered(call, "green-0")
+    status = resource_statuses(mesh.resources)["ListenerSet", "mlmesh", "more"]
+    assert status["listeners"][0]["attachedRoutes"] == 1
+    await mesh.apply(CHECKED % "theirs")
+    await answered(call, "UNAVAILABLE")
+    await mesh.apply(CHECKED % "ours")
+    await answered(call, "green-0")
+
+
+async def test_tls_to_a_backend_that_is_checked(mesh: EnvoyMesh) -> None:
+    bundles = roots("ours", mesh.authority) + roots("theirs", Authority())
+    parent = "{kind: ListenerSet, name: more}"
+    await mesh.apply(OPEN + MORE + bundles, route("GRPCRoute", parent, f"{{backendRefs: [{backend('green')}]}}"))
+    address = mesh.proxy("edge-istio-0").pod_address
+
+    async def call() -> Answer:
+        return await mesh.call(host="api.example.com", port=8443)
+
+    await mesh.apply(OUTSIDE.format(address=address, roots="theirs"))
+    await answered(call, "UNAVAILABLE")
+    await mesh.apply(OUTSIDE.format(address=address, roots="ours"))
+    await answered(call, "green-0")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from mlmesh_local.certificates import RootBundle
 from mlmesh_local.model import World
 from mlmesh_local.offline import offline_world
 from mlmesh_local.resources import Deployment, Document, Gateway, InvalidResource, ResourceSet, Service, load_resources
@@ -11,7 +12,9 @@ from mlmesh_local.resources.gateway_api.attach import hosts_overlap, intersectio
 from mlmesh_local.resources.gateway_api.derive import conversion_of, derive
 from mlmesh_local.resources.gateway_api.status import resource_statuses, text_with_status
 from mlmesh_local.resources.model import VirtualService
+from mlmesh_local.root_bundles import backend_bundles
 from mlmesh_local.translate import View, translate
+from tests.support.pki import Authority
 
 SERVICES = """
 apiVersion: v1
@@ -219,3 +222,28 @@ def test_hosts_are_compared_as_istio_does() -> None:
     assert is_subset("*.a.com", "*.com")
     assert not is_subset("*.com", "*.a.com")
     assert intersection(["*.com", "a.org"], ["*.example.com"]) == ["*.example.com"]
+
+
+POLICY = """
+apiVersion: v1
+kind: ConfigMap
+metadata: {name: %s}
+data: {ca.crt: "%s"}
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: BackendTLSPolicy
+metadata: {name: it}
+spec:
+  targetRefs: [{group: "", kind: Service, name: server}]
+  validation: {hostname: a.example.com, caCertificateRefs: [{group: "", kind: ConfigMap, name: roots}]}
+---
+"""
+
+
+def test_roots_of_backends_are_given_to_everybody() -> None:
+    roots = Authority().pem.decode()
+    found = backend_bundles(derive(load(SERVICES, POLICY % ("roots", roots.replace("\n", "\\n")))))
+    assert found == (RootBundle(name="configmap://mlmesh/roots-cacert", roots=roots),)
+    assert not backend_bundles(derive(load(SERVICES, POLICY % ("others", "none"))))
+    # What is no certificate is not sent: an Envoy would refuse it.
+    assert not backend_bundles(derive(load(SERVICES, POLICY % ("roots", "none"))))
