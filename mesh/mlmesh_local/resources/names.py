@@ -8,7 +8,10 @@ _DNS_LABEL = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
 _NAMESPACE = re.compile(rf"{_DNS_LABEL}")
 _KEY = re.compile(rf"({_DNS_LABEL}(\.{_DNS_LABEL})*/)?(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])")
 _VALUE = re.compile(r"(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?")
+_SERVICE = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
+_PORT = re.compile(r"(?=.*[a-z])(?!.*--)[a-z0-9]([-a-z0-9]*[a-z0-9])?")
 _LABEL_MAX = 63
+_PORT_MAX = 15
 _PREFIX_MAX = 253
 
 MESH_GATEWAY = "mesh"
@@ -61,3 +64,13 @@ def value_problem(value: str) -> str:
     if len(value) <= _LABEL_MAX and _VALUE.fullmatch(value):
         return ""
     return f'"{value}" is not the value of a label: up to {_LABEL_MAX} letters, digits, "-", "_" and "."'
+
+
+def is_service_name(text: str) -> bool:
+    """Whether Kubernetes takes it as the name of a Service (RFC 1035)."""
+    return len(text) <= _LABEL_MAX and _SERVICE.fullmatch(text) is not None
+
+
+def is_port_name(text: str) -> bool:
+    """Whether Kubernetes takes it as the name of a container's port (RFC 6335)."""
+    return len(text) <= _PORT_MAX and _PORT.fullmatch(text) is not None

@@ -7,6 +7,7 @@ from typing import Literal
 from mlmesh_local.resources.domains import domain_problem, is_label
 from mlmesh_local.resources.fields import Fields
 from mlmesh_local.resources.model import Meta, Service, ServicePort
+from mlmesh_local.resources.names import is_port_name, is_service_name
 from mlmesh_local.resources.protocols import port_protocol
 
 EXPORT_TO = "networking.istio.io/exportTo"
@@ -33,6 +34,9 @@ _DISTRIBUTIONS: dict[str, Literal["zone", "node"]] = {
 def parse_service(meta: Meta, spec: Fields) -> Service:
     """Read a Service's spec."""
     spec.ignored(*_CLUSTER_ONLY)
+    if not is_service_name(meta.name):
+        problem = "is not the name of a Service: up to 63 letters in lower case, digits and hyphens, a letter first"
+        spec.problems.add(meta.at.field("metadata.name"), f'"{meta.name}" {problem}')
     kind = spec.choice("type", ("ClusterIP", "LoadBalancer", "NodePort", "ExternalName"), "ClusterIP")
     headless = spec.text("clusterIP") == "None"
     external = spec.text("externalName")
@@ -106,5 +110,8 @@ def port_or_name(fields: Fields, name: str) -> int | str:
         fields.required(name)
         return 0
     if isinstance(node.value, str):
+        if not node.value.isdigit() and not is_port_name(node.value):
+            problem = "is not the name of a port: up to 15 letters in lower case, digits and hyphens"
+            fields.refuse(name, f'"{node.value}" {problem}')
         return int(node.value) if node.value.isdigit() else node.value
     return fields.port(name)

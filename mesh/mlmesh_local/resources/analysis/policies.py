@@ -22,6 +22,10 @@ def analyze_policies(cluster: Cluster) -> None:
     _scoped(cluster, "Telemetry", "selector", "matchLabels", ("IST0159", "IST0160"))
     _telemetry(cluster)
     _filters(cluster)
+    for item in cluster.items("Sidecar"):
+        if mapped(item.spec.get("outboundTrafficPolicy")).get("egressProxy") is not None:
+            place = ("spec", "outboundTrafficPolicy", "egressProxy")
+            cluster.report("IST0002", item, '"egressProxy" is deprecated', *place, offline=True)
 
 
 def _authorization(cluster: Cluster, item: Item) -> None:

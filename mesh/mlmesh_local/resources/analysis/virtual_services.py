@@ -245,7 +245,12 @@ def _unreachable(cluster: Cluster, item: Item) -> None:
             if repeated == len(found):
                 _unused(cluster, item, place, "rules before it have all its matches")
         if section == "http":
-            _covered(cluster, item, rules)
+            _covered(cluster, item, rules[: _last_reached(rules)])
+
+
+def _last_reached(rules: list[Mapping[str, Any]]) -> int:
+    """How many rules there are before one that takes everything."""
+    return next((index for index, rule in enumerate(rules) if not listed(rule.get("match"))), len(rules))
 
 
 def _unused(cluster: Cluster, item: Item, place: Path, why: str) -> None:
