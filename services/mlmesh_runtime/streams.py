@@ -15,6 +15,8 @@ from mlmesh_runtime.errors import InvalidInput, MeshError, TimedOut
 from mlmesh_runtime.rpcs import Method, Rpc
 
 _EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]
+CANCELLED_S: Final = 1.0
+"""How long a cancellation is waited for after a write that failed; it comes at once."""
 LINGER_S: Final = 0.02
 """How long the end of a stream waits for the next words of a caller that has not ended its side."""
 LINGER_MAX_S: Final = 0.25
@@ -45,7 +47,13 @@ async def pump(rpc: Rpc, result: Any) -> None:
     write, encode, sent = rpc.call.context.write, rpc.method.encode, rpc.method.meters.sent
     try:
         async for message in result:
-            await write(encode(message))
+            try:
+                await write(encode(message))
+            except grpc.aio.InternalError:
+                # The caller is gone. The cancellation is on its way, and would cut off what the servicer does in its
+                # own `finally` if that had begun.
+                await asyncio.sleep(CANCELLED_S)
+                raise
             sent()
             rpc.touched = time.monotonic()
     finally:
