@@ -24,6 +24,7 @@ from mlmesh_local.resources.mesh_config import OF_AN_INSTALL
 from mlmesh_local.resources.parse import Document, load_resources
 from mlmesh_local.resources.problems import InvalidResource, Problem
 from mlmesh_local.resources.proxies import OF_THE_AGENT
+from mlmesh_local.resources.workload_groups import WHY_UNUSED
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
@@ -99,9 +100,12 @@ def kinds(folder: Path) -> list[Kind]:
 
 def _kind(spec: Mapping[str, Any]) -> Kind:
     served = [version for version in spec["versions"] if version["served"]]
+    unused = {"spec": WHY_UNUSED} if spec["names"]["kind"] == "WorkloadGroup" else {}
     newest = next((version for version in served if version["name"] == "v1"), served[0])
     leaves = _leaves(newest["schema"]["openAPIV3Schema"]["properties"]["spec"], "spec")
-    return Kind(group=spec["group"], kind=spec["names"]["kind"], version=newest["name"], leaves=tuple(leaves))
+    return Kind(
+        group=spec["group"], kind=spec["names"]["kind"], version=newest["name"], leaves=tuple(leaves), unused=unused
+    )
 
 
 def _leaves(schema: Schema, path: str) -> Iterator[tuple[str, Schema]]:

@@ -41,6 +41,7 @@ from mlmesh_local.resources.model_hosts import (
     Tunnel,
     Warmup,
     WorkloadEntry,
+    WorkloadGroup,
     ZoneAwareBalancing,
 )
 from mlmesh_local.resources.model_policy import (
@@ -95,6 +96,7 @@ Spec = (
     | Gateway
     | ServiceEntry
     | WorkloadEntry
+    | WorkloadGroup
     | Sidecar
     | ProxyConfig
     | PeerAuthentication
@@ -195,5 +197,6 @@ __all__ = [
     "Warmup",
     "WeightedDestination",
     "WorkloadEntry",
+    "WorkloadGroup",
     "ZoneAwareBalancing",
 ]

@@ -263,3 +263,10 @@ class WorkloadEntry:
 
     meta: Meta
     endpoint: EntryEndpoint
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkloadGroup:
+    """A template for workloads that register themselves: none do on a laptop."""
+
+    meta: Meta

@@ -46,6 +46,7 @@ from mlmesh_local.resources.workload import (
     parse_pod,
     parse_service_account,
 )
+from mlmesh_local.resources.workload_groups import parse_workload_group
 
 DEFAULT_NAMESPACE = "mlmesh"
 DOCUMENT_BYTES_MAX = 4 * 1024 * 1024
@@ -101,6 +102,7 @@ _KINDS: tuple[_Kind, ...] = (
     _Kind(group="networking.istio.io", kind="Gateway", versions=_NETWORKING, parse=parse_gateway),
     _Kind(group="networking.istio.io", kind="ServiceEntry", versions=_NETWORKING, parse=parse_service_entry),
     _Kind(group="networking.istio.io", kind="WorkloadEntry", versions=_NETWORKING, parse=parse_workload_entry),
+    _Kind(group="networking.istio.io", kind="WorkloadGroup", versions=_NETWORKING, parse=parse_workload_group),
     _Kind(group="networking.istio.io", kind="Sidecar", versions=_NETWORKING, parse=parse_sidecar),
     _Kind(group="networking.istio.io", kind="ProxyConfig", versions=("v1beta1",), parse=parse_proxy_config),
     _Kind(group="networking.istio.io", kind="EnvoyFilter", versions=("v1alpha3",), parse=parse_envoy_filter),
