@@ -28,11 +28,13 @@ _STYLES = {"routed": _GOOD, "mixed": _UNSURE, "redirected": _UNSURE, "answered":
 
 def explanation_view(explanation: Explanation, *, verbose: bool = False) -> RenderableType:
     """The whole explanation; `verbose` with notes, endpoints and rules of other clients."""
-    parts: list[RenderableType] = [_head(explanation), _outcome(explanation.outcome)]
+    plain = bool(explanation.call["http"])
+    parts: list[RenderableType] = [_head(explanation), _outcome(explanation.outcome, plain=plain)]
     parts += _section("rule", _rules(explanation))
     parts += _section("checks at the gateway", _checks(explanation.checks, verbose=verbose))
     for one in explanation.destinations:
-        parts += _section(_destination_title(one, len(explanation.destinations)), _destination(one, verbose=verbose))
+        title = _destination_title(one, len(explanation.destinations))
+        parts += _section(title, _destination(one, verbose=verbose, plain=plain))
     parts += _section("on the way", _on_the_way(explanation, verbose=verbose))
     if explanation.streams:
         parts += _section("streams", (Text(line) for line in explanation.streams))
@@ -49,12 +51,15 @@ def _head(explanation: Explanation) -> Text:
     call = explanation.call
     who = str(call["from"] or "a client outside")
     at = f" at gateway {call['at_gateway']}" if call["at_gateway"] else ""
-    return Text(f"{who} → {call['to']}:{call['port']}{call['method']}{at}  ({explanation.proxy})", style="bold")
+    verb = f"{call['http']} " if call["http"] else ""
+    return Text(f"{who} → {verb}{call['to']}:{call['port']}{call['method']}{at}  ({explanation.proxy})", style="bold")
 
 
-def _outcome(outcome: Outcome) -> Text:
+def _outcome(outcome: Outcome, *, plain: bool) -> Text:
+    """`plain`: of a call that is not gRPC, which has no gRPC status."""
     style = _STYLES.get(outcome.kind, _BAD)
-    return Text(f"{outcome.kind.replace('_', ' ')}, {outcome.code}: {outcome.why}", style=style)
+    status = (f", HTTP {outcome.http}" if outcome.http else "") if plain else f", {outcome.code}"
+    return Text(f"{outcome.kind.replace('_', ' ')}{status}: {outcome.why}", style=style)
 
 
 def _rules(explanation: Explanation) -> Iterator[Text]:
@@ -96,8 +101,8 @@ def _destination_title(one: Destination, count: int) -> str:
     return f"{share}{one.host}:{one.port}{subset}" if one.port else f"{share}{one.cluster}"
 
 
-def _destination(one: Destination, *, verbose: bool) -> Iterator[Text]:
-    yield _outcome(one.outcome)
+def _destination(one: Destination, *, verbose: bool, plain: bool) -> Iterator[Text]:
+    yield _outcome(one.outcome, plain=plain)
     if one.rule is not None:
         yield _placed(Text(f"{one.rule.kind} {one.rule.name} {one.rule.part}"), one.rule)
     balanced = f"{one.load_balancer} over {len(one.endpoints)} endpoints"
@@ -105,7 +110,9 @@ def _destination(one: Destination, *, verbose: bool) -> Iterator[Text]:
     yield Text(f"{balanced}; at most {bounds}" if bounds else f"{balanced}; no circuit breaker")
     if one.outlier_detection:
         yield Text(f"outlier detection: {one.outlier_detection}")
+    yield from (Text(f"headers: {line}") for line in one.headers)
     if verbose:
+        yield Text(f"sent as {one.sent.method} {one.sent.authority}{one.sent.path}")
         yield Text(f"connections: {', '.join(one.connections)}")
         for endpoint in one.endpoints:
             extra = f" priority {endpoint.priority}" if endpoint.priority else ""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 
 from mlmesh_local.explain.requests import USUAL, Request
 from mlmesh_local.explain.scene import Scene, listening_at
@@ -122,6 +124,23 @@ def _full(scene: Scene, proxy: ProxyNode, host: str) -> str:
     suffix = f"svc.{scene.world.domain}"
     candidates = (host, f"{host}.{proxy.namespace}.{suffix}", f"{host}.{suffix}", f"{host}.{scene.world.domain}")
     return next((name for name in candidates if name in scene.view.services), host)
+
+
+def near_miss(scene: Scene, proxy: ProxyNode, call: Call, port: int) -> str:
+    """What may be wrong about the host or the port of a call inside the mesh, empty where both exist."""
+    if call.gateway or is_ip(call.host):
+        return ""
+    host = _full(scene, proxy, call.host)
+    service = scene.view.services.get(host)
+    if service is None:
+        if any(fnmatch(host, name) for name in scene.view.services):
+            return ""
+        written = {name.partition(".")[0]: name for name in scene.view.services} | {n: n for n in scene.view.services}
+        near = difflib.get_close_matches(call.host, written, n=1, cutoff=0.5)
+        hint = f'; did you mean "{written[near[0]]}"?' if near else ""
+        return f'no service is called "{call.host}" for clients of the namespace {proxy.namespace}{hint}'
+    ports = [one.number for one in service.ports]
+    return "" if port in ports else f"{service.host} has the ports {', '.join(map(str, ports))}"
 
 
 def request_of(scene: Scene, call: Call, proxy: ProxyNode, port: int) -> Request:

@@ -21,6 +21,7 @@ from mlmesh_local.explain.asking import (
     calling_sidecar,
     check,
     gateway_names,
+    near_miss,
     request_of,
     told,
 )
@@ -57,12 +58,15 @@ def explain(scene: Scene, call: Call) -> Explanation:
     listener = listening_at(
         scene.listeners(proxy), "OUTBOUND", port, "" if call.gateway else proxy.outbound_address
     ) or listening_at(scene.listeners(proxy), "OUTBOUND", port)
+    miss = near_miss(scene, proxy, call, port)
+    why = "; ".join(text for text in (f"{proxy.id} does not listen for port {port}", miss) if text)
     base = Explanation(
         call=told(call, proxy, port, request),
         proxy=proxy.id,
         listener=str(listener["name"]) if listener else "",
         virtual_host="",
-        outcome=Outcome(kind="no_listener", code="UNAVAILABLE", why=f"{proxy.id} does not listen for port {port}"),
+        outcome=Outcome(kind="no_listener", code="UNAVAILABLE", why=why),
+        notes=(miss,) if miss else (),
     )
     if listener is None:
         return base
@@ -176,7 +180,7 @@ def _routed(scene: Scene, hit: _Hit, request: Request, base: Explanation) -> Exp
         faults=fault,
         headers=tuple(header_edits(hit.levels, action)),
         streams=tuple(streams(hit.manager, action, timed, found)),
-        notes=tuple(without_weight(scene, hit.route)),
+        notes=(*base.notes, *without_weight(scene, hit.route)),
         outcome=_outcome(found, fault),
     )
 
@@ -276,7 +280,7 @@ def _bytes(scene: Scene, proxy: ProxyNode, chain: Json, request: Request, base: 
         route=Decided(route=str(chain.get("name", "")), place=scene.provenance.of_route(chain), matches="connections"),
         destinations=found,
         outcome=_outcome(found, None),
-        notes=(note,),
+        notes=(*base.notes, note),
     )
 
 

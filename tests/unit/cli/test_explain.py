@@ -152,3 +152,19 @@ def test_a_picture_of_a_world_is_the_world() -> None:
     again = world_of(resources_of(documents_of(world.resources)), MessageToDict(values))
     assert again == world
     assert again.version == world.version
+
+
+def test_a_call_without_grpc_is_told_in_http(folder: Path) -> None:
+    answer = "    - match: [{uri: {exact: /gone}}]\n      directResponse: {status: 404}\n"
+    (folder / "rules.yaml").write_text(RULES.replace("  http:\n", f"  http:\n{answer}"))
+    said = _run(*CALL[:4], "--http", "get", "-m", "/gone", "-f", str(folder)).stdout
+    text = " ".join(said.split())
+    assert "client → GET server:9000/gone" in text
+    assert "answered, HTTP 404: " in text
+
+
+def test_what_is_misspelled_is_told(folder: Path) -> None:
+    said = _run("--from", "client", "--to", "servr:9000", "-m", "/x.Y/Z", "-f", str(folder)).stdout
+    assert 'did you mean "server.mlmesh.svc.cluster.local"?' in " ".join(said.split())
+    said = _run("--from", "client", "--to", "server:9001", "-m", "/x.Y/Z", "-f", str(folder)).stdout
+    assert "has the ports 9000, 9090" in " ".join(said.split())
