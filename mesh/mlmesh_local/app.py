@@ -26,6 +26,7 @@ from mlmesh_local.changes import Changes
 from mlmesh_local.chaos.faults import Faults
 from mlmesh_local.configuration import Configuration
 from mlmesh_local.control import LocalMeshServicer
+from mlmesh_local.executors import Executors
 from mlmesh_local.guardian import guard
 from mlmesh_local.instance import SidecarSetup
 from mlmesh_local.instances import Folders
@@ -58,7 +59,6 @@ from mlmesh_local.workloads import workload_of
 from mlmesh_local.xds import AdsServer, ConfigurationRejectedError
 from mlmesh_runtime.config import Settings
 from mlmesh_runtime.errors import AlreadyExists
-from mlmesh_runtime.executors import BoundedExecutor
 from mlmesh_runtime.server import Server, Service
 
 logger = logging.getLogger(__name__)
@@ -128,14 +128,13 @@ async def _run(start: Start, block: addresses.Block, report: Report) -> None:
     state = start.state
     token = _tokens(secrets.token_bytes(32))
     traces = TraceStore(state.traces, clock_ns=time.time_ns)
-    executor = BoundedExecutor("traces", workers_max=1)
-    fetching = BoundedExecutor("key-sets", workers_max=4)
+    executors = Executors()
     metering = Metering()
     foreign = await _foreign_issuer(start)
     try:
         async with (
             _control_plane(block, token) as ads,
-            receiving(block, traces, executor, otlp_endpoint=start.otlp_endpoint),
+            receiving(block, traces, executors.traces, otlp_endpoint=start.otlp_endpoint),
             _plain_server(block.als, AccessLogs(metering.metrics, metering.rules).attach),
             endpoint.serve(block.metrics, metering.page, content_type=CONTENT_TYPE),
             _istiod(start, block) as istiod,
@@ -149,8 +148,7 @@ async def _run(start: Start, block: addresses.Block, report: Report) -> None:
                 block=block,
                 ads=ads,
                 traces=traces,
-                executor=executor,
-                fetching=fetching,
+                executors=executors,
                 metering=metering,
                 changes=changes,
                 group=instances_group,
@@ -191,8 +189,7 @@ async def _run(start: Start, block: addresses.Block, report: Report) -> None:
                 driver.close()
             guardian.cancel()
     finally:
-        executor.shutdown()
-        fetching.shutdown()
+        executors.shutdown()
         traces.close()
 
 
@@ -202,8 +199,7 @@ def _build(
     block: addresses.Block,
     ads: AdsServer,
     traces: TraceStore,
-    executor: BoundedExecutor,
-    fetching: BoundedExecutor,
+    executors: Executors,
     metering: Metering,
     changes: Changes,
     group: asyncio.TaskGroup,
@@ -219,7 +215,7 @@ def _build(
         foreign.changed = certificates.renew
     key_sets = KeySets(
         fetch=fetcher(lambda host, port: configuration.address_of(host, port)),  # noqa: PLW0108  (it is made below)
-        executor=fetching,
+        executor=executors.key_sets,
         clock=time.monotonic,
         changed=changes.notify,
     )
@@ -253,7 +249,8 @@ def _build(
         stats=stats,
         metering=metering,
         traces=traces,
-        trace_executor=executor,
+        trace_executor=executors.traces,
+        log_executor=executors.logs,
         changes=changes,
         faults=faults,
         work=Work(group),

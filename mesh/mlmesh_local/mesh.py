@@ -6,7 +6,6 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -22,7 +21,7 @@ from mlmesh_local.metering import Metering
 from mlmesh_local.model import ProxyNode
 from mlmesh_local.pki import Certificate, Clock
 from mlmesh_local.poller import StatsPoller
-from mlmesh_local.process import rotate
+from mlmesh_local.process import rotate_all
 from mlmesh_local.resources.catalog import CatalogService, all_services
 from mlmesh_local.resources.gateway_api.derive import derive
 from mlmesh_local.resources.gateway_api.status import (
@@ -71,6 +70,7 @@ class Mesh:
         metering: Metering,
         traces: TraceStore,
         trace_executor: BoundedExecutor,
+        log_executor: BoundedExecutor,
         changes: Changes,
         faults: Faults,
         work: Work,
@@ -87,6 +87,7 @@ class Mesh:
         self.metering = metering
         self.traces = traces
         self.trace_executor = trace_executor
+        self._log_executor = log_executor
         self.changes = changes
         self.faults = faults
         self._work = work
@@ -264,12 +265,9 @@ class Mesh:
     async def rotate_logs(self) -> None:
         """Keep logs bounded, for ever."""
         while True:
+            # Several MiB may have to be copied.
+            await self._log_executor.run(rotate_all, self._logs)
             await asyncio.sleep(LOG_CHECK_S)
-            for path in self._logs.glob("*.log"):
-                # The supervisor's own log rotates itself.
-                if path.name != "supervisor.log":
-                    with suppress(OSError):
-                        rotate(path)
 
 
 class SupervisorTraffic:

@@ -73,9 +73,11 @@ class Child:
 
 
 async def start(command: Command) -> Child:
-    """Start a child in a session of its own: Ctrl-C in a terminal reaches only the supervisor, which drains."""
+    """Start a child in a session of its own: Ctrl-C in a terminal reaches only the supervisor, which drains.
+
+    Its log goes on where it was: `rotate_all` keeps it bounded.
+    """
     command.log.parent.mkdir(parents=True, exist_ok=True)
-    rotate(command.log)
     with command.log.open("ab") as log:
         process = await asyncio.create_subprocess_exec(
             sys.executable,
@@ -110,6 +112,15 @@ def rotate(log: Path, bytes_max: int = LOG_BYTES_MAX) -> bool:
             source.truncate(0)
         return True
     return False
+
+
+def rotate_all(folder: Path, bytes_max: int = LOG_BYTES_MAX) -> None:
+    """Rotate the logs of a folder; one that cannot be is looked at again the next time."""
+    for path in folder.glob("*.log"):
+        # The supervisor's own log rotates itself.
+        if path.name != "supervisor.log":
+            with contextlib.suppress(OSError):
+                rotate(path, bytes_max)
 
 
 def tail(log: Path, lines: int = 15) -> str:

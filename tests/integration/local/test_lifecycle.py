@@ -153,5 +153,9 @@ def test_logs_are_bounded(tmp_path: Path) -> None:
     assert len(kept) == 500
     assert kept.endswith(b"old line\n")
     assert not process.rotate(log, bytes_max=500)
+    (tmp_path / "supervisor.log").write_bytes(b"x" * 100)
+    process.rotate_all(tmp_path, bytes_max=5)
+    assert [path.name for path in sorted(tmp_path.iterdir()) if path.stat().st_size == 0] == ["a.log"]
+    log.write_bytes(b"new line\n")
     assert process.tail(log) == "new line"
     assert process.tail(tmp_path / "missing.log") == ""
