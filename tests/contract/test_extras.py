@@ -65,7 +65,7 @@ def test_the_command_runs_on_its_extra_alone(built: Path, tmp_path: Path) -> Non
 CLIENT = """
 from mlmesh_client import Client, RetryPolicy
 with Client("127.0.0.1:1", retry=RetryPolicy(attempts=1)) as client:
-    print(client, client.live(timeout=5))
+    print(client, client.live(timeout=30))
 """
 
 

@@ -97,7 +97,7 @@ class Platform:
     def figures(self, instance: str) -> dict[str, float]:
         """Prometheus figures of a replica, `name{labels}` to value."""
         host = self.instance(instance).application_address.rpartition(":")[0]
-        with urllib.request.urlopen(f"http://{host}:9090/metrics", timeout=5) as response:
+        with urllib.request.urlopen(f"http://{host}:9090/metrics", timeout=30) as response:
             lines = response.read().decode().splitlines()
         pairs = (line.rsplit(" ", 1) for line in lines if line and not line.startswith("#"))
         return {name: float(value) for name, value in pairs}

@@ -18,6 +18,8 @@ from pathlib import Path
 import psycopg
 import pytest
 
+from mlmesh_registry import postgresql
+
 MISSING = "PostgreSQL is not installed: `make tools` installs it on Debian and its kin"
 _READY = "database system is ready to accept connections"
 _START_S = 60.0
@@ -199,7 +201,9 @@ def postgres_running(*, durable: bool = False) -> Iterator[PostgresServer]:
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[PostgresServer]:
     """One server for all tests that do not stop it."""
-    with postgres_running() as server:
+    with postgres_running() as server, pytest.MonkeyPatch.context() as patch:
+        # On a busy machine a test may get no processor for seconds, in the middle of a transaction.
+        patch.setitem(postgresql._SESSION, "idle_in_transaction_session_timeout", "60s")
         yield server
 
 

@@ -300,7 +300,7 @@ async def test_mutual_tls_and_names(tmp_path: Path, each_transport: str) -> None
         assert await blocking(lambda c: value(c.infer("m", rows(4))), it.address, tls=tls) == 8
         async with it.client(tls=Tls(ca=files.ca, server_name=SERVER_NAME)) as stranger:
             with pytest.raises(Unavailable):
-                await stranger.infer("m", rows(4), timeout=2)
+                await stranger.infer("m", rows(4), timeout=20)
     with pytest.raises(ValueError, match="both cert and key"):
         Tls(cert=b"c").credentials()
 

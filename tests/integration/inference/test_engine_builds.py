@@ -245,7 +245,9 @@ async def test_inference_goes_on_while_a_build_is_under_way_and_is_cancelled(ser
     async with asyncio.timeout(60):
         while metadata_of(await server.operations.get(begun.name)).steps_total == 0:
             await submitted(model.runner, {"x": rows(1.0, width=256)})
-    served = await server.control.GetServedVersion(pb.GetServedVersionRequest(name="models/slow/versions/1"), timeout=9)
+    served = await server.control.GetServedVersion(
+        pb.GetServedVersionRequest(name="models/slow/versions/1"), timeout=20
+    )
     assert served.served_version.build_operation == begun.name
     waiting = await server.build("cnn")
     assert not (await server.operations.wait(waiting.name, 0.0)).done
@@ -293,7 +295,7 @@ async def test_what_cannot_be_built_is_refused_at_once(
     await source.publish("cnn", 1, onnx_models.add())
     async with engine_server(tmp_path, source) as server:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await server.control.BuildEngine(pb.BuildEngineRequest(**fields), timeout=9)
+            await server.control.BuildEngine(pb.BuildEngineRequest(**fields), timeout=30)
     assert (caught.value.code(), mesh_error(caught.value).reason) == (code, reason)
 
 

@@ -216,9 +216,9 @@ async def test_what_is_not_implemented_says_so_by_name(method: str, running: Run
 async def test_probes_do_not_wait_behind_inference(running: Running) -> None:
     stuck = running.stub.ModelInfer(request(1.0), timeout=TIMEOUT_S)
     await running.engine.begun()
-    assert (await running.stub.ServerLive(pb.ServerLiveRequest(), timeout=2)).live
-    assert (await running.stub.ServerReady(pb.ServerReadyRequest(), timeout=2)).ready
-    assert (await running.stub.ModelStatistics(pb.ModelStatisticsRequest(), timeout=2)).model_stats[0].name == "m"
+    assert (await running.stub.ServerLive(pb.ServerLiveRequest(), timeout=20)).live
+    assert (await running.stub.ServerReady(pb.ServerReadyRequest(), timeout=20)).ready
+    assert (await running.stub.ModelStatistics(pb.ModelStatisticsRequest(), timeout=20)).model_stats[0].name == "m"
     running.engine.open()
     await stuck
 

@@ -123,17 +123,17 @@ async def test_who_cannot_be_in_time_is_told_so_at_once() -> None:
     model = ready_model(engine, rows_preferred=1)
     async with served(model) as (stub, _):
         known = model.runner._admission  # type: ignore[attr-defined]
-        known.pace.observe(1, 2_000_000_000)  # as if it had taken two seconds
+        known.pace.observe(1, 20_000_000_000)  # as if it had taken twenty seconds
         known._refresh()
-        running = stub.ModelInfer(request(2.0), timeout=20)
+        running = stub.ModelInfer(request(2.0), timeout=600)
         await engine.begun()
-        waiting = [stub.ModelInfer(request(3.0 + n), timeout=20) for n in range(3)]
+        waiting = [stub.ModelInfer(request(3.0 + n), timeout=600) for n in range(3)]
         await eventually(lambda: model.runner.depth == 3)
         begun = time.monotonic()
-        reason, retry_s, _ = await refused(stub.ModelInfer(request(9.0), timeout=3))
-        assert time.monotonic() - begun < 2.5, "it did not wait for its deadline"
+        reason, retry_s, _ = await refused(stub.ModelInfer(request(9.0), timeout=30))
+        assert time.monotonic() - begun < 25, "it did not wait for its deadline"
         assert (reason, retry_s > 0) == ("WOULD_EXPIRE", True)
-        urgent = stub.ModelInfer(request(8.0), timeout=20)
+        urgent = stub.ModelInfer(request(8.0), timeout=600)
         engine.open()
         await asyncio.gather(running, urgent, *waiting)
         assert [9.0] not in engine.batches
@@ -183,13 +183,13 @@ async def test_probes_and_statistics_do_not_wait_behind_inference() -> None:
         await engine.begun()
         calls += [stub.ModelInfer(request(2.0 + n), timeout=20) for n in range(4)]
         await eventually(lambda: model.runner.depth == 4)
-        assert (await stub.ServerLive(pb.ServerLiveRequest(), timeout=5)).live
-        assert (await stub.ModelReady(pb.ModelReadyRequest(name="m"), timeout=5)).ready
-        (statistics,) = (await stub.ModelStatistics(pb.ModelStatisticsRequest(name="m"), timeout=5)).model_stats
+        assert (await stub.ServerLive(pb.ServerLiveRequest(), timeout=20)).live
+        assert (await stub.ModelReady(pb.ModelReadyRequest(name="m"), timeout=20)).ready
+        (statistics,) = (await stub.ModelStatistics(pb.ModelStatisticsRequest(name="m"), timeout=20)).model_stats
         assert statistics.inference_count == 0
         control: Any = control_pb2_grpc.InferenceControlServiceStub(channel)
         asked = control_pb2.GetServedVersionRequest(name="models/m/versions/1")
-        assert (await control.GetServedVersion(asked, timeout=5)).served_version.queue_depth == 4
+        assert (await control.GetServedVersion(asked, timeout=20)).served_version.queue_depth == 4
         assert not any(call.done() for call in calls)
         engine.open()
         await asyncio.gather(*calls)

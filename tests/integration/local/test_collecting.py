@@ -92,7 +92,7 @@ async def post(block: Block, body: bytes, kind: str, path: str = "/v1/traces", e
         headers = {"Content-Type": kind, "Content-Encoding": encoding}
         request = urllib.request.Request(f"http://{block.otlp_http}{path}", data=body, headers=headers)
         try:
-            with urllib.request.urlopen(request, timeout=5) as answer:  # noqa: S310  (our own loopback address)
+            with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310  (our own loopback address)
                 return int(answer.status)
         except urllib.error.HTTPError as error:
             return error.code
@@ -109,7 +109,7 @@ async def test_every_form_of_otlp_is_kept_and_goes_on(
     elsewhere[0].refusals = 1 if form == "protobuf" else 0
     if form == "grpc":
         async with grpc.aio.insecure_channel(block.otlp) as channel:
-            await trace_service_pb2_grpc.TraceServiceStub(channel).Export(export(), timeout=5)  # type: ignore[no-untyped-call]
+            await trace_service_pb2_grpc.TraceServiceStub(channel).Export(export(), timeout=30)  # type: ignore[no-untyped-call]
     elif form == "json":
         assert await post(block, json.dumps(JSON).encode(), "application/json") == 200
     elif form == "gzip":

@@ -39,7 +39,7 @@ class Kept:
         pass
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             await self.changes.until(condition)
 
     @contextlib.asynccontextmanager
@@ -53,7 +53,7 @@ class Kept:
 
 def wait_gone(pid: int) -> None:
     with contextlib.suppress(psutil.NoSuchProcess):
-        psutil.Process(pid).wait(timeout=5)
+        psutil.Process(pid).wait(timeout=30)
 
 
 async def test_what_ends_is_started_again(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ async def test_stop_waits_for_an_orderly_end_and_takes_children_along(tmp_path: 
     async with kept.running() as slot:
         await kept.until(lambda: slot.pid > 0)
         child = tmp_path / "child"
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while not child.exists() or not child.read_text():  # noqa: ASYNC110  (another process)
                 await asyncio.sleep(0.01)
         await slot.stop(5)
@@ -94,7 +94,7 @@ async def test_what_does_not_end_is_killed_after_its_grace(tmp_path: Path) -> No
     kept = Kept(tmp_path, "trap '' TERM; echo up > up; while true; do sleep 1; done")
     async with kept.running() as slot:
         await kept.until(lambda: slot.pid > 0)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while not (tmp_path / "up").exists():  # noqa: ASYNC110  (another process)
                 await asyncio.sleep(0.01)
         await slot.stop(0.1)

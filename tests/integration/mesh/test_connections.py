@@ -120,7 +120,7 @@ async def say(
     """What answers a line; empty when the connection is closed instead. With a server name TLS is made to it."""
     if server_name and context is None:
         context = ssl.create_default_context(cadata=mesh.authority.pem.decode())
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         try:
             reader, writer = await asyncio.open_connection(host, port, ssl=context, server_hostname=server_name or None)
         except (ConnectionError, ssl.SSLError):

@@ -74,7 +74,7 @@ async def mesh(running: EnvoyMesh) -> EnvoyMesh:
 
 async def connects(host: str, port: int = TCP) -> bool:
     """Whether somebody answers."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         try:
             reader, writer = await asyncio.open_connection(host, port)
             writer.write(b"hello\n")

@@ -49,7 +49,7 @@ async def push(mesh: EnvoyMesh, version: str, fault: Json) -> None:
     manager["http_filters"].insert(0, discovered(NAME, FAULT))
     configuration[EXTENSIONS][NAME] = extension(NAME, FAULT, fault)
     mesh.ads.update("client-0", pack("client-0", configuration, version))
-    await mesh.ads.wait_acked(version, timeout_s=5)
+    await mesh.ads.wait_acked(version, timeout_s=30)
 
 
 async def test_a_change_acts_at_once_on_open_connections_and_leaves_the_listener(running: EnvoyMesh) -> None:

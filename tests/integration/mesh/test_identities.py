@@ -66,7 +66,7 @@ async def mesh_of(issuer: ForeignIssuer, folder: Path) -> AsyncIterator[tuple[En
         for proxy in mesh.proxies:
             certificates.provide(proxy, ())
         for proxy in mesh.proxies:
-            await mesh.ads.wait_connected(proxy.id, timeout_s=5)
+            await mesh.ads.wait_connected(proxy.id, timeout_s=30)
         yield mesh, certificates
 
 
@@ -76,7 +76,7 @@ async def test_identities_come_from_the_workload_api_and_are_renewed(tmp_path: P
     api.give([elsewhere.issue("client"), elsewhere.issue("server"), elsewhere.issue("other")])
     with short_folder() as folder:
         async with api.serve(folder / "api.sock") as socket:
-            await workload_api.obtain(socket, issuer, WANTED, timeout_s=5)
+            await workload_api.obtain(socket, issuer, WANTED, timeout_s=30)
             async with mesh_of(issuer, tmp_path) as (mesh, certificates), asyncio.TaskGroup() as group:
                 following = group.create_task(workload_api.follow(socket, issuer))
                 before = certificates.leaf("client-0")
@@ -113,7 +113,7 @@ async def test_what_is_no_svid_is_not_taken(tmp_path: Path) -> None:
     with short_folder() as folder:
         async with api.serve(folder / "api.sock") as socket:
             api.give([good])
-            await workload_api.obtain(socket, issuer, [good.identity], timeout_s=5)
+            await workload_api.obtain(socket, issuer, [good.identity], timeout_s=30)
             # The certificate of one under the name of another.
             api.give([type(good)(**{**{f: getattr(other, f) for f in other.__slots__}, "identity": good.identity})])
             with pytest.raises(WrongState):

@@ -29,7 +29,8 @@ WORKLOADS = (
     + service("db").replace("{name: grpc, port: 9000, targetPort: grpc}", "{name: tcp, port: 7000, targetPort: grpc}")
 )
 BASE = STRICT + SUBSETS
-REPORTED_S = 10.0
+REPORTED_S = 30.0
+SIDES = ("source", "destination")
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -80,8 +81,9 @@ async def test_requests_are_counted_on_both_sides_by_workload_version_and_status
 
 
 async def test_labels_are_istios(mesh: EnvoyMesh) -> None:
+    before = count(mesh, "istio_requests_total")
     await mesh.call()
-    await until(lambda: count(mesh, "istio_requests_total", reporter="destination") > 0)
+    await until(lambda: count(mesh, "istio_requests_total") == before + 2)
     (sample, *_) = found(mesh, "istio_requests_total", reporter="destination", source_workload="client")
     assert dict(sample.labels) == {
         "reporter": "destination",
@@ -116,11 +118,14 @@ async def test_labels_are_istios(mesh: EnvoyMesh) -> None:
 
 
 async def test_workloads_of_one_account_are_told_apart(mesh: EnvoyMesh) -> None:
-    before = count(mesh, "istio_requests_total", reporter="destination", source_workload="other")
+    before = {side: count(mesh, "istio_requests_total", reporter=side, source_workload="other") for side in SIDES}
     await mesh.spread(5, "other-0")
-    await until(
-        lambda: count(mesh, "istio_requests_total", reporter="destination", source_workload="other") == before + 5
-    )
+    for side in SIDES:
+        await until(
+            lambda side=side: (
+                count(mesh, "istio_requests_total", reporter=side, source_workload="other") == before[side] + 5
+            )
+        )
 
 
 async def test_open_streams_count_their_messages_while_they_run(mesh: EnvoyMesh) -> None:
@@ -131,7 +136,7 @@ async def test_open_streams_count_their_messages_while_they_run(mesh: EnvoyMesh)
             count(mesh, "istio_response_messages_total", **sides),
         )
 
-    await asyncio.sleep(0.6)  # what earlier tests did has been reported
+    # What earlier tests did has been reported: they wait for it.
     before, requests = messages(), count(mesh, "istio_requests_total")
     async with mesh.channel() as channel:
         stream: Any = channel.stream_stream(CHAT)(timeout=60)
@@ -150,7 +155,7 @@ async def test_open_streams_count_their_messages_while_they_run(mesh: EnvoyMesh)
 
 async def test_calls_that_reach_nobody_are_told_by_their_flags(mesh: EnvoyMesh) -> None:
     mesh.not_ready.update({"server-v1-0", "server-v2-0"})
-    await mesh.ads.wait_acked(mesh.push(), timeout_s=5)
+    await mesh.ads.wait_acked(mesh.push(), timeout_s=30)
     await mesh.call()
     await until(lambda: count(mesh, "istio_requests_total", response_flags="UH") > 0)
     (sample,) = found(mesh, "istio_requests_total", response_flags="UH")
@@ -166,7 +171,7 @@ async def test_connections_count_their_bytes_while_they_are_open(mesh: EnvoyMesh
 
     async with mesh.channel(port=7000, host="db.mlmesh.svc.cluster.local") as channel:
         call = channel.unary_unary(UNARY)
-        await call(b"x" * 5000, timeout=5)
+        await call(b"x" * 5000, timeout=30)
         await until(lambda: min(sides("istio_tcp_connections_opened_total")) == 1)
         await until(lambda: min(sides("istio_tcp_received_bytes_total")) > 5000)
         assert sides("istio_tcp_connections_closed_total") == [0, 0]

@@ -62,7 +62,7 @@ async def ask(
     """One request of HTTP/1.1."""
     lines = [f"{method} {path} HTTP/1.1", f"host: {host}"]
     lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         reader, writer = await asyncio.open_connection(address, port, ssl=tls, server_hostname=host if tls else None)
         writer.write("\r\n".join([*lines, "", ""]).encode())
         head = (await reader.readuntil(b"\r\n\r\n")).decode()
@@ -140,8 +140,8 @@ async def test_paths_and_authorities_are_rewritten(mesh: EnvoyMesh) -> None:
         )
     )
     async with mesh.channel() as channel:
-        assert await channel.unary_unary("/alias.Echo/Unary")(b"", timeout=5) == b"server-v1-0"
-        assert await channel.unary_unary("/v2/Echo/Unary")(b"", timeout=5) == b"server-v2-0"
+        assert await channel.unary_unary("/alias.Echo/Unary")(b"", timeout=30) == b"server-v1-0"
+        assert await channel.unary_unary("/v2/Echo/Unary")(b"", timeout=30) == b"server-v2-0"
 
 
 async def test_a_root_delegates_to_what_others_write(mesh: EnvoyMesh) -> None:

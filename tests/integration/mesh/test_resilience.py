@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import grpc
 import pytest
@@ -85,12 +86,12 @@ async def test_no_attempts_means_no_retries(mesh: EnvoyMesh) -> None:
 
 async def test_each_try_has_its_own_timeout(mesh: EnvoyMesh) -> None:
     for backend in mesh.backends.values():
-        backend.delay_s = 5.0
-    # The server's sidecar watches the same 100 ms (Envoy tells it); whichever notices first decides on the code.
-    await mesh.apply(retries("{attempts: 2, perTryTimeout: 100ms, retryOn: 'gateway-error,reset,deadline-exceeded'}"))
+        backend.delay_s = 20.0
+    # The server's sidecar watches the same 400 ms (Envoy tells it); whichever notices first decides on the code.
+    await mesh.apply(retries("{attempts: 2, perTryTimeout: 400ms, retryOn: 'gateway-error,reset,deadline-exceeded'}"))
     answer = await mesh.call()
     assert answer.code in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED}
-    assert 0.28 <= answer.seconds < 2
+    assert 1.18 <= answer.seconds < 8
     assert mesh.calls() == 3
 
 
@@ -99,14 +100,19 @@ async def test_a_failing_endpoint_is_ejected_and_comes_back(mesh: EnvoyMesh) -> 
     await mesh.apply(rule(f"{{outlierDetection: {{{ejection}}}}}"), retries("{attempts: 0}"))
     broken = mesh.backends["server-1"]
     broken.fail = grpc.StatusCode.UNAVAILABLE
-    async with asyncio.timeout(10):
-        while broken.calls < 3:
-            await mesh.call()
-    codes = {(await mesh.call()).code for _ in range(20)}
+    async with asyncio.timeout(60):
+        while True:
+            broken.calls = 0
+            while broken.calls < 3:
+                begun = time.monotonic()
+                await mesh.call()
+            codes = {(await mesh.call()).code for _ in range(20)}
+            if time.monotonic() - begun < 2:
+                break  # else it may be back: a busy machine needs another time
     assert codes == {grpc.StatusCode.OK}
     assert broken.calls == 3
     broken.fail = None
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while broken.calls == 3:
             await mesh.call()
 
@@ -114,12 +120,20 @@ async def test_a_failing_endpoint_is_ejected_and_comes_back(mesh: EnvoyMesh) -> 
 async def test_requests_beyond_the_bound_fail_at_once(mesh: EnvoyMesh) -> None:
     await mesh.apply(rule("{connectionPool: {http: {http2MaxRequests: 2}}}"), retries("{attempts: 0}"))
     for backend in mesh.backends.values():
-        backend.delay_s = 0.5
-    answers = await asyncio.gather(*(mesh.call() for _ in range(8)))
-    codes = [answer.code for answer in answers]
-    assert codes.count(grpc.StatusCode.OK) == 2
-    assert codes.count(grpc.StatusCode.UNAVAILABLE) == 6
-    assert all(a.seconds < 0.4 for a in answers if a.code is grpc.StatusCode.UNAVAILABLE)
+        backend.delay_s = 60.0
+    pending = {asyncio.ensure_future(mesh.call(timeout_s=60)) for _ in range(8)}
+    refused = []
+    async with asyncio.timeout(30):
+        while len(refused) < 6:  # while the others are still being answered
+            ended, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            refused += [call.result().code for call in ended]
+        while mesh.calls() < 2:  # noqa: ASYNC110  on their way
+            await asyncio.sleep(0.01)
+    assert refused == [grpc.StatusCode.UNAVAILABLE] * 6
+    assert (len(pending), mesh.calls()) == (2, 2)
+    for call in pending:
+        call.cancel()
+    await asyncio.wait(pending)
 
 
 async def test_a_hash_of_a_header_sticks_to_one_endpoint(mesh: EnvoyMesh) -> None:
@@ -134,10 +148,10 @@ async def test_a_hash_of_a_header_sticks_to_one_endpoint(mesh: EnvoyMesh) -> Non
 
 async def test_an_endpoint_that_is_not_ready_gets_nothing(mesh: EnvoyMesh) -> None:
     mesh.not_ready.add("server-2")
-    await mesh.ads.wait_acked(mesh.push(), timeout_s=5)
+    await mesh.ads.wait_acked(mesh.push(), timeout_s=30)
     assert set(await mesh.spread(60)) == {"server-0", "server-1"}
     mesh.not_ready.update({"server-0", "server-1"})
-    await mesh.ads.wait_acked(mesh.push(), timeout_s=5)
+    await mesh.ads.wait_acked(mesh.push(), timeout_s=30)
     assert (await mesh.call()).code is grpc.StatusCode.UNAVAILABLE
 
 

@@ -180,7 +180,7 @@ async def test_permissions_by_identity_and_method(mesh: EnvoyMesh) -> None:
     refused = await mesh.call("other-0")
     assert (refused.code, refused.text) == (grpc.StatusCode.PERMISSION_DENIED, "RBAC: access denied")
     async with mesh.channel("client-0") as channel:
-        stream = channel.stream_stream(CHAT)(timeout=5)
+        stream = channel.stream_stream(CHAT)(timeout=30)
         assert await stream.code() is grpc.StatusCode.PERMISSION_DENIED
     assert mesh.calls() == 1
 

@@ -178,7 +178,7 @@ async def test_keys_are_fetched_where_the_rule_says(mesh: EnvoyMesh, executor: B
 
     async def codes() -> list[grpc.StatusCode]:
         mesh.key_sets = keys.current()
-        await mesh.ads.wait_acked(mesh.push(), timeout_s=5.0)
+        await mesh.ads.wait_acked(mesh.push(), timeout_s=30.0)
         return [(await mesh.call(metadata=bearer(issuer.token()))).code for issuer in (TRUSTED, STRANGER)]
 
     async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:

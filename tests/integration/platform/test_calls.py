@@ -85,7 +85,7 @@ async def test_stock_client_stream(platform: Platform, images: Any, expected: An
 
 
 def model_ready(channel: grpc.Channel) -> oip.ModelReadyResponse:
-    return oip_grpc.GRPCInferenceServiceStub(channel).ModelReady(oip.ModelReadyRequest(name="mnist"), timeout=5)
+    return oip_grpc.GRPCInferenceServiceStub(channel).ModelReady(oip.ModelReadyRequest(name="mnist"), timeout=30)
 
 
 def pod(platform: Platform, instance: str = "inference-v1-0") -> str:
@@ -148,7 +148,7 @@ def _raw_handshake(address: str, cert: bytes, key: bytes, folder: Path) -> None:
         (folder / "forged.pem").write_bytes(cert + key)
         context.load_cert_chain(folder / "forged.pem")
     host, _, port = address.rpartition(":")
-    with socket.create_connection((host, int(port)), timeout=5) as plain, context.wrap_socket(plain) as tls:
+    with socket.create_connection((host, int(port)), timeout=30) as plain, context.wrap_socket(plain) as tls:
         # With TLS 1.3 the server's refusal arrives after the client's own handshake is done.
         tls.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00")
         if tls.recv(16) == b"":
@@ -163,7 +163,7 @@ def test_forged_header_does_not_make_an_operator(platform: Platform) -> None:
     channel = tls_channel(platform.gateway, root=files["ca"], key=files["key"], chain=files["cert"], name=name)
     with channel, pytest.raises(grpc.RpcError) as refused:
         training_pb2_grpc.TrainingServiceStub(channel).ListJobs(
-            training_pb2.ListJobsRequest(), timeout=5, metadata=metadata
+            training_pb2.ListJobsRequest(), timeout=30, metadata=metadata
         )
     assert refused.value.code() is grpc.StatusCode.PERMISSION_DENIED
 
@@ -173,9 +173,11 @@ def test_caller_without_permission(platform: Platform) -> None:
     options = [("grpc.default_authority", "registry.mlmesh.svc.cluster.local:9000")]
     with grpc.insecure_channel(platform.outbound("inference-v1-0"), options) as channel:
         registry = registry_pb2_grpc.ModelRegistryServiceStub(channel)
-        assert registry.GetModel(registry_pb2.GetModelRequest(name="models/mnist"), timeout=5).model.latest_version >= 2
+        assert (
+            registry.GetModel(registry_pb2.GetModelRequest(name="models/mnist"), timeout=20).model.latest_version >= 2
+        )
         with pytest.raises(grpc.RpcError) as refused:
-            registry.CreateModel(registry_pb2.CreateModelRequest(model_id="not-mine"), timeout=5)
+            registry.CreateModel(registry_pb2.CreateModelRequest(model_id="not-mine"), timeout=30)
     assert refused.value.code() is grpc.StatusCode.PERMISSION_DENIED
 
 

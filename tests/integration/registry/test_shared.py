@@ -59,7 +59,7 @@ async def _revisions(registry: Registry, start: int, upto: int) -> list[int]:
 
 
 async def _end(events: AsyncGenerator[Change | Bookmark, None]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         async for _ in events:
             pass
 
@@ -71,7 +71,7 @@ async def test_watchers_of_one_see_what_the_other_wrote(two: tuple[Registry, Reg
         for name, registry in (("a", second), ("b", first), ("c", second)):
             waiting = asyncio.ensure_future(anext(events))
             await create_model(registry, name)
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(30):
                 event = await waiting
             assert isinstance(event, Change)
             assert event.model == name
@@ -368,7 +368,7 @@ async def test_a_writer_that_stands_still_holds_the_others_up_for_a_bounded_time
     async with open_one() as other:
         still = asyncio.ensure_future(bare.database.write(stand_still))
         await asyncio.to_thread(holds.wait, 10)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             assert (await create_model(other)).revision == 1
         go_on.set()
         with pytest.raises(NotReady):

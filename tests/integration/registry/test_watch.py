@@ -135,7 +135,7 @@ async def test_a_commit_wakes_a_watcher_at_once(open_here: Opener) -> None:
         assert await _backlog(events) == []
         waiting = asyncio.ensure_future(anext(events))
         await create_model(registry)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             assert (await waiting).revision == 1
 
 

@@ -111,19 +111,19 @@ async def test_an_outgoing_call_has_at_most_what_its_caller_has_left() -> None:
             stub = PROTOS.stub(onward)
             await stub.Unary(Text(text="default"))
             await stub.Unary(Text(text="longer"), timeout=100)
-            await stub.Unary(Text(text="shorter"), timeout=1)
+            await stub.Unary(Text(text="shorter"), timeout=10)
             await stub.Unary(Text(text="endless"), timeout=NO_DEADLINE)
             with calls.detached():
                 await stub.Unary(Text(text="detached"), timeout=100)
 
         async with (
             serving(echo_service(EchoServicer(outer))) as first,
-            open_channel(first.address, default_deadline_s=10) as channel,
+            open_channel(first.address, default_deadline_s=50) as channel,
         ):
-            await PROTOS.stub(channel).Unary(Text(text="x"), timeout=5)
+            await PROTOS.stub(channel).Unary(Text(text="x"), timeout=25)
     for name in ("default", "longer", "endless"):
-        assert 3 < (left[name] or 0) <= 5 + ROUNDING_S, name
-    assert 0.5 < (left["shorter"] or 0) <= 1.1
+        assert 15 < (left[name] or 0) <= 25 + ROUNDING_S, name
+    assert 1 < (left["shorter"] or 0) <= 10.1
     assert 90 < (left["detached"] or 0) <= 100 + ROUNDING_S
 
 
@@ -135,11 +135,11 @@ async def test_a_call_without_timeout_gets_the_default() -> None:
 
     async with (
         serving(echo_service(EchoServicer(look))) as server,
-        open_channel(server.address, default_deadline_s=7) as channel,
+        open_channel(server.address, default_deadline_s=70) as channel,
     ):
         await PROTOS.stub(channel).Unary(Text())
         [_ async for _ in PROTOS.stub(channel).Chat(requests("a"))]
-    assert all(6 < (seconds or 0) <= 7 + ROUNDING_S for seconds in left)
+    assert all(60 < (seconds or 0) <= 70 + ROUNDING_S for seconds in left)
     assert len(left) == 2
 
 
@@ -199,7 +199,7 @@ async def test_a_leaked_cancellation_is_an_error_not_silence(caplog: pytest.LogC
         raise asyncio.CancelledError
 
     async with serving(echo_service(EchoServicer(leak))) as server, open_channel(server.address) as channel:
-        code, _ = await refused(PROTOS.stub(channel).Unary(Text(), timeout=5))
+        code, _ = await refused(PROTOS.stub(channel).Unary(Text(), timeout=20))
     assert code is grpc.StatusCode.INTERNAL
 
 
@@ -298,7 +298,7 @@ async def test_a_client_that_goes_frees_everything_at_once() -> None:
         call = PROTOS.stub(channel).Expand(Text(), timeout=60)
         await call.read()
         call.cancel()
-        await asyncio.wait_for(ended.wait(), 5)
+        await asyncio.wait_for(ended.wait(), 30)
         # Its place is given back as well: with a bound of one the next stream is let in.
         assert [m.text async for m in PROTOS.stub(channel).Chat(requests("next"))] == ["next"]
 
@@ -316,7 +316,7 @@ async def test_a_missed_deadline_cancels_the_handler() -> None:
         code, error = await refused(PROTOS.stub(channel).Unary(Text(), timeout=0.1))
         assert code is grpc.StatusCode.DEADLINE_EXCEEDED
         assert isinstance(error, errors.TimedOut)
-        await asyncio.wait_for(cancelled.wait(), 5)
+        await asyncio.wait_for(cancelled.wait(), 30)
 
 
 async def test_a_full_server_refuses_at_once_and_still_answers_health() -> None:

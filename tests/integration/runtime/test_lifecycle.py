@@ -46,14 +46,14 @@ async def test_draining_lets_open_calls_and_streams_finish() -> None:
         assert await stream.read() is grpc.aio.EOF
         release.set()
         assert (await unary).text == "slow"
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             await stopping
 
 
 async def _refused_connection(address: str) -> None:
     """Wait until the port is closed."""
     host, _, port = address.rpartition(":")
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         while True:
             try:
                 _, writer = await asyncio.open_connection(host, int(port))
@@ -73,7 +73,7 @@ async def test_while_draining_health_says_no_and_calls_are_answered() -> None:
             assert status == health_pb2.HealthCheckResponse.NOT_SERVING
         assert (await PROTOS.stub(channel).Unary(Text(text="still"))).text == "still"
         server._hurry.set()  # what a second signal does
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             await stopping
 
 
@@ -84,7 +84,7 @@ async def test_watches_are_ended_so_that_they_go_elsewhere() -> None:
     async with serving(echo_service(EchoServicer(forever))) as server, open_channel(server.address) as channel:
         watch = PROTOS.stub(channel).Watch(Text(text="w"))
         assert (await watch.read()).text == "w"
-        async with asyncio.timeout(5), asyncio.TaskGroup() as group:
+        async with asyncio.timeout(20), asyncio.TaskGroup() as group:
             group.create_task(server.stop(grace_s=60))
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await watch.read()
@@ -106,7 +106,7 @@ async def test_after_the_grace_calls_are_cancelled_and_cleaned_up() -> None:
     async with serving(echo_service(Holding())) as server, open_channel(server.address) as channel:
         call = PROTOS.stub(channel).Expand(Text(), timeout=30)
         await call.read()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             await server.stop(grace_s=0.05)
             await cleaned.wait()
             assert await call.code() is grpc.StatusCode.UNAVAILABLE

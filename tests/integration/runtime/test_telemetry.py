@@ -93,8 +93,8 @@ async def test_durations_lead_to_traces_where_openmetrics_is_asked_for(
         open_channel(server.address) as channel,
     ):
         stub = protos.stub(channel)
-        await stub.Unary(protos.Text(), timeout=5, metadata=(("traceparent", UNSAMPLED),))
-        await stub.Unary(protos.Text(), timeout=5, metadata=(("traceparent", SAMPLED),))
+        await stub.Unary(protos.Text(), timeout=30, metadata=(("traceparent", UNSAMPLED),))
+        await stub.Unary(protos.Text(), timeout=30, metadata=(("traceparent", SAMPLED),))
         page = f"http://{server.metrics_address}/metrics"
         plain = await asyncio.to_thread(_get, page)
         asked = await asyncio.to_thread(_get, page, "application/openmetrics-text; version=1.0.0")
@@ -110,7 +110,7 @@ async def test_durations_lead_to_traces_where_openmetrics_is_asked_for(
 
 
 def _get(url: str, accept: str = "*/*") -> str:
-    with urllib.request.urlopen(urllib.request.Request(url, headers={"Accept": accept}), timeout=5) as response:  # noqa: S310  our own loopback address
+    with urllib.request.urlopen(urllib.request.Request(url, headers={"Accept": accept}), timeout=30) as response:  # noqa: S310  our own loopback address
         return str(response.read().decode())
 
 
@@ -139,7 +139,7 @@ async def test_cancelled_and_late_calls_are_counted_as_such() -> None:
         with pytest.raises(grpc.aio.AioRpcError):
             await stub.Unary(protos.Text(), timeout=0.1)
         call = stub.Unary(protos.Text(), timeout=30)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while servicer.calls < 2:  # noqa: ASYNC110  the handler has no event of its own
                 await asyncio.sleep(0)
             call.cancel()

@@ -190,8 +190,8 @@ async def test_stopping_asks_first_and_then_insists(make: Make, started: Started
         ("signal.signal(signal.SIGTERM, signal.SIG_IGN); here(); time.sleep(60)", False),
     ):
         listener, stop = Listener(), asyncio.Event()
-        backend = make(program, stop_grace_s=0.3 if not polite else 10.0)
-        async with asyncio.timeout(9), asyncio.TaskGroup() as group:
+        backend = make(program, stop_grace_s=0.3 if not polite else 60.0)
+        async with asyncio.timeout(30), asyncio.TaskGroup() as group:
             running = group.create_task(backend.run(TASK, report=listener, stop=stop, pause=asyncio.Event()))
             await listener.begun.wait()
             stop.set()

@@ -102,7 +102,7 @@ async def issued(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Issu
         for proxy in mesh.proxies:
             certificates.provide(proxy, ())
         for proxy in mesh.proxies:
-            await mesh.ads.wait_connected(proxy.id, timeout_s=5)
+            await mesh.ads.wait_connected(proxy.id, timeout_s=30)
         yield Issued(mesh, folder, authority, certificates)
 
 
@@ -112,7 +112,7 @@ async def test_no_call_fails_while_every_certificate_is_replaced_again_and_again
         for _ in range(ROTATIONS):
             assert issued.certificates.rotate() == len(issued.mesh.proxies)
             for proxy in issued.mesh.proxies:
-                await issued.mesh.ads.wait_connected(proxy.id, timeout_s=5)
+                await issued.mesh.ads.wait_connected(proxy.id, timeout_s=30)
             await outcomes.more(2 * CALLS_A_CONNECTION)
     assert outcomes.codes() == {grpc.StatusCode.OK}
     assert await issued.handshakes() - first > ROTATIONS

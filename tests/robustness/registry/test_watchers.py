@@ -29,7 +29,7 @@ async def _update(client: Client, etag: str, count: int) -> str:
 
 def _ended_as_too_slow(process: Process) -> bool:
     metrics = process.wait_for(lambda entry: entry.get("event") == "listening")["metrics"]
-    with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=5) as page:
+    with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=30) as page:
         text = page.read().decode()
     return any(
         line.startswith("grpc_server_handled_total") and "WatchModels" in line and "RESOURCE_EXHAUSTED" in line
