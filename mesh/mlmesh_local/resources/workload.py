@@ -21,6 +21,7 @@ from mlmesh_local.resources.model import (
     ServiceAccount,
 )
 from mlmesh_local.resources.model_sidecars import ProxySettings
+from mlmesh_local.resources.names import is_port_name, key_problem, value_problem
 from mlmesh_local.resources.proxies import ANNOTATION, annotated
 from mlmesh_local.resources.services import port_or_name
 
@@ -63,6 +64,10 @@ def parse_deployment(meta: Meta, spec: Fields) -> Deployment:
         with template.message("metadata") as metadata:
             metadata.ignored("name", "namespace", "creationTimestamp")
             labels = dict(metadata.text_map("labels"))
+            for key, value in labels.items():
+                problem = key_problem(key) or value_problem(value)
+                if problem:
+                    metadata.refuse("labels", problem)
             annotations = dict(metadata.text_map("annotations"))
             proxy = _proxy(metadata)
         with template.message("spec") as pod:
@@ -180,7 +185,11 @@ def _container_port(fields: Fields) -> ContainerPort:
     with fields:
         fields.unsupported("hostPort", "hostIP")
         fields.choice("protocol", ("TCP",), "TCP", unsupported=("UDP", "SCTP"))
-        return ContainerPort(name=fields.text("name"), number=fields.port("containerPort", required=True))
+        name = fields.text("name")
+        if name and not is_port_name(name):
+            problem = "is not the name of a port: up to 15 letters in lower case, digits and hyphens"
+            fields.refuse("name", f'"{name}" {problem}')
+        return ContainerPort(name=name, number=fields.port("containerPort", required=True))
 
 
 def _probe(fields: Fields) -> Probe:

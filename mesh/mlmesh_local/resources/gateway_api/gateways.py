@@ -37,6 +37,7 @@ from mlmesh_local.resources.gateway_api.reading import (
     text,
 )
 from mlmesh_local.resources.meta import Meta
+from mlmesh_local.resources.names import is_namespace
 
 LISTENERS_MAX = 64
 _PROTOCOL = re.compile(
@@ -252,4 +253,6 @@ def parse_reference_grant(meta: Meta, spec: Fields) -> ReferenceGrant:
 def parse_namespace(meta: Meta, body: Fields) -> Namespace:
     """Read a Namespace: its labels decide which routes a listener admits."""
     body.ignored("spec")
+    if not is_namespace(meta.name):
+        body.refuse("metadata", f'"{meta.name}" is not the name of a namespace: a DNS label in lower case')
     return Namespace(meta=meta)
