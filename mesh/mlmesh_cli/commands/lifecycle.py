@@ -61,40 +61,48 @@ def init(
     run(terminal, main)
 
 
+Manifests = Annotated[
+    list[Path] | None,
+    typer.Option("--manifests", help="Kubernetes YAML: a file or a folder; may be repeated.", show_default=False),
+]
+IstioFiles = Annotated[
+    list[Path] | None,
+    typer.Option("--istio", help="Istio YAML: a file or a folder; may be repeated.", show_default=False),
+]
+Foreground = Annotated[bool, typer.Option("--foreground", help="Stay here and log here; Ctrl-C ends the mesh.")]
+GatewayAddress = Annotated[
+    str, typer.Option(help="HOST:PORT at which the ingress gateway listens besides its own address, or none.")
+]
+ControlPlaneChoice = Annotated[
+    ControlPlane, typer.Option(help="Who configures the Envoys: the laptop mesh, or Istio's own pilot-discovery.")
+]
+IstiodProgram = Annotated[
+    str,
+    typer.Option(help="The program pilot-discovery; else MLMESH_ISTIOD, or on PATH.", metavar="PATH"),
+]
+OtlpEndpoint = Annotated[
+    str,
+    typer.Option(help="OTLP gRPC collector that gets spans, too: http://127.0.0.1:4317.", metavar="URL"),
+]
+SpiffeSocket = Annotated[
+    str,
+    typer.Option(
+        help="SPIFFE Workload API that issues the identities, such as SPIRE's: unix:///run/spire/agent.sock.",
+        metavar="ADDRESS",
+    ),
+]
+
+
 def up(
     *,
-    manifests: Annotated[
-        list[Path] | None,
-        typer.Option("--manifests", help="Kubernetes YAML: a file or a folder; may be repeated.", show_default=False),
-    ] = None,
-    istio: Annotated[
-        list[Path] | None,
-        typer.Option("--istio", help="Istio YAML: a file or a folder; may be repeated.", show_default=False),
-    ] = None,
-    foreground: Annotated[
-        bool, typer.Option("--foreground", help="Stay here and log here; Ctrl-C ends the mesh.")
-    ] = False,
-    gateway_address: Annotated[
-        str, typer.Option(help="HOST:PORT at which the ingress gateway listens besides its own address, or none.")
-    ] = GATEWAY_ADDRESS,
-    control_plane: Annotated[
-        ControlPlane, typer.Option(help="Who configures the Envoys: the laptop mesh, or Istio's own pilot-discovery.")
-    ] = ControlPlane.MLMESH,
-    istiod: Annotated[
-        str,
-        typer.Option(help="The program pilot-discovery; else MLMESH_ISTIOD, or on PATH.", metavar="PATH"),
-    ] = "",
-    otlp_endpoint: Annotated[
-        str,
-        typer.Option(help="OTLP gRPC collector that gets spans, too: http://127.0.0.1:4317.", metavar="URL"),
-    ] = "",
-    spiffe_socket: Annotated[
-        str,
-        typer.Option(
-            help="SPIFFE Workload API that issues the identities, such as SPIRE's: unix:///run/spire/agent.sock.",
-            metavar="ADDRESS",
-        ),
-    ] = "",
+    manifests: Manifests = None,
+    istio: IstioFiles = None,
+    foreground: Foreground = False,
+    gateway_address: GatewayAddress = GATEWAY_ADDRESS,
+    control_plane: ControlPlaneChoice = ControlPlane.MLMESH,
+    istiod: IstiodProgram = "",
+    otlp_endpoint: OtlpEndpoint = "",
+    spiffe_socket: SpiffeSocket = "",
     timeout: Annotated[float, typer.Option(help="Longest wait until it is ready, seconds.", min=1)] = 180.0,
     state_dir: StateDir = DEFAULT_STATE_DIR,
     output: Output = OutputFormat.TABLE,
