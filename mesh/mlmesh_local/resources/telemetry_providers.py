@@ -38,8 +38,9 @@ def telemetry_settings(fields: Fields) -> TelemetrySettings:
     """Settings of MeshConfig."""
     encoding = fields.choice("accessLogEncoding", ("TEXT", "JSON"), "TEXT")
     text = fields.text("accessLogFormat")
-    if encoding == "JSON" and text and not isinstance(_json(text), dict):
-        fields.refuse("accessLogFormat", "must be a JSON object when accessLogEncoding is JSON")
+    if encoding == "JSON" and not isinstance(_json(text), dict):
+        # Istio then takes its own fields.
+        text = ""
     defaults = part(fields, "defaultProviders", _defaults) or (None, None, None)
     sampling, tags, istio_tags, length = _proxy_tracing(fields)
     return TelemetrySettings(

@@ -15,6 +15,7 @@ from mlmesh_local.resources.model import LocalityBalancing, ZoneAwareBalancing
 
 NETWORK = "topology.istio.io/network"
 HOSTNAME = "kubernetes.io/hostname"
+_NODE = "laptop"
 _LABELS = ("topology.istio.io/locality", "istio-locality")
 
 Balancing = LocalityBalancing | ZoneAwareBalancing
@@ -147,6 +148,7 @@ def _by_labels(found: list[Group], labels: Mapping[str, str], wanted: Sequence[s
     """Groups split by how many of the labels, in order, their endpoints share with the client."""
     if not labels:
         return found
+    labels = {HOSTNAME: _NODE, **labels}
     pairs = [
         (key, value if equals else labels.get(key, "")) for key, equals, value in (w.partition("=") for w in wanted)
     ]
@@ -154,7 +156,11 @@ def _by_labels(found: list[Group], labels: Mapping[str, str], wanted: Sequence[s
     for group in found:
         parts: dict[int, list[Endpoint]] = {}
         for endpoint in group.endpoints:
-            parts.setdefault(_distance(located(endpoint.labels, group.locality), pairs), []).append(endpoint)
+            # Pods are on the laptop's one node, what resources name themselves is elsewhere.
+            own = located(
+                {HOSTNAME: _NODE, **endpoint.labels} if endpoint.instance else endpoint.labels, group.locality
+            )
+            parts.setdefault(_distance(own, pairs), []).append(endpoint)
         for priority, part in sorted(parts.items()):
             weight = sum(endpoint.weight for endpoint in part)
             result.append(replace(group, endpoints=tuple(part), weight=weight, priority=priority))

@@ -164,9 +164,11 @@ class View:
         return egress.listener.protocol if egress is not None and egress.port is not None else "unknown"
 
     def request_protocol(self, proxy: ProxyNode, port: int) -> Protocol:
-        """What decides where services with requests share a port: what a Sidecar says, else the oldest of them."""
+        """What decides where services with requests share a port: what a Sidecar says, else the oldest of them; those
+        that everybody sees come last."""
+        everyone = self.settings.service_export
         found = [
-            (service.age, service.name, service.namespace, described.protocol)
+            ("*" in (service.export_to or everyone), service.age, service.name, service.namespace, described.protocol)
             for service in self.egress_services(proxy, port)
             if (described := service.port(port)) is not None and is_http(described.protocol)
         ]

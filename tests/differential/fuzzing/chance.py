@@ -43,6 +43,7 @@ class Chance:
         self.hosts: list[Host] = []
         self.gateways: list[tuple[str, str]] = []
         self.documents: list[Doc] = []
+        self.server_names: list[list[str]] = []
         self._names = 0
 
     def yes(self, share: float) -> bool:

@@ -93,6 +93,10 @@ def _layer4(chance: Chance, spec: Doc, namespace: str, targets: list[Host]) -> N
         sni = [name for name in spec["hosts"] if "." in name][:2] or ["s.example.com"]
         if sni == ["s.example.com"]:
             spec["hosts"] = _apart([*spec["hosts"], *sni])
+        if any(set(sni) & set(other) and sni != other for other in chance.server_names):
+            # Envoy rejects chains of one address that overlap: Istio then makes what no proxy takes.
+            return
+        chance.server_names.append(sni)
         match = {
             "sniHosts": sni,
             **chance.maybe(0.5, port=port),

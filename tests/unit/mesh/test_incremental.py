@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -16,6 +16,9 @@ from mlmesh_local.model import ProxyNode, World
 from mlmesh_local.resources.resource_set import ResourceSet
 from mlmesh_local.snapshot import Snapshot, SnapshotBuilder, build_snapshot
 from mlmesh_local.translate import View
+from tests.differential import worlds
+from tests.differential.fuzz import documents as random_documents
+from tests.differential.fuzz import text
 from tests.support.mesh_documents import SUBSETS
 from tests.support.mesh_world import destination_rule, load_alone, resource, virtual_service, world
 
@@ -64,6 +67,33 @@ def test_a_world_after_another_equals_one_from_nothing(monkeypatch: pytest.Monke
         # Snapshots are equal when their bytes are.
         built = builder.build(current)
         assert built == from_nothing(current), f"step {number}"
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_random_worlds_after_another_equal_those_from_nothing(seed: int) -> None:
+    """Resources of every kind come and go, in any order."""
+    for built, plain in turns(seed, 3):
+        assert built == plain
+
+
+def turns(seed: int, steps: int) -> Iterator[tuple[dict[str, Snapshot], dict[str, Snapshot]]]:
+    """Worlds of a seed, of which each has one to three resources more or less than the one before."""
+    choose = random.Random(seed)  # noqa: S311
+    found = random_documents(seed)
+    pods = [it for it in found if it["kind"] in ("Deployment", "ServiceAccount")]
+    present = [it for it in found if it not in pods]
+    more = [it for it in random_documents(seed + 5000) if it["apiVersion"] not in ("v1", "apps/v1")]
+    pool = [*present, *more]
+    members = worlds.members(pods)
+    builder = SnapshotBuilder()
+    for _ in range(steps):
+        current = worlds.our_world([text([*pods, *present])], members)
+        yield builder.build(current), from_nothing(current)
+        for changed_one in choose.sample(pool, choose.randrange(1, 4)):
+            present = (
+                [it for it in present if it is not changed_one] if changed_one in present else [*present, changed_one]
+            )
+        choose.shuffle(present)
 
 
 def test_proxies_that_come_and_go_are_not_kept_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
