@@ -11,6 +11,7 @@ from mlmesh_local.resources.domains import host_covers
 from mlmesh_local.resources.indexes import LabelIndex
 from mlmesh_local.resources.model import (
     Deployment,
+    Namespace,
     Resolution,
     Service,
     ServiceEntry,
@@ -19,12 +20,16 @@ from mlmesh_local.resources.model import (
 from mlmesh_local.resources.names import MESH_GATEWAY, full_gateway, full_host
 from mlmesh_local.resources.protocols import Protocol
 from mlmesh_local.resources.rules import HostPolicy
+from mlmesh_local.resources.services import Distribution, annotated_distribution
 
 if TYPE_CHECKING:
     from mlmesh_local.resources.resource_set import ResourceSet
 
 ACCOUNTS = "alpha.istio.io/kubernetes-serviceaccounts"
 """Annotation of a Service: more ServiceAccounts, of its namespace, that may answer for it."""
+
+IDENTITIES = "alpha.istio.io/canonical-serviceaccounts"
+"""The same, as whole identities."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +128,8 @@ def all_services(resources: ResourceSet, domain: str = "cluster.local") -> list[
     """Services by host and namespace, those of Kubernetes first, then the oldest. ExternalName Services are aliases."""
     deployments = LabelIndex((d.meta.namespace, d.labels, d) for d in resources.specs(Deployment))
     workloads = LabelIndex((w.meta.namespace, w.endpoint.labels, w) for w in resources.specs(WorkloadEntry))
-    behind = _Behind(deployments, workloads)
+    near = {one.meta.name: annotated_distribution(one.meta) for one in resources.specs(Namespace)}
+    behind = _Behind(deployments, workloads, near)
     found: dict[tuple[str, str], CatalogService] = {}
     targets: dict[tuple[str, str], str] = {}
     for resource in sorted(resources.of_kind(Service), key=lambda resource: resource.age):
@@ -201,6 +207,11 @@ class _Behind:
 
     deployments: LabelIndex[Deployment]
     entries: LabelIndex[WorkloadEntry]
+    distributions: Mapping[str, Distribution]
+
+    def distribution(self, namespace: str, own: Distribution) -> Literal["", "zone", "node"]:
+        found = own or self.distributions.get(namespace, "")
+        return "" if found == "any" else found
 
     def accounts(self, namespace: str, selector: Mapping[str, str]) -> set[tuple[str, str]]:
         found = {(namespace, pod.service_account) for pod in self.deployments.select(namespace, selector)}
@@ -218,8 +229,7 @@ def _of_service(service: Service, host: str, behind: _Behind) -> CatalogService:
         for port in service.ports
     )
     accounts = behind.accounts(namespace, service.selector) if service.selector else set()
-    more = [name.strip() for name in service.meta.annotations.get(ACCOUNTS, "").split(",")]
-    accounts.update((namespace, name) for name in more if name)
+    accounts.update((namespace, name) for name in _listed(service, ACCOUNTS))
     return CatalogService(
         host=host,
         namespace=namespace,
@@ -227,10 +237,11 @@ def _of_service(service: Service, host: str, behind: _Behind) -> CatalogService:
         ports=ports,
         selector=service.selector or None,
         accounts=tuple(sorted(accounts)),
+        subject_alt_names=_listed(service, IDENTITIES),
         labels=service.meta.labels,
         export_to=service.export_to,
         headless=service.headless,
-        distribution=service.distribution,
+        distribution=behind.distribution(namespace, service.distribution),
         node_local=service.node_local,
         not_ready=service.not_ready,
     )
@@ -261,7 +272,14 @@ def _of_entry(entry: ServiceEntry, host: str, behind: _Behind) -> CatalogService
         external=entry.external,
         resolution=entry.resolution,
         addresses=entry.addresses,
+        distribution=behind.distribution(namespace, annotated_distribution(entry.meta)),
     )
+
+
+def _listed(service: Service, annotation: str) -> tuple[str, ...]:
+    """Names as they are written between commas, as in Istio."""
+    text = service.meta.annotations.get(annotation, "")
+    return tuple(text.split(",")) if text else ()
 
 
 def _joined(old: CatalogService, new: CatalogService) -> CatalogService:

@@ -102,7 +102,7 @@ class Service:
         headless: without a cluster IP.
         external_name: the host that an ExternalName Service stands for.
         export_to: who sees it; empty leaves the mesh's default.
-        distribution: nearest endpoints first: of the own zone or of the own node.
+        distribution: nearest endpoints first: of the own zone or node; "any" for none, whatever its namespace says.
         node_local: only endpoints of the own node; a laptop is one node.
         not_ready: whether pods that are not ready are called, too.
     """
@@ -113,7 +113,7 @@ class Service:
     headless: bool = False
     external_name: str = ""
     export_to: tuple[str, ...] = ()
-    distribution: Literal["", "zone", "node"] = ""
+    distribution: Literal["", "zone", "node", "any"] = ""
     node_local: bool = False
     not_ready: bool = False
 

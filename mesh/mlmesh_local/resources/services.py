@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Final, Literal
 
 from mlmesh_local.resources.domains import domain_problem, is_label
 from mlmesh_local.resources.fields import Fields
@@ -14,7 +14,7 @@ EXPORT_TO = "networking.istio.io/exportTo"
 """Annotation: namespaces, "." or "*" that see the Service, separated by commas; "~" for none."""
 
 DISTRIBUTION = "networking.istio.io/traffic-distribution"
-"""Annotation in place of `trafficDistribution`."""
+"""Annotation in place of `trafficDistribution`: of Services, ServiceEntries, and of Namespaces for all in them."""
 
 # fmt: off
 _CLUSTER_ONLY = (
@@ -24,7 +24,8 @@ _CLUSTER_ONLY = (
     "sessionAffinity", "sessionAffinityConfig",
 )
 # fmt: on
-_DISTRIBUTIONS: dict[str, Literal["zone", "node"]] = {
+Distribution = Literal["", "zone", "node", "any"]
+_DISTRIBUTIONS: Final[dict[str, Distribution]] = {
     "PreferClose": "zone",
     "PreferSameZone": "zone",
     "PreferSameNode": "node",
@@ -60,12 +61,16 @@ def parse_service(meta: Meta, spec: Fields) -> Service:
     )
 
 
-def _distribution(meta: Meta, spec: Fields) -> Literal["", "zone", "node"]:
+def _distribution(meta: Meta, spec: Fields) -> Distribution:
     declared = spec.choice("trafficDistribution", ("", *_DISTRIBUTIONS))
-    if declared:
-        return _DISTRIBUTIONS[declared]
+    return _DISTRIBUTIONS[declared] if declared else annotated_distribution(meta)
+
+
+def annotated_distribution(meta: Meta) -> Distribution:
+    """What the annotation says; a word that it does not know is "any", as in Istio."""
     annotated = meta.annotations.get(DISTRIBUTION, "").lower()
-    return next((place for name, place in _DISTRIBUTIONS.items() if name.lower() == annotated), "")
+    unknown: Distribution = "any" if annotated else ""
+    return next((place for name, place in _DISTRIBUTIONS.items() if name.lower() == annotated), unknown)
 
 
 def _ports(spec: Fields) -> tuple[ServicePort, ...]:

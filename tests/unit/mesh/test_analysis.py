@@ -72,3 +72,25 @@ spec:
 
 def test_codes_are_those_that_istio_documents() -> None:
     assert all(code.startswith(("IST0", "MLM0")) and len(code) == 7 for code in CODES)
+
+
+def test_annotations_of_a_template_are_those_of_a_pod() -> None:
+    """In a cluster Istio finds them at pods."""
+    text = """\
+apiVersion: apps/v1
+kind: Deployment
+metadata: {name: a, namespace: shop}
+spec:
+  selector: {matchLabels: {app: a}}
+  template:
+    metadata:
+      labels: {app: a, sidecar.istio.io/inject: "true"}
+      annotations:
+        proxy.istio.io/confg: "{}"
+        sidecar.istio.io/inject: "true"
+        traffic.sidecar.istio.io/excludeInboundPorts: http
+        networking.istio.io/exportTo: "*"
+    spec: {containers: [{name: app, image: a}]}
+"""
+    found = {(message.code, message.at.line) for message in analyze(load(text))}
+    assert found == {("IST0108", 10), ("IST0125", 12), ("IST0107", 13)}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from mlmesh_local.resources.analysis.annotations import IGNORED, KNOWN, check
 from mlmesh_local.resources.analysis.cluster import Cluster, Item, listed, mapped
 from mlmesh_local.resources.indexes import LabelIndex
@@ -23,6 +26,12 @@ def analyze_workloads(cluster: Cluster) -> None:
     for kind in ("Namespace", "Service", "Deployment"):
         for item in cluster.items(kind):
             _annotations(cluster, item, kind)
+    for item in cluster.items("Pod"):
+        _annotations(cluster, item, "Pod")
+    # Istio finds these at the pods that a cluster makes of them.
+    for kind in ("Deployment", "StatefulSet"):
+        for item in cluster.items(kind):
+            _annotations(cluster, item, "Pod", "spec", "template")
 
 
 def _in_front(cluster: Cluster) -> dict[str, list[Item]]:
@@ -87,17 +96,21 @@ def _injection(cluster: Cluster, item: Item) -> None:
         cluster.report("IST0102", item, text, "metadata", "labels")
 
 
-def _annotations(cluster: Cluster, item: Item, kind: str) -> None:
-    for name, value in item.meta.annotations.items():
+def _annotations(cluster: Cluster, item: Item, kind: str, *around: str) -> None:
+    holder: Mapping[str, Any] = item.plain
+    for step in around:
+        holder = mapped(holder.get(step))
+    labels, annotations = (mapped(mapped(holder.get("metadata")).get(name)) for name in ("labels", "annotations"))
+    for name, value in annotations.items():
         if not (name.split("/")[0].endswith("istio.io") or name == "kubernetes.io/ingress.class") or name in IGNORED:
             continue
         known = KNOWN.get(name)
-        place = ("metadata", "annotations", name)
+        place = (*around, "metadata", "annotations", name)
         if known is None:
             cluster.report("IST0108", item, f'Istio has no annotation "{name}"', *place)
             continue
         deprecated, kinds = known
-        if deprecated and not (name == "sidecar.istio.io/inject" and name in item.meta.labels):
+        if deprecated and not (name == "sidecar.istio.io/inject" and name in labels):
             cluster.report("IST0135", item, f'the annotation "{name}" is deprecated', *place)
         if "Any" in kinds:
             continue
