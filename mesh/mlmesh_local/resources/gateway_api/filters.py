@@ -38,6 +38,8 @@ HTTP_FILTERS = (
 )
 GRPC_FILTERS = ("RequestHeaderModifier", "ResponseHeaderModifier", "RequestMirror", "ExtensionRef")
 # What may occur several times in one list.
+_HEADER_VALUE = re.compile(r"[!-~]+([\t ][!-~]+)*\Z")
+_VALUE_IS = "a value: visible ASCII, with single blanks or tabs between words"
 _REPEATED = ("RequestMirror", "ExtensionRef", "ExternalAuth")
 _FIELD = {
     "RequestHeaderModifier": "requestHeaderModifier",
@@ -104,9 +106,7 @@ def _headers(fields: Fields, name: str) -> tuple[tuple[str, str], ...]:
     for item in fields.messages(name):
         with item:
             key = text(item, "name", HEADER_NAME, "a header name", required=True, longest=256)
-            value = text(item, "value", None, "a value", required=True, longest=4096)
-            if any((ord(c) < 32 and c != "\t") or ord(c) == 127 for c in value):
-                item.refuse("value", "contains a control character")
+            value = text(item, "value", _HEADER_VALUE, _VALUE_IS, required=True, longest=4096)
             found.append((key, value))
     at_most(fields, name, len(found), 16)
     repeated(fields, name, [key for key, _ in found])
