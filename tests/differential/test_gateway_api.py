@@ -96,7 +96,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         if value.get("host") == NOWHERE:
             return {}
-        return {key: _plain(inner) for key, inner in value.items() if (key, inner) != ("mode", "PASSTHROUGH")}
+        left_out = (("mode", "PASSTHROUGH"), ("sniHosts", []))
+        return {key: _plain(inner) for key, inner in value.items() if (key, inner) not in left_out}
     if isinstance(value, list):
         return [_plain(inner) for inner in value]
     if isinstance(value, str) and parse_duration(value) is not None:
@@ -108,7 +109,11 @@ def _ordered(status: Any) -> Any:
     """A status without times, its conditions in one order."""
     if isinstance(status, dict):
         left_out = {"lastTransitionTime", "observedGeneration"}
-        return {key: _ordered(value) for key, value in status.items() if key not in left_out}
+        found = {key: _ordered(value) for key, value in status.items() if key not in left_out}
+        if "; " in found.get("message", ""):
+            # What several listeners say comes in the order of a hash table.
+            found["message"] = sorted(found["message"].split("; "))
+        return found
     if isinstance(status, list):
         items = [_ordered(item) for item in status]
         return sorted(items, key=lambda item: str(item["type"])) if items and "reason" in items[0] else items

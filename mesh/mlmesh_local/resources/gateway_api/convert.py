@@ -204,7 +204,11 @@ def _stream_services(
     if binding.is_mesh:
         hosts = _mesh_hosts(route, binding, around)
         if binding.ref.port:
-            rules = [(_with_port(document, binding.ref.port), rule) for document, rule in rules]
+            rules = [
+                # A rule for TLS without conditions, as one without backends is, never applies and gets none.
+                (_with_port(document, binding.ref.port) if section == "tcp" or "match" in document else document, rule)
+                for document, rule in rules
+            ]
     elif section == "tls" and own:
         hosts = intersection(hosts, [own])
         rules = [(kept, rule) for document, rule in rules if (kept := _narrowed(document, own)) is not None]

@@ -28,6 +28,7 @@ from mlmesh_local.resources.gateway_api.model_tls import BackendTlsPolicy, CaBun
 from mlmesh_local.resources.gateway_api.owners import Derived
 from mlmesh_local.resources.gateways import parse_gateway
 from mlmesh_local.resources.model import Service, ServiceEntry
+from mlmesh_local.resources.model_routes import Layer4Match
 from mlmesh_local.resources.networking import parse_virtual_service
 from mlmesh_local.resources.problems import At, Problems
 from mlmesh_local.resources.services import parse_service
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 S = TypeVar("S")
 DOMAIN = "cluster.local"
 _KEPT_MAX = 8
+_NO_NAME, _NO_MATCH = "no-name.invalid", "no-match.invalid"
 _PARSERS: dict[str, Any] = {
     "VirtualService": parse_virtual_service,
     "DestinationRule": parse_destination_rule,
@@ -143,15 +145,28 @@ def _parse(item: Derived, problems: Problems) -> Any:
     node = _node(document, at.line)
     if item.rules and isinstance(node.value, dict):
         section = next(name for name in ("http", "tls", "tcp") if name in item.spec)
-        rules = [_node(rule_document, rule.at.line) for rule_document, rule in _rules(item, section)]
+        named = _named if section == "tls" else dict
+        rules = [_node(named(rule_document), rule.at.line) for rule_document, rule in _rules(item, section)]
         node.value[section] = Node(at.line, list(rules))
     fields = Fields(node, at, problems)
     spec = _PARSERS[item.kind](item.meta, fields)
     fields.done()
     if item.kind == "VirtualService":
         hosts, gateways = tuple(item.spec["hosts"]), tuple(item.spec["gateways"])
-        return replace(spec, hosts=hosts, gateways=gateways, semantics="gateway")
+        tls = tuple(replace(rule, matches=_as_derived(rule.matches)) for rule in spec.tls)
+        return replace(spec, hosts=hosts, gateways=gateways, tls=tls, semantics="gateway")
     return spec
+
+
+def _named(rule: dict[str, Any]) -> dict[str, Any]:
+    """A rule for TLS with the server names that no person can leave out: a route may have none that its parent has."""
+    matches = [one if one.get("sniHosts") else {**one, "sniHosts": [_NO_NAME]} for one in rule.get("match", ())]
+    return {**rule, "match": matches or [{"sniHosts": [_NO_MATCH]}]}
+
+
+def _as_derived(matches: Iterable[Layer4Match]) -> tuple[Layer4Match, ...]:
+    real = (match for match in matches if match.sni_hosts != (_NO_MATCH,))
+    return tuple(replace(match, sni_hosts=()) if match.sni_hosts == (_NO_NAME,) else match for match in real)
 
 
 def _rules(item: Derived, section: str) -> Iterable[tuple[Any, RouteRule]]:

@@ -167,7 +167,10 @@ def _first(headers: Iterable[tuple[str, str]]) -> dict[str, str]:
 
 
 def _mirror(scope: Scope, document: Document, value: MirrorFilter) -> Fault | None:
-    destination, fault = _destination(scope, value.backend)
+    try:
+        destination, fault = _destination(scope, value.backend)
+    except HardError as error:
+        destination, fault = {}, error.fault
     if fault is not None:
         if scope.kind == "GRPCRoute":
             # Istio gives up the whole GRPCRoute, where of an HTTPRoute it drops the mirror only.
