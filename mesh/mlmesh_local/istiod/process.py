@@ -63,7 +63,8 @@ def find_program(path: str, environment: Mapping[str, str]) -> Path:
             f"{what}; build it with `make tools` (.tools/bin/{PROGRAM}) and name it by --istiod or {VARIABLE}",
             reason="ISTIOD_MISSING",
         )
-    return Path(found)
+    # It is started in a folder of its own.
+    return Path(found).absolute()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

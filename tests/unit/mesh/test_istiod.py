@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -252,5 +253,7 @@ def test_the_program_is_found_or_it_is_said_how_to_get_it(tmp_path: Path) -> Non
     program.touch(mode=0o755)
     assert find_program("", {"PATH": str(tmp_path)}) == program
     assert find_program("", {"PATH": "", VARIABLE: str(program)}) == program
+    # It is started in another folder than the one where it was named.
+    assert find_program(os.path.relpath(program), {"PATH": ""}) == Path.cwd() / os.path.relpath(program)
     with pytest.raises(NotReady, match="is not a program"):
         find_program(str(tmp_path / "other"), {"PATH": ""})
