@@ -23,7 +23,10 @@ def streams(manager: Json, action: Json, timed: Timed, destinations: tuple[Desti
     else:
         yield "routes act when a stream begins: one that is open stays where it is when they change"
     yield "load balancing and outlier ejection choose an endpoint for a new stream; they move none that is open"
-    yield "an endpoint that is no longer ready gets no new streams; open ones go on until it ends"
+    yield (
+        "an endpoint that is no longer ready gets no new streams; open ones go on until it ends. When it ends, or its "
+        "sidecar does, its open streams end with INTERNAL (RST_STREAM) where an answer has begun"
+    )
     if timed.route_s:
         yield f"CUT by the route: no stream lives longer than {text(timed.route_s)}, whatever flows on it"
     if timed.deadline_s:
@@ -33,7 +36,8 @@ def streams(manager: Json, action: Json, timed: Timed, destinations: tuple[Desti
         yield f"CUT after {text(idle)} without a message in either direction"
     yield (
         f"CUT {DRAIN_S:.0f} s after a change of a listener on its way (ports, TLS modes, filters): the client sees "
-        "UNAVAILABLE; `mlmesh diff` tells whether a change is one"
+        "UNAVAILABLE where it is its own sidecar's, INTERNAL (RST_STREAM) where the server's; `mlmesh diff` tells "
+        "whether a change is one"
     )
     yield "not cut by new routes, weights, endpoints or certificates"
     yield (

@@ -94,7 +94,7 @@ def _tls(folder: Path, protocol: str) -> ssl.SSLContext:
 
 
 def _patience(call: RandomCall) -> float:
-    return 12.0 if "x-slow" in call.headers else 20.0
+    return 8.0 if "x-slow" in call.headers else 20.0
 
 
 def asked(call: RandomCall) -> Call:
@@ -145,6 +145,10 @@ async def run(program: Path | None, folder: Path, seeds: Iterable[int]) -> Tally
                     tally.refused.append(seed)
                     break
                 except MeshError as error:
+                    if side == "istio" and "Envoy refused" in error.message:
+                        # Istio, too, sends what Envoy does not take: gateways whose servers have equal filter chains.
+                        tally.refused.append(seed)
+                        break
                     tally.found.append(f"seed {seed}, {side}: {error.message}")
                     break
                 await _compare(tally, seed, side, caller, calls)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import dataclasses
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -19,8 +21,8 @@ from mlmesh_local.live.running import Sent, compare
 from mlmesh_local.live.running import running as in_envoy
 from mlmesh_local.translate import Configuration
 from mlmesh_local.xds import SentResource
-from tests.support.envoy_mesh import UNARY, EnvoyMesh
-from tests.support.mesh_documents import GATEWAY_POD, deployment, service
+from tests.support.envoy_mesh import CHAT, UNARY, EnvoyMesh
+from tests.support.mesh_documents import GATEWAY_POD, STRICT, SUBSETS, deployment, service, split
 from tests.support.tokens import Issuer
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -312,6 +314,69 @@ async def test_explanations_are_what_envoys_do(running: EnvoyMesh) -> None:
             if document(explain(sent, _call(asked))) != document(said):
                 differences.append(f"{asked.name}: what was sent explains otherwise")
     assert not differences, "\n".join(differences)
+
+
+DENIED = """
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: nobody}
+spec: {selector: {matchLabels: {app: server}}}
+---
+"""
+
+
+ANSWERED = """
+apiVersion: networking.istio.io/v1
+kind: VirtualService
+metadata: {name: server}
+spec: {hosts: [server], http: [{directResponse: {status: 403}}]}
+---
+"""
+
+
+async def test_streams_are_moved_and_cut_by_what_is_said_to(running: EnvoyMesh) -> None:
+    await running.reset(STRICT, SUBSETS, split(0, 100))
+    said = explain(Scene(running.world, now_s=time.time()), Call(source="client", host="server", path=CHAT))
+    assert not [line for line in said.streams if line.startswith("CUT by")]
+    async with running.channel() as channel:
+        stream = channel.stream_stream(CHAT)(timeout=60)
+        assert await _exchange(stream, b"1") == b"server-v2-0:1"
+        # Neither a denial, nor other weights, nor a rule that answers itself ends or moves it.
+        await running.reset(STRICT, SUBSETS, split(0, 100), DENIED)
+        assert await _exchange(stream, b"denied") == b"server-v2-0:denied"
+        assert (await running.call()).code is grpc.StatusCode.PERMISSION_DENIED
+        await running.reset(STRICT, SUBSETS, split(100, 0))
+        assert await _exchange(stream, b"weights") == b"server-v2-0:weights"
+        assert (await running.call()).text.startswith("server-v1-")
+        await running.reset(STRICT, SUBSETS, ANSWERED)
+        assert await _exchange(stream, b"no route") == b"server-v2-0:no route"
+        assert (await running.call()).code is grpc.StatusCode.PERMISSION_DENIED
+        # The end of its server does; its answer has begun, so that no other can go on with it.
+        await running.reset(STRICT, SUBSETS, split(50, 50))
+        await running.restart_envoy("server-v2-0")
+        assert await stream.code() is grpc.StatusCode.INTERNAL
+        assert any("its open streams end with INTERNAL" in line for line in said.streams)
+
+
+async def test_a_timeout_of_the_route_cuts_a_stream_that_flows(running: EnvoyMesh) -> None:
+    await running.reset(STRICT, SUBSETS, split(0, 100, "      timeout: 1s"))
+    said = explain(Scene(running.world, now_s=time.time()), Call(source="client", host="server", path=CHAT))
+    assert any(line.startswith("CUT by the route: no stream lives longer than 1 s") for line in said.streams)
+    async with running.channel() as channel:
+        stream = channel.stream_stream(CHAT)(timeout=60)
+        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            # A write to what has just ended is an invalid state.
+            while await stream.write(b"1") is None and await stream.read() is not grpc.aio.EOF:
+                pass
+        # The server's sidecar knows the time, too: at a busy moment it is first.
+        assert await stream.code() in (grpc.StatusCode.INTERNAL, grpc.StatusCode.DEADLINE_EXCEEDED)
+
+
+async def _exchange(stream: grpc.aio.StreamStreamCall, message: bytes) -> bytes:
+    await stream.write(message)
+    answer = await asyncio.wait_for(stream.read(), 30)
+    assert isinstance(answer, bytes), f"the stream has ended: {await stream.code()}"
+    return answer
 
 
 async def test_what_envoys_run_is_what_they_were_sent(running: EnvoyMesh) -> None:
