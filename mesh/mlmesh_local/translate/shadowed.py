@@ -31,7 +31,7 @@ class Shadowed:
     def detail(self) -> str:
         """What is so, for a person."""
         return (
-            f"plain TCP to port {self.port} of {self.service.host} reaches {self.taken_by.host}, which comes before it: "
+            f"plain TCP to port {self.port} of {self.service.host} reaches {self.taken_by.host}, which comes first: "
             "sidecars of the laptop tell TCP services apart by port only"
         )
 
