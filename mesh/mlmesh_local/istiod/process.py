@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 PROGRAM = "pilot-discovery"
 VARIABLE = "MLMESH_ISTIOD"
 START_S = 60.0
+IN_USE = b"address already in use"
 READY_CHECK_S = 0.05
 READY_ANSWER_S = 2.0
 
@@ -76,6 +77,10 @@ class Ports:
     monitoring: int
 
 
+class _EndedError(Exception):
+    """It ended before it was ready."""
+
+
 def free_ports(host: str) -> Ports:
     """Ports that are free now."""
     with contextlib.ExitStack() as stack:
@@ -125,17 +130,28 @@ class Istiod:
         kubeconfig = self._kubeconfig
         kubeconfig.touch(mode=0o600)
         kubeconfig.write_text(json.dumps(_kubeconfig(f"http://{self.host}:{api}/{self._token}")))
-        process = await self._run()
         try:
             async with asyncio.timeout(timeout_s):
-                while process.returncode is None:
-                    if await self._is_ready():
-                        return
-                    await asyncio.sleep(READY_CHECK_S)
-        except TimeoutError:
-            pass
-        await self.stop()
-        raise NotReady(f"pilot-discovery did not start: {self._end_of_log()}", reason="ISTIOD_FAILED")
+                while not await self._came_up():
+                    # Somebody took a port between the look for one and the start.
+                    self.ports = free_ports(self.host)
+        except (TimeoutError, _EndedError):
+            await self.stop()
+            raise NotReady(f"pilot-discovery did not start: {self._end_of_log()}", reason="ISTIOD_FAILED") from None
+
+    async def _came_up(self) -> bool:
+        """Start it and wait until it is ready; False when a port is in use. Raises _EndedError for other ends."""
+        said = self.log.stat().st_size if self.log.exists() else 0
+        process = await self._run()
+        while process.returncode is None:
+            if await self._is_ready():
+                return True
+            await asyncio.sleep(READY_CHECK_S)
+        with self.log.open("rb") as log:
+            log.seek(said)
+            if IN_USE in log.read():
+                return False
+        raise _EndedError
 
     async def keep_running(self) -> None:
         """Start it again whenever it ends, until cancelled. Envoys go on with what they have meanwhile."""
