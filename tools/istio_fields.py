@@ -49,6 +49,8 @@ _UNIONS = {
     "filters[]": {"urlRewrite": "URLRewrite", "cors": "CORS"},
     "path": {"replaceFullPath": "ReplaceFullPath", "replacePrefixMatch": "ReplacePrefixMatch"},
 }
+# What a field needs beside it, or it does not go with the default.
+_BESIDE: Mapping[str, tuple[str, str]] = {"ServiceEntry.spec.endpoints": ("resolution", "STATIC")}
 _VERDICTS = ("same", "differs", "accepted", "no effect", "refused")
 
 
@@ -154,6 +156,9 @@ def _problems(kind: Kind, path: str, leaf: Any) -> tuple[Problem, ...]:
         "metadata": {"name": "probe", "namespace": "mlmesh"},
         **_nested(path.split("."), leaf),
     }
+    for start, (name, value) in _BESIDE.items():
+        if f"{kind.title}.{path}".startswith(start):
+            document["spec"][name] = value
     if not kind.group:
         settings = yaml.safe_dump(_nested(path.split("."), leaf))
         named = {"name": "istio", "namespace": "istio-system"}
