@@ -50,11 +50,23 @@ class RootBundle:
     roots: str = ""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyPair:
+    """A certificate chain with its key (PEM) under an SDS name, as a Secret has them."""
+
+    name: str
+    certificate: str
+    key: str = field(repr=False)
+
+
+Bundle = RootBundle | KeyPair
+
+
 @dataclass(slots=True)
 class _Held:
     proxy: ProxyNode
     credentials: tuple[ServerCredential, ...]
-    bundles: tuple[RootBundle, ...]
+    bundles: tuple[Bundle, ...]
     trust_domain: str
     leaf: Certificate
     servers: dict[str, Certificate] = field(default_factory=dict)
@@ -106,7 +118,7 @@ class Certificates:
         credentials: tuple[ServerCredential, ...],
         *,
         trust_domain: str = "",
-        bundles: tuple[RootBundle, ...] = (),
+        bundles: tuple[Bundle, ...] = (),
     ) -> None:
         """Give a node its certificates, and roots; what it holds already is kept when it still fits.
 
@@ -195,7 +207,7 @@ class Certificates:
         proxy: ProxyNode,
         credentials: tuple[ServerCredential, ...],
         trust_domain: str,
-        bundles: tuple[RootBundle, ...],
+        bundles: tuple[Bundle, ...],
         servers: Mapping[str, Certificate] | None = None,
     ) -> None:
         held = _Held(
@@ -227,10 +239,16 @@ class Certificates:
             secrets[credential_secret(name)] = _secret(certificate)
             secrets[root_secret(name)] = callers
         for bundle in held.bundles:
-            secrets[bundle.name] = TrustSecret(roots=bundle.roots.encode()) if bundle.roots else callers
+            secrets[bundle.name] = _given(bundle, callers)
         # Last: "builtin://" names the workload's own.
         secrets |= {WORKLOAD_SECRET: _secret(held.leaf), TRUST_SECRET: roots}
         self._sink.set_secrets(held.proxy.id, secrets)
+
+
+def _given(bundle: Bundle, callers: TrustSecret) -> Secret:
+    if isinstance(bundle, KeyPair):
+        return CertificateSecret(certificate_chain=bundle.certificate.encode(), private_key=bundle.key.encode())
+    return TrustSecret(roots=bundle.roots.encode()) if bundle.roots else callers
 
 
 def _secret(certificate: Certificate) -> CertificateSecret:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mlmesh_local.addresses import Block, split_address
+from mlmesh_local.backend_credentials import backend_credentials
 from mlmesh_local.certificates import Certificates, ServerCredential
 from mlmesh_local.instance import Instance
 from mlmesh_local.instances import InstancePlan
@@ -296,7 +297,11 @@ class Configuration:
                     proxy,
                     self._credentials(plan, served),
                     trust_domain=self.trust_domain,
-                    bundles=backends + client_bundles(derived, served),
+                    bundles=(
+                        *backends,
+                        *client_bundles(derived, served),
+                        *backend_credentials(derived, proxy),
+                    ),
                 )
             if self._other is None:
                 self._ads.update(proxy.id, snapshots[proxy.id])

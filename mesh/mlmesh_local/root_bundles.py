@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
 from mlmesh_local.certificates import RootBundle
+from mlmesh_local.resources.credentials import client_rules
 from mlmesh_local.resources.gateway_api.model_tls import CaBundle
-from mlmesh_local.resources.model import DestinationRule, Gateway, TrafficPolicy
+from mlmesh_local.resources.model import DestinationRule, Gateway
 from mlmesh_local.resources.resource_set import ResourceSet
 from mlmesh_local.translate import IN_CONFIG_MAP, credential_secret, root_secret
 
@@ -21,10 +22,10 @@ def backend_bundles(resources: ResourceSet) -> tuple[RootBundle, ...]:
     names = {
         name
         for rule in resources.specs(DestinationRule)
-        for policy in (rule.policy, *(subset.policy for subset in rule.subsets))
-        for name in _credentials(policy)
+        for tls in client_rules(rule)
+        if (name := tls.credential_name).startswith(IN_CONFIG_MAP)
     }
-    return _bundles((root_secret(name) for name in names if name.startswith(IN_CONFIG_MAP)), known)
+    return _bundles((root_secret(name) for name in names), known)
 
 
 def client_bundles(resources: ResourceSet, gateways: Iterable[Gateway]) -> tuple[RootBundle, ...]:
@@ -52,12 +53,3 @@ def _bundles(names: Iterable[str], known: Mapping[str, CaBundle]) -> tuple[RootB
         elif (one := known.get(name.removesuffix(_SUFFIX))) is not None:
             found.append(RootBundle(name=name, roots=one.roots))
     return tuple(found)
-
-
-def _credentials(policy: TrafficPolicy | None) -> Iterator[str]:
-    if policy is None:
-        return
-    if policy.tls is not None and policy.tls.credential_name:
-        yield policy.tls.credential_name
-    for _, own in policy.ports:
-        yield from _credentials(own)

@@ -24,6 +24,8 @@ import grpc
 
 from mlmesh_local.access_logs import AccessLogs
 from mlmesh_local.addresses import ADMIN_PORT, claim
+from mlmesh_local.backend_credentials import backend_credentials
+from mlmesh_local.certificates import Bundle, KeyPair
 from mlmesh_local.envoy_types import CLUSTER, build
 from mlmesh_local.metrics.directory import Directory
 from mlmesh_local.metrics.registry import MeshMetrics
@@ -129,7 +131,7 @@ class EnvoyMesh:
         self._folder = folder
         self._claim = claim(str(folder))
         self._channels: dict[tuple[str, int], grpc.aio.Channel] = {}
-        self._asked: dict[str, tuple[set[str], dict[str, str]]] = {}
+        self._asked: dict[str, tuple[set[str], dict[str, Bundle]]] = {}
         self._envoys: dict[str, asyncio.subprocess.Process] = {}
         self.proxies = tuple(self._plan())
 
@@ -387,8 +389,12 @@ class EnvoyMesh:
             secrets["kubernetes://ingress-cert"] = shown
             secrets["kubernetes://ingress-cert-cacert"] = secrets["ROOTCA"]
             secrets |= dict.fromkeys(self._certificates(proxy), shown)
-        own = self.authority.pem
-        return secrets | {name: TrustSecret(roots=text.encode() or own) for name, text in self._bundles(proxy).items()}
+        return secrets | {name: self._given(bundle) for name, bundle in self._bundles(proxy).items()}
+
+    def _given(self, bundle: Bundle) -> Secret:
+        if isinstance(bundle, KeyPair):
+            return CertificateSecret(certificate_chain=bundle.certificate.encode(), private_key=bundle.key.encode())
+        return TrustSecret(roots=bundle.roots.encode() or self.authority.pem)
 
     def _certificates(self, proxy: ProxyNode) -> set[str]:
         """Names of the secrets whose certificates a gateway's servers show."""
@@ -398,11 +404,12 @@ class EnvoyMesh:
         shown = [server.tls for gateway in served for server in gateway.servers if server.tls]
         return {credential_secret(name) for tls in shown for name in tls.credentials} - _ALWAYS
 
-    def _bundles(self, proxy: ProxyNode) -> dict[str, str]:
-        """Roots that a proxy needs beside those of the mesh, by the names of their secrets."""
+    def _bundles(self, proxy: ProxyNode) -> dict[str, Bundle]:
+        """Roots and certificates that a proxy needs beside those of the mesh, by the names of their secrets."""
         derived = derive(self.resources)
         served = gateways_serving(derived, proxy.namespace, proxy.labels) if proxy.kind == "gateway" else ()
-        return {one.name: one.roots for one in backend_bundles(derived) + client_bundles(derived, served)}
+        roots = backend_bundles(derived) + client_bundles(derived, served)
+        return {one.name: one for one in (*roots, *backend_credentials(derived, proxy))}
 
     async def _serve(self, stack: contextlib.AsyncExitStack) -> None:
         self._stack = stack

@@ -20,11 +20,11 @@ from typing import Any, Final
 
 from mlmesh_local.envoy_types import CLUSTER, ENDPOINTS, EXTENSIONS, LISTENER, ROUTES, Json
 from mlmesh_local.istiod.wire import OPAQUE
-from mlmesh_local.model import ProxyNode, World
+from mlmesh_local.model import TRUST_SECRET, WORKLOAD_SECRET, ProxyNode, World
 from mlmesh_local.translate import View, reporting
+from mlmesh_local.translate.names import ADS, CREDENTIALS_ADS
 from mlmesh_local.translate.tls import SYSTEM_ROOTS
 
-_ADS: Final[Json] = {"ads": {}, "resource_api_version": "V3", "initial_fetch_timeout": "0s"}
 _VIRTUAL_INBOUND: Final = "virtualInbound"
 _VIRTUAL_OUTBOUND: Final = "virtualOutbound"
 _PASSTHROUGH: Final = "PassthroughCluster"
@@ -249,7 +249,7 @@ def _without_unknown(value: Any) -> Any:
         return [_without_unknown(item) for item in value if not _is_unknown(item)]
     if isinstance(value, dict):
         kept = {
-            key: dict(_ADS) if key == "sds_config" else _without_unknown(item)
+            key: _source(value) if key == "sds_config" else _without_unknown(item)
             for key, item in value.items()
             if not _is_unknown(item)
         }
@@ -257,6 +257,11 @@ def _without_unknown(value: Any) -> Any:
             kept["common_tls_context"] = _with_files(kept["common_tls_context"])
         return kept
     return value
+
+
+def _source(secret: Json) -> Json:
+    """Where a secret comes from. Those that a `credentialName` names may be missing, and hold nothing up."""
+    return dict(ADS if secret.get("name") in (WORKLOAD_SECRET, TRUST_SECRET) else CREDENTIALS_ADS)
 
 
 def _with_files(context: Json) -> Json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from mlmesh_local.resources.analysis import analyze
@@ -14,11 +15,13 @@ from mlmesh_local.resources.catalog import (
     host_matches,
     selects,
 )
+from mlmesh_local.resources.credentials import Credential, client_rules, roots_for, secret_place
 from mlmesh_local.resources.gateway_api.derive import derive
 from mlmesh_local.resources.indexes import LabelIndex
 from mlmesh_local.resources.meta import Meta
 from mlmesh_local.resources.model import (
     AuthorizationPolicy,
+    ClientTls,
     Deployment,
     Destination,
     DestinationRule,
@@ -52,6 +55,7 @@ def crosscheck(resources: ResourceSet) -> tuple[str, ...]:
     check = _Check(resources)
     check.virtual_services()
     check.workloads()
+    check.credentials()
     check.policies()
     check.problems.refuse()
     found = [str(message) for message in analyze(resources) if message.level != "Info"]
@@ -187,6 +191,33 @@ class _Check:
                         f"{did_you_mean(port.target, names)}",
                     )
 
+    # DestinationRule
+
+    def credentials(self) -> None:
+        known = {(one.meta.namespace, one.meta.name): one for one in self._resources.specs(Credential)}
+        for rule in self._resources.specs(DestinationRule):
+            for tls in client_rules(rule):
+                for namespace in self._readers(rule) if tls.credential_name else ():
+                    place = secret_place(tls.credential_name, namespace)
+                    missing = _missing(tls, place, known) if place else ""
+                    if missing:
+                        self.warnings.add(
+                            rule.meta.at,
+                            f'credentialName "{tls.credential_name}": {missing}; Envoys in "{namespace}" that call by '
+                            "this rule wait for it, and calls fail",
+                        )
+
+    def _readers(self, rule: DestinationRule) -> list[str]:
+        """Namespaces of the proxies to which a rule's credentials are given."""
+        own = rule.meta.namespace
+        found = {
+            pod.meta.namespace
+            for pod in self._deployments
+            if (pod.is_gateway if rule.selector is None else selects(rule.selector, pod.labels))
+            and (pod.meta.namespace == own or (rule.selector is None and "." not in rule.export_to))
+        }
+        return sorted(found)
+
     # Policies
 
     def policies(self) -> None:
@@ -216,3 +247,17 @@ class _Check:
                 self.warnings.add(
                     authentication.meta.at, f"has no effect: {first.resource} has the same scope and is older"
                 )
+
+
+def _missing(tls: ClientTls, place: tuple[str, str], known: Mapping[tuple[str, str], Credential]) -> str:
+    """What a Secret lacks for what a rule asks of it."""
+    namespace, name = place
+    own = known.get(place)
+    if own is None and known.get((namespace, f"{name}-cacert")) is None:
+        return f'there is no Secret "{namespace}/{name}" with certificates'
+    lacks = []
+    if tls.mode == "MUTUAL" and not (own and own.certificate):
+        lacks.append("tls.crt with tls.key")
+    if not tls.insecure_skip_verify and not roots_for(place, known):
+        lacks.append("ca.crt")
+    return f'Secret "{namespace}/{name}" has no {" and no ".join(lacks)} that Envoy can read' if lacks else ""

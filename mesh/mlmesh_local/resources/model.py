@@ -5,6 +5,7 @@ Durations are seconds, percentages 0 to 100. Hosts are as written; `mlmesh_local
 
 from __future__ import annotations
 
+from mlmesh_local.resources.credentials import Credential
 from mlmesh_local.resources.gateway_api.model import (
     GatewayClass,
     GrpcRoute,
@@ -109,6 +110,7 @@ Spec = (
     | ListenerSet
     | BackendTlsPolicy
     | CaBundle
+    | Credential
     | GatewayClass
     | HttpRoute
     | GrpcRoute

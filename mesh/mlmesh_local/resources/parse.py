@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlmesh_local.resources.credentials import holds_credential, parse_credential
 from mlmesh_local.resources.destinations import parse_destination_rule
 from mlmesh_local.resources.entries import parse_service_entry, parse_workload_entry
 from mlmesh_local.resources.extensions import parse_envoy_filter
@@ -143,6 +144,7 @@ _KINDS: tuple[_Kind, ...] = (
     _Kind(group="", kind="Service", versions=("v1",), parse=parse_service),
     _Kind(group="", kind="ServiceAccount", versions=("v1",), parse=parse_service_account, body=True),
     _Kind(group="", kind="ConfigMap", versions=("v1",), parse=_config_map, body=True, only=_means_something),
+    _Kind(group="", kind="Secret", versions=("v1",), parse=parse_credential, body=True, only=holds_credential),
 )
 IGNORED_KINDS = frozenset(
     {
@@ -164,7 +166,6 @@ IGNORED_KINDS = frozenset(
         "ResourceQuota",
         "Role",
         "RoleBinding",
-        "Secret",
         "ServiceMonitor",
         "StorageClass",
         "ValidatingWebhookConfiguration",

@@ -8,7 +8,6 @@ from mlmesh_local.resources.ciphers import is_cipher_suite
 from mlmesh_local.resources.mesh_tls import TlsSettings
 from mlmesh_local.resources.model_gateways import ServerTls
 from mlmesh_local.translate import tls as mesh_tls
-from mlmesh_local.translate.names import ADS
 
 _VERSIONS = {"TLSV1_0": "TLSv1_0", "TLSV1_1": "TLSv1_1", "TLSV1_2": "TLSv1_2", "TLSV1_3": "TLSv1_3"}
 _SAN_TYPES = ("URI", "DNS", "EMAIL", "IP_ADDRESS")
@@ -21,7 +20,7 @@ def server_context(tls: ServerTls, defaults: TlsSettings) -> Json:
     """
     common: Json = {"alpn_protocols": mesh_tls.SERVER_ALPN}
     if tls.mode == "ISTIO_MUTUAL":
-        common["tls_certificate_sds_secret_configs"] = [_secret(WORKLOAD_SECRET)]
+        common["tls_certificate_sds_secret_configs"] = [mesh_tls.secret_config(WORKLOAD_SECRET)]
         common |= _combined(tls, TRUST_SECRET)
         return _socket(common, required=True)
     parameters = _parameters(tls, defaults)
@@ -29,7 +28,7 @@ def server_context(tls: ServerTls, defaults: TlsSettings) -> Json:
         common["tls_params"] = parameters
     if tls.credentials:
         common["tls_certificate_sds_secret_configs"] = [
-            _secret(mesh_tls.credential_secret(name)) for name in tls.credentials
+            mesh_tls.secret_config(mesh_tls.credential_secret(name)) for name in tls.credentials
         ]
     else:
         common["tls_certificates"] = [
@@ -88,7 +87,7 @@ def _combined(tls: ServerTls, roots: str) -> Json:
     return {
         "combined_validation_context": {
             "default_validation_context": _checks(tls),
-            "validation_context_sds_secret_config": _secret(roots),
+            "validation_context_sds_secret_config": mesh_tls.secret_config(roots),
         }
     }
 
@@ -108,7 +107,3 @@ def _checks(tls: ServerTls) -> Json:
 
 def _names(tls: ServerTls) -> list[Json]:
     return [{"san_type": kind, "matcher": {"exact": name}} for name in tls.subject_alt_names for kind in _SAN_TYPES]
-
-
-def _secret(name: str) -> Json:
-    return {"name": name, "sds_config": ADS}

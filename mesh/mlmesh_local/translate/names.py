@@ -13,6 +13,12 @@ COLLECTOR = "opentelemetry-collector"
 ADS: Json = {"ads": {}, "resource_api_version": "V3", "initial_fetch_timeout": "0s"}
 """Configuration source: the stream that brought the rest, waited for without limit."""
 
+CREDENTIALS_ADS: Json = {**ADS, "initial_fetch_timeout": "1s"}
+"""The same for secrets that a `credentialName` names: they may be missing, which must not hold up everything else.
+
+Istio leaves Envoy's 15 s. What there is comes with the cluster or listener that needs it; the rest is not waited for.
+"""
+
 
 def outbound_cluster(port: int, subset: str, host: str) -> str:
     """Cluster of a service's port and subset."""

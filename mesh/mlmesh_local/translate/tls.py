@@ -5,7 +5,7 @@ from __future__ import annotations
 from mlmesh_local.envoy_types import Json, typed
 from mlmesh_local.model import TRUST_SECRET, WORKLOAD_SECRET
 from mlmesh_local.resources.mesh_tls import TlsSettings
-from mlmesh_local.translate.names import ADS
+from mlmesh_local.translate.names import ADS, CREDENTIALS_ADS
 
 RAW_BUFFER: Json = {
     "name": "envoy.transport_sockets.raw_buffer",
@@ -36,8 +36,9 @@ _KINDS_OF_SECRETS = ("kubernetes://", "kubernetes-gateway://", IN_CONFIG_MAP)
 SERVER_ALPN = ["h2", "http/1.1"]
 
 
-def _secret(name: str) -> Json:
-    return {"name": name, "sds_config": ADS}
+def secret_config(name: str) -> Json:
+    """Where Envoy gets a secret from."""
+    return {"name": name, "sds_config": ADS if name in (WORKLOAD_SECRET, TRUST_SECRET) else CREDENTIALS_ADS}
 
 
 def _uri(how: str, value: str) -> Json:
@@ -56,10 +57,10 @@ def mesh_client(identities: tuple[str, ...], trust_domain: str, server_name: str
             "common_tls_context": {
                 "tls_params": _CLIENT_PARAMETERS,
                 "alpn_protocols": ["istio", "h2"] if http2 else ["istio"],
-                "tls_certificate_sds_secret_configs": [_secret(WORKLOAD_SECRET)],
+                "tls_certificate_sds_secret_configs": [secret_config(WORKLOAD_SECRET)],
                 "combined_validation_context": {
                     "default_validation_context": {"match_typed_subject_alt_names": sans},
-                    "validation_context_sds_secret_config": _secret(TRUST_SECRET),
+                    "validation_context_sds_secret_config": secret_config(TRUST_SECRET),
                 },
             },
         }
@@ -84,10 +85,10 @@ def mesh_server(trust_domains: tuple[str, ...], settings: TlsSettings) -> Json:
             "common_tls_context": {
                 "tls_params": parameters,
                 "alpn_protocols": SERVER_ALPN,
-                "tls_certificate_sds_secret_configs": [_secret(WORKLOAD_SECRET)],
+                "tls_certificate_sds_secret_configs": [secret_config(WORKLOAD_SECRET)],
                 "combined_validation_context": {
                     "default_validation_context": {"match_typed_subject_alt_names": sans},
-                    "validation_context_sds_secret_config": _secret(TRUST_SECRET),
+                    "validation_context_sds_secret_config": secret_config(TRUST_SECRET),
                 },
             },
         }

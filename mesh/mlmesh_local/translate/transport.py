@@ -11,7 +11,6 @@ from mlmesh_local.envoy_types import Json, typed
 from mlmesh_local.resources.mesh_tls import TlsSettings
 from mlmesh_local.resources.model import ClientTls, TrafficPolicy
 from mlmesh_local.translate import tls
-from mlmesh_local.translate.names import ADS
 from mlmesh_local.translate.pools import speaks_http2
 
 TLS_MATCH = "envoy.transport_socket_match"
@@ -65,13 +64,13 @@ def outside_client(rule: ClientTls, options: Json, subject_alt_names: Sequence[s
 def _from_credential(common: Json, rule: ClientTls, expected: Json) -> None:
     name = tls.credential_secret(rule.credential_name)
     if rule.mode == "MUTUAL":
-        common["tls_certificate_sds_secret_configs"] = [{"name": name, "sds_config": ADS}]
+        common["tls_certificate_sds_secret_configs"] = [tls.secret_config(name)]
     if rule.insecure_skip_verify:
         common["validation_context"] = {}
         return
     common["combined_validation_context"] = {
         "default_validation_context": expected,
-        "validation_context_sds_secret_config": {"name": tls.root_secret(rule.credential_name), "sds_config": ADS},
+        "validation_context_sds_secret_config": tls.secret_config(tls.root_secret(rule.credential_name)),
     }
 
 

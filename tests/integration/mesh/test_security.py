@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import time
 
 import grpc
 import pytest
 
-from tests.support.envoy_mesh import CHAT, EnvoyMesh
+from tests.support.envoy_mesh import CHAT, Backend, EnvoyMesh
 from tests.support.mesh_documents import STRICT, deployment, service
 from tests.support.mesh_load import under_load
 from tests.support.pki import Authority, Leaf, spiffe
@@ -272,3 +273,66 @@ async def test_a_node_without_its_token_gets_no_configuration(mesh: EnvoyMesh) -
         await call.write(mesh.first_request("server-0"))
         assert await call.code() is grpc.StatusCode.PERMISSION_DENIED
     assert (await mesh.call()).code is grpc.StatusCode.OK
+
+
+OUTSIDE = """
+apiVersion: networking.istio.io/v1
+kind: ServiceEntry
+metadata: {{name: outside}}
+spec: {{hosts: [api.example.com], resolution: STATIC, endpoints: [{{address: {address}}}],
+  ports: [{{number: {port}, name: grpc, protocol: GRPC}}]}}
+---
+apiVersion: networking.istio.io/v1
+kind: DestinationRule
+metadata: {{name: outside}}
+spec:
+  host: api.example.com
+  workloadSelector: {{matchLabels: {{app: client}}}}
+  trafficPolicy: {{tls: {{mode: MUTUAL, credentialName: partner}}}}
+---
+"""
+
+
+def secret(name: str, leaf: Leaf, roots: bytes) -> str:
+    texts = {"tls.crt": leaf.cert, "tls.key": leaf.key, "ca.crt": roots}
+    data = ", ".join(f"{key}: {base64.b64encode(text).decode()}" for key, text in texts.items())
+    return f"""
+apiVersion: v1
+kind: Secret
+metadata: {{name: {name}}}
+type: kubernetes.io/tls
+data: {{{data}}}
+---
+"""
+
+
+async def test_a_secret_is_shown_to_a_server_outside_by_whom_a_rule_selects(mesh: EnvoyMesh) -> None:
+    partner = Authority("partner root")
+    theirs = partner.leaf(dns=("api.example.com",))
+    server = grpc.aio.server()
+    backend = Backend("partner")
+    handler = grpc.unary_unary_rpc_method_handler(backend.unary)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Echo", {"Unary": handler}),))
+    credentials = grpc.ssl_server_credentials([(theirs.key, theirs.cert)], partner.pem, require_client_auth=True)
+    address = mesh.free_address()
+    port = server.add_secure_port(f"{address}:0", credentials)
+    await server.start()
+
+    async def code(client: str = "client-0") -> grpc.StatusCode:
+        return (await mesh.call(client, host="api.example.com", port=port, timeout_s=5)).code
+
+    async def settled(expected: grpc.StatusCode) -> None:
+        deadline = time.monotonic() + 30
+        while (found := await code()) is not expected:
+            assert time.monotonic() < deadline, found
+
+    try:
+        # Nobody has the secret: its cluster waits.
+        await mesh.apply(OUTSIDE.format(address=address, port=port))
+        assert await code() is grpc.StatusCode.UNAVAILABLE
+        await mesh.apply(secret("partner", partner.leaf(), partner.pem))
+        await settled(grpc.StatusCode.OK)
+        # Others call in plaintext, which the server does not speak.
+        assert await code("other-0") is grpc.StatusCode.UNAVAILABLE
+    finally:
+        await server.stop(None)
