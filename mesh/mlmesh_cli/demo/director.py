@@ -23,6 +23,7 @@ from mlmesh_cli.errors import CliError
 from mlmesh_cli.render import text as t
 from mlmesh_cli.supervision import options, start, stop
 from mlmesh_cli.terminal import Terminal
+from mlmesh_local.options import ControlPlane, Options
 
 _START_S = 180.0
 _END_S = 10.0
@@ -62,7 +63,16 @@ _STEPS: tuple[tuple[str, str, tuple[Callable[[Story], Awaitable[None]], ...]], .
 )
 
 
-async def tell(terminal: Terminal, scale: Scale, *, state_dir: Path | None, keep: bool, gateway_address: str) -> None:
+async def tell(
+    terminal: Terminal,
+    scale: Scale,
+    *,
+    state_dir: Path | None,
+    keep: bool,
+    gateway_address: str,
+    control_plane: ControlPlane = "mlmesh",
+    istiod: str = "",
+) -> None:
     """Tells the story and prints which claims held.
 
     Raises:
@@ -74,7 +84,11 @@ async def tell(terminal: Terminal, scale: Scale, *, state_dir: Path | None, keep
     checks = Checks()
     told = False
     try:
-        processes = await _tell_in(terminal, scale, folder, checks, gateway_address=gateway_address, keep=keep)
+        chosen = choose_folders(Path())
+        started = options(
+            folder, chosen.manifests, chosen.istio, gateway_address, control_plane=control_plane, istiod=istiod
+        )
+        processes = await _tell_in(terminal, scale, started, checks, keep=keep)
         told = True
     finally:
         if not told and not keep:
@@ -96,12 +110,11 @@ async def tell(terminal: Terminal, scale: Scale, *, state_dir: Path | None, keep
 
 
 async def _tell_in(
-    terminal: Terminal, scale: Scale, folder: Path, checks: Checks, *, gateway_address: str, keep: bool
+    terminal: Terminal, scale: Scale, started: Options, checks: Checks, *, keep: bool
 ) -> list[psutil.Process]:
     """Everything between up and down. Gives the processes that must be gone afterwards."""
-    chosen = choose_folders(Path())
+    folder = started.state_dir
     with starting(terminal) as seen:
-        started = options(folder, chosen.manifests, chosen.istio, gateway_address)
         await start(started, timeout_s=_START_S, seen=seen)
     settings = CliSettings()
     async with Connection(state_dir=folder, settings=settings) as connection:

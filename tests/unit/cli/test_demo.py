@@ -12,16 +12,20 @@ import grpc
 import numpy as np
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from mlmesh_cli.app import app
 from mlmesh_cli.config import CliSettings
 from mlmesh_cli.connection import Connection
-from mlmesh_cli.demo import shift, story, waterfall
+from mlmesh_cli.demo import director, shift, story, waterfall
 from mlmesh_cli.demo.checks import Checks, checks_table
 from mlmesh_cli.demo.tables import shift_table, traffic_table
 from mlmesh_cli.demo.traffic import OpenStream, Phase, Traffic
+from mlmesh_cli.errors import CliError
 from mlmesh_cli.inferring import Query
 from mlmesh_cli.options import OutputFormat
 from mlmesh_cli.terminal import Terminal
+from mlmesh_local.options import Options
 from mlmesh_local.resources.parse import Document, load_resources, read_documents
 from mlmesh_local.resources.resource_set import ResourceSet
 from open_inference import grpc_service_pb2 as oip
@@ -31,6 +35,26 @@ from tests.unit.cli.conftest import FakeMesh, abort, text_of
 
 _YAML = sorted(Path(story.__file__).parent.glob("*.yaml"))
 _ROOT = Path(__file__).parents[3]
+
+
+def test_the_story_is_told_with_the_control_plane_that_was_chosen(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    started: list[Options] = []
+
+    async def start(options: Options, **_more: Any) -> None:
+        started.append(options)
+        raise CliError("far enough")
+
+    monkeypatch.setattr(director, "start", start)
+    runner = CliRunner()
+    runner.invoke(app, ["demo", "--state-dir", str(tmp_path), "--control-plane", "istiod", "--istiod", "a/program"])
+    runner.invoke(app, ["demo", "--state-dir", str(tmp_path), "--gateway-address", "127.0.0.1:0"])
+    assert [(one.control_plane, one.istiod, one.gateway_address) for one in started] == [
+        ("istiod", "a/program", "none"),
+        ("mlmesh", "", "127.0.0.1:0"),
+    ]
+    assert {one.state_dir for one in started} == {tmp_path}
 
 
 def test_the_story_s_yaml_is_all_here() -> None:
