@@ -11,6 +11,8 @@ import grpc
 from mlmesh.local.v1 import local_pb2 as pb
 from mlmesh_cli.errors import CliError, RpcFailure, rpc_failure
 from mlmesh_cli.moving import Moved, follow_weights
+from mlmesh_local.resources.parse import Document, defines_nothing
+from mlmesh_local.resources.problems import InvalidResource
 
 if TYPE_CHECKING:
     from mlmesh.local.v1.local_pb2_grpc import LocalMeshServiceAsyncStub
@@ -18,6 +20,19 @@ if TYPE_CHECKING:
 
 
 _DEADLINE_S = 30.0
+
+
+def refuse_nothing(documents: Sequence[tuple[Path, str]]) -> None:
+    """Raises CliError where no text has a resource: a pipe that gave nothing must not look like success."""
+    try:
+        nothing = defines_nothing(Document(source=str(path), text=text) for path, text in documents)
+    except InvalidResource:
+        # The mesh says what is wrong, and where.
+        return
+    if nothing:
+        raise CliError(
+            "no objects passed to apply", "the files are empty, or have only comments", reason="NOTHING_TO_APPLY"
+        )
 
 
 async def apply_documents(

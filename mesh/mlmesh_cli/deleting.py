@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlmesh_cli.errors import usage_error
-from mlmesh_local.resources.parse import load_resources, read_documents
+from mlmesh_local.resources.parse import Document, load_names
 
 Name = tuple[str, str]
 """Kind and "{namespace}/{name}"; the namespace of a Namespace is empty."""
@@ -28,6 +28,6 @@ def named(words: Sequence[str], namespace: str) -> list[Name]:
     return found
 
 
-def of_files(paths: Sequence[Path]) -> list[Name]:
-    """What files define. Raises InvalidResource for what cannot be read."""
-    return [(resource.kind, resource.name) for resource in load_resources(read_documents(paths))] if paths else []
+def of_files(documents: Sequence[tuple[Path, str]]) -> list[Name]:
+    """What files define: only kinds and names are read. Raises InvalidResource for what has none."""
+    return load_names(Document(source=str(path), text=text) for path, text in documents)

@@ -54,7 +54,7 @@ def apply(
     terminal = Terminal(output)
 
     async def main() -> None:
-        from mlmesh_cli.apply import apply_documents, streams_follow  # noqa: PLC0415  keeps `mlmesh --help` quick
+        from mlmesh_cli.apply import apply_documents, refuse_nothing, streams_follow  # noqa: PLC0415  keeps `mlmesh --help` quick
         from mlmesh_cli.connection import Connection  # noqa: PLC0415
         from mlmesh_cli.defaults import read_documents  # noqa: PLC0415
         from mlmesh_cli.render.status import changes_view  # noqa: PLC0415
@@ -64,6 +64,7 @@ def apply(
         if not wanted:
             raise usage_error("nothing to apply", "name a YAML file or a folder: mlmesh apply -f mesh/istio")
         documents = read_documents(wanted, sys.stdin.read)
+        refuse_nothing(documents)
         async with Connection.from_environment(state_dir) as connection:
             response = await apply_documents(await connection.control(), documents, dry_run=dry_run, prune=prune)
             terminal.show(changes_view(response, dry_run=dry_run), response)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -22,7 +23,11 @@ def delete(
     file: Annotated[
         list[Path] | None,
         typer.Option(
-            "--file", "--filename", "-f", help="What these files define; may be repeated.", show_default=False
+            "--file",
+            "--filename",
+            "-f",
+            help="What these files define (- is standard input); may be repeated.",
+            show_default=False,
         ),
     ] = None,
     namespace: Annotated[str, typer.Option("--namespace", "-n", help="Namespace of names.")] = "mlmesh",
@@ -46,11 +51,12 @@ def delete(
     async def main() -> None:
         from mlmesh.local.v1 import local_pb2 as pb  # noqa: PLC0415  keeps `mlmesh --help` quick
         from mlmesh_cli.connection import Connection  # noqa: PLC0415
+        from mlmesh_cli.defaults import read_documents  # noqa: PLC0415
         from mlmesh_cli.deleting import named, of_files  # noqa: PLC0415
         from mlmesh_cli.render.status import changes_view  # noqa: PLC0415
 
         request = pb.DeleteResourcesRequest(dry_run=dry_run, allow_missing=ignore_missing)
-        for kind, name in [*named(names or (), namespace), *of_files(file or ())]:
+        for kind, name in [*named(names or (), namespace), *of_files(read_documents(file or [], sys.stdin.read))]:
             request.resources.add(kind=kind, name=name)
         async with Connection.from_environment(state_dir) as connection:
             response = await (await connection.control()).DeleteResources(request, timeout=_DEADLINE_S)

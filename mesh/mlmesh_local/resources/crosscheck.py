@@ -58,7 +58,7 @@ def crosscheck(resources: ResourceSet) -> tuple[str, ...]:
     check.credentials()
     check.policies()
     check.problems.refuse()
-    found = [str(message) for message in analyze(resources) if message.level != "Info"]
+    found = [message.warning for message in analyze(resources) if message.level != "Info"]
     return (*(str(warning) for warning in check.warnings.found()), *found)
 
 

@@ -204,6 +204,51 @@ def load_resources(
     return ResourceSet.of(resources.values())
 
 
+def load_names(documents: Iterable[Document], *, default_namespace: str = DEFAULT_NAMESPACE) -> list[tuple[str, str]]:
+    """Kinds and names ("{namespace}/{name}") of what documents define and a mesh keeps, whatever else they say.
+
+    Raises InvalidResource for what has no name, or is of a kind that is not known.
+    """
+    problems = Problems()
+    roots = [
+        (root, tree.source)
+        for document in documents
+        for tree in parse_yaml(document.source, document.text)
+        for root in _flatten(tree)
+    ]
+    found = [_named(root, At(source=source, line=root.line), default_namespace, problems) for root, source in roots]
+    problems.refuse()
+    return [name for name in found if name is not None]
+
+
+def defines_nothing(documents: Iterable[Document]) -> bool:
+    """Whether there is no resource of any kind in documents. Raises InvalidResource for what is no YAML."""
+    return not any(_flatten(tree) for document in documents for tree in parse_yaml(document.source, document.text))
+
+
+def _named(root: Node, at: At, default_namespace: str, problems: Problems) -> tuple[str, str] | None:
+    body = Fields(root, at, problems)
+    if not isinstance(root.value, dict):
+        return None
+    kind, api_version = body.text("kind", required=True), body.text("apiVersion", required=True)
+    if kind in IGNORED_KINDS or not (kind and api_version):
+        return None
+    known = _known(kind, api_version, body)
+    metadata = root.value.get("metadata")
+    values = metadata.plain() if known and metadata and isinstance(metadata.value, dict) else {}
+    if known is None or not values.get("name"):
+        if known is not None:
+            problems.add(at.field("metadata.name"), "is missing")
+        return None
+    # What else is wrong with it is no reason to keep it.
+    overlooked = Problems()
+    meta = _meta(known, Fields(root, at, overlooked), at, default_namespace)
+    if not known.only(meta, Fields(root, at, overlooked)):
+        return None
+    namespace = "" if known.cluster_scoped else values.get("namespace") or default_namespace
+    return known.title or known.kind, f"{namespace}/{values['name']}"
+
+
 def read_documents(paths: Iterable[Path]) -> tuple[Document, ...]:
     """YAML files, and those of folders (not of folders in folders), in the order of their names.
 

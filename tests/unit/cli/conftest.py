@@ -68,10 +68,12 @@ class FakeMesh:
         self.environ = {f"MLMESH_{name}_TARGET": target for name in ("REGISTRY", "TRAINING", "INFERENCE")}
         return lambda: server.stop(None).wait(5)
 
-    def run(self, *arguments: str) -> Any:
+    def run(self, *arguments: str, text: str = "") -> Any:
         """Runs `mlmesh` with these arguments against this mesh."""
         runner = CliRunner()
-        return runner.invoke(app, [*arguments], env={**self.environ, "MLMESH_STATE_DIR": str(self.state_dir)})
+        return runner.invoke(
+            app, [*arguments], input=text or None, env={**self.environ, "MLMESH_STATE_DIR": str(self.state_dir)}
+        )
 
 
 @pytest.fixture

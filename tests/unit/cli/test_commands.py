@@ -138,6 +138,16 @@ def test_a_refused_file_is_told_with_its_line_and_field(mesh: FakeMesh, tmp_path
     assert "nothing was changed" in result.stderr
 
 
+@pytest.mark.parametrize("text", ["", "# nothing\n---\n", "{apiVersion: v1, kind: List, items: []}"])
+def test_apply_of_empty_files_is_no_success(mesh: FakeMesh, tmp_path: Path, text: str) -> None:
+    path = tmp_path / "empty.yaml"
+    path.write_text(text)
+    result = mesh.run("apply", "-f", str(path))
+    assert result.exit_code == 1
+    assert "no objects passed to apply" in result.stderr
+    assert "Apply" not in mesh.local.requests
+
+
 def test_apply_of_nothing_is_wrong_usage(mesh: FakeMesh) -> None:
     assert mesh.run("apply").exit_code == 2
     assert "Apply" not in mesh.local.requests

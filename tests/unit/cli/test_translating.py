@@ -67,7 +67,7 @@ def test_without_files_it_is_what_a_mesh_would_be_started_from(monkeypatch: pyte
     assert "inference-v1-0" in json.loads(_run("-o", "json"))
 
 
-@pytest.mark.parametrize("command", ["translate", "doctor", "explain --from a --to b", "diff --against {}", "delete"])
+@pytest.mark.parametrize("command", ["translate", "doctor", "explain --from a --to b", "diff --against {}"])
 def test_what_is_refused_without_a_mesh_speaks_of_none(command: str, tmp_path: Path) -> None:
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text("apiVersion: networking.istio.io/v1\nkind: VirtualService\nmetadata: {name: a}\nspec: {htp: []}\n")

@@ -94,6 +94,12 @@ class Message:
         kind = self.meta.kind.removeprefix("Kubernetes")
         return f"{kind} {self.meta.namespace}/{self.meta.name}" if self.meta.namespace else f"{kind} {self.meta.name}"
 
+    @property
+    def warning(self) -> str:
+        """What is told by the way, as other problems are: to a person who did not ask for an analysis."""
+        where = f"{self.at.source}:{self.at.line}" if self.at.line else self.at.source
+        return f"{where}: {self.origin}: {self.text} [{self.code}]"
+
     def __str__(self) -> str:
         where = f"{self.at.source}:{self.at.line}" if self.at.line else self.at.source
         return f"{self.level} [{self.code}] ({self.origin}) {where}: {self.text}"
