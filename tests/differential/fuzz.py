@@ -16,6 +16,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,8 @@ def signs(outcome: Outcome) -> set[str]:
     """What is wrong, roughly: the same fault has the same sign in a smaller world."""
     if outcome.refusal:
         return {"refusal"}
-    if outcome.error:
-        return {outcome.error[:40]}
+    if outcome.error or outcome.crash:
+        return {outcome.error[:40] or outcome.crash}
     return {_sign(mismatch) for mismatch in outcome.left}
 
 
@@ -105,8 +106,9 @@ class Sides:
         try:
             return await compare(self._theirs, one, self._listed)
         except Exception as error:
+            crash = await self._theirs.crash()
             await self.stop()
-            return Outcome(case=one, fields=frozenset(), error=f"Istio: {error!r}")
+            return Outcome(case=one, fields=frozenset(), error="" if crash else f"Istio: {error!r}", crash=crash)
 
     async def stop(self) -> None:
         """End Istio's."""
@@ -135,6 +137,15 @@ async def smaller(sides: Sides, found: list[Doc], first: Outcome) -> list[Doc]:
                 found, progress = candidate, True
                 break
     return found
+
+
+async def _least(sides: Sides, world: list[Doc], outcome: Outcome) -> tuple[list[Doc], Outcome]:
+    """The smallest world that still differs, and how."""
+    if outcome.error:
+        return world, outcome
+    least = await smaller(sides, world, outcome)
+    again = await sides.compare("least", least)
+    return (least, again) if signs(again) else (world, outcome)
 
 
 def _candidates(found: list[Doc], proxies: Sequence[str]) -> Iterator[list[Doc]]:
@@ -186,28 +197,34 @@ def invalid(worlds: dict[int, list[Doc]]) -> str:
         return "" if result.returncode == 0 else (result.stdout + result.stderr).partition("Error:")[2]
 
 
-async def search(program: Path, folder: Path, worlds: dict[int, list[Doc]], *, shrink: bool = True) -> list[int]:
-    """Compare worlds and print what differs; the seeds that do."""
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Seeds that differ, and those whose worlds Istio's control plane does not survive."""
+
+    bad: list[int]
+    crashing: list[int]
+
+
+async def search(program: Path, folder: Path, worlds: dict[int, list[Doc]], *, shrink: bool = True) -> Found:
+    """Compare worlds and print what differs."""
     sides = Sides(program, folder)
-    bad: list[int] = []
+    found = Found([], [])
     try:
-        for seed, found in worlds.items():
-            outcome = await sides.compare(str(seed), found)
-            if outcome.left or outcome.error:
+        for seed, world in worlds.items():
+            outcome = await sides.compare(str(seed), world)
+            if outcome.left or outcome.error or outcome.crash:
                 # Istio may keep something of a world before.
                 await sides.stop()
-                outcome = await sides.compare(str(seed), found)
-            if not (outcome.left or outcome.error or outcome.refusal):
-                continue
-            bad.append(seed)
-            least = found
-            if shrink and not outcome.error:
-                least = await smaller(sides, found, outcome)
-                outcome = await sides.compare(str(seed), least)
-            _show(seed, least, outcome)
+                outcome = await sides.compare(str(seed), world)
+            if outcome.crash:
+                found.crashing.append(seed)
+                sys.stdout.write(f"\n=== seed {seed}: Istio itself failed: {outcome.crash}\n")
+            elif signs(outcome):
+                found.bad.append(seed)
+                _show(seed, *(await _least(sides, world, outcome) if shrink else (world, outcome)))
     finally:
         await sides.stop()
-    return bad
+    return found
 
 
 def _show(seed: int, found: list[Doc], outcome: Outcome) -> None:
@@ -235,9 +252,11 @@ def main() -> int:
     if program is None:
         raise SystemExit("pilot-discovery is not built: tools/build.sh pilot-discovery")
     with tempfile.TemporaryDirectory(prefix="istiod-") as folder:
-        bad = asyncio.run(search(program, Path(folder), worlds, shrink=not chosen.whole))
-    sys.stdout.write(f"{len(worlds)} worlds, {len(bad)} not the same: {' '.join(map(str, bad))}\n")
-    return 1 if bad or refused else 0
+        found = asyncio.run(search(program, Path(folder), worlds, shrink=not chosen.whole))
+    sys.stdout.write(f"{len(worlds)} worlds, {len(found.bad)} not the same: {' '.join(map(str, found.bad))}\n")
+    if found.crashing:
+        sys.stdout.write(f"Istio itself failed at {len(found.crashing)}: {' '.join(map(str, found.crashing))}\n")
+    return 1 if found.bad or refused else 0
 
 
 if __name__ == "__main__":

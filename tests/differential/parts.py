@@ -215,6 +215,10 @@ def percent(value: Json) -> float:
 
 def _action(action: Json) -> Json:
     result = dict(action)
+    retries = result.get("retry_policy", {})
+    if "retry_on" in retries:
+        # Istio leaves empty ones where it takes conditions out.
+        result["retry_policy"] = {**retries, "retry_on": sorted(set(retries["retry_on"].split(",")) - {""})}
     weighted = result.get("weighted_clusters")
     if weighted:
         clusters = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from mlmesh_local.translate import View, translate
 from tests.differential.worlds import Member, our_world
 
 WAIT_S = 30.0
+CRASH_S = 2.0
 
 
 def ours(
@@ -59,6 +61,13 @@ class Theirs:
     async def stop(self) -> None:
         """End it."""
         await self.istiod.stop()
+
+    async def crash(self) -> str:
+        """What Istio said when it fell over, after an answer that did not come; empty while it runs."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CRASH_S):
+                await self.istiod.ended()
+        return self.istiod.last_words()
 
     def give(self, documents: Sequence[dict[str, Any]], found: Sequence[Member]) -> int:
         """Make this the cluster; returns the number of the marker that the next push has."""

@@ -32,6 +32,8 @@ class Outcome:
     used: dict[str, int] = field(default_factory=dict)
     refusal: str = ""
     error: str = ""
+    crash: str = ""
+    """Istio's control plane fell over: what it said."""
 
 
 async def run(program: Path, folder: Path, table: Iterable[Case]) -> list[Outcome]:

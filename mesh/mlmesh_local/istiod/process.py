@@ -26,6 +26,7 @@ PROGRAM = "pilot-discovery"
 VARIABLE = "MLMESH_ISTIOD"
 START_S = 60.0
 IN_USE = b"address already in use"
+CRASHES = ("panic:", "fatal error:")
 READY_CHECK_S = 0.05
 READY_ANSWER_S = 2.0
 
@@ -115,6 +116,7 @@ class Istiod:
         self._token = secrets.token_urlsafe(24)
         self._api = KubernetesApi(self.store, token=self._token, kinds=KINDS)
         self._process: asyncio.subprocess.Process | None = None
+        self._said = 0
 
     @property
     def address(self) -> str:
@@ -141,14 +143,13 @@ class Istiod:
 
     async def _came_up(self) -> bool:
         """Start it and wait until it is ready; False when a port is in use. Raises _EndedError for other ends."""
-        said = self.log.stat().st_size if self.log.exists() else 0
         process = await self._run()
         while process.returncode is None:
             if await self._is_ready():
                 return True
             await asyncio.sleep(READY_CHECK_S)
         with self.log.open("rb") as log:
-            log.seek(said)
+            log.seek(self._said)
             if IN_USE in log.read():
                 return False
         raise _EndedError
@@ -159,7 +160,10 @@ class Istiod:
         while self._process is not None:
             started = time.monotonic()
             code = await self._process.wait()
-            logger.warning("Istio's control plane ended and is started again", extra={"exit_code": code})
+            logger.warning(
+                "Istio's control plane ended and is started again",
+                extra={"exit_code": code, "said": self.last_words()},
+            )
             await asyncio.sleep(backoff.next_delay_s(time.monotonic() - started))
             try:
                 await self._run()
@@ -179,6 +183,21 @@ class Istiod:
                 process.kill()
                 await process.wait()
         await self._api.stop()
+
+    async def ended(self) -> None:
+        """Wait until the process is no more."""
+        if self._process is not None:
+            await self._process.wait()
+
+    def last_words(self) -> str:
+        """Why it ended: what its log says of the crash, or its last line; empty while it runs."""
+        if self._process is None or self._process.returncode is None:
+            return ""
+        with self.log.open("rb") as log:
+            log.seek(self._said)
+            lines = log.read().decode(errors="replace").splitlines()
+        crashes = (line for line in lines if line.startswith(CRASHES))
+        return next(crashes, lines[-1] if lines else "it said nothing")
 
     @property
     def _kubeconfig(self) -> Path:
@@ -201,6 +220,7 @@ class Istiod:
             "--log_output_level=all:warn",
             "--shutdownDuration=0s",
         ]
+        self._said = self.log.stat().st_size if self.log.exists() else 0
         with self.log.open("ab") as output:
             self._process = await asyncio.create_subprocess_exec(
                 str(self._program),

@@ -70,18 +70,20 @@ class VirtualServices:
         """Those bound to a gateway ("mesh" or "namespace/name") that a namespace sees.
 
         In Istio's order: those that only this namespace sees, those exported to it by name, those that everybody sees
-        (of the Gateway API: its own first); the oldest first in each.
+        (in each its own of the Gateway API first); the oldest first in each.
         """
         ranked = [(_rank(one, namespace), one) for one in self._by_gateway.get(gateway, ())]
         return tuple(one for _, one in sorted((it for it in ranked if it[0] >= 0), key=lambda it: it[0]))
 
 
 def _rank(service: VirtualService, namespace: str) -> int:
+    own = service.meta.namespace == namespace
+    preferred = own and bool(service.semantics)
     if "*" in service.export_to:
-        return 2 if service.semantics and service.meta.namespace == namespace else 3
+        return 3 if preferred else 4
     if namespace not in service.export_to or "~" in service.export_to:
         return -1
-    return 0 if service.meta.namespace == namespace else 1
+    return 0 if preferred else 1 if own else 2
 
 
 class _Names:

@@ -143,7 +143,8 @@ def _tls_chains(frame: Frame, service: CatalogService, bound: list[VirtualServic
     if chains:
         return chains
     # Where a service has an address of its own Istio takes whatever name comes to it.
-    addressed = not service.is_entry or (bool(service.addresses) and not service.host.startswith("*"))
+    own = [address for address in service.addresses if "/" not in address]
+    addressed = not service.is_entry or (bool(own) and not service.host.startswith("*"))
     named = () if alone and addressed else server_names(service, frame.view.world.domain, frame.proxy.namespace)
     return [_service_chain(frame, service, named)]
 

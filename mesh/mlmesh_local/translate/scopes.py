@@ -313,7 +313,9 @@ def _destinations(virtual_services: Iterable[VirtualService], namespace: str) ->
             if sources and namespace not in sources:
                 continue
             named = [weighted.destination for weighted in rule.destinations]
-            for destination in (*named, *(mirror.destination for mirror in rule.mirrors)):
+            # Those that nothing is mirrored to, too: Istio does not look at shares here.
+            mirrors = [*([rule.mirror] if rule.mirror else []), *(one.destination for one in rule.listed_mirrors)]
+            for destination in (*named, *mirrors):
                 found.setdefault(destination.host, set()).add(destination.port)
         for layer4 in (*service.tls, *service.tcp):
             for weighted in layer4.destinations:
