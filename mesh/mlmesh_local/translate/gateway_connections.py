@@ -6,6 +6,7 @@ Istio's rules (pilot/pkg/networking/core/gateway.go in its source).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from mlmesh_local.envoy_types import Json
 from mlmesh_local.model import ProxyNode
@@ -37,7 +38,7 @@ def connection_chains(view: View, proxy: ProxyNode, one: Served) -> list[Chain]:
     )
     tls = one.server.tls
     if tls is not None and tls.mode == "AUTO_PASSTHROUGH":
-        return [_direct_chain(frame, name, mongo=mongo) for name, _, mongo in _direct(view, proxy, one.server.hosts)]
+        return [_direct_chain(frame, direct) for direct in _direct(view, proxy, one.server.hosts)]
     if tls is not None and tls.passes_through:
         return _passed_through(frame, one)
     chain = _forwarded(frame, one)
@@ -103,21 +104,37 @@ def passes_mesh_tls(places: list[Listening]) -> bool:
     )
 
 
-def _direct(view: View, proxy: ProxyNode, hosts: Sequence[str]) -> Iterator[tuple[str, str, bool]]:
-    """Server name and cluster of what a server of that mode passes on, and whether it is a port of Mongo."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Direct:
+    """What a server of that mode passes on: its server name, and the cluster of sidecars that it stands for."""
+
+    name: str
+    origin: str
+    subset: str
+    rules: HostPolicy
+    mongo: bool
+
+
+def _direct(view: View, proxy: ProxyNode, hosts: Sequence[str]) -> Iterator[_Direct]:
     for service in view.services_seen_by(proxy):
         if service.external or not any(host_covers(host, service.host) for host in hosts):
             continue
-        subsets = ["", *(subset.name for subset in view.policy(service, proxy).subsets)]
+        rules = view.policy(service, proxy)
         for port in service.ports:
-            for subset in subsets:
-                name = names.sni(port.number, subset, service.host)
-                yield name, names.outbound_cluster(port.number, subset, service.host), port.protocol == "mongo"
+            for subset in ("", *(subset.name for subset in rules.subsets)):
+                yield _Direct(
+                    name=names.sni(port.number, subset, service.host),
+                    origin=names.outbound_cluster(port.number, subset, service.host),
+                    subset=subset,
+                    rules=rules,
+                    mongo=port.protocol == "mongo",
+                )
 
 
-def _direct_chain(frame: Frame, name: str, *, mongo: bool) -> Chain:
-    filters = (*counted(name, mongo), tcp_proxy(frame, {"cluster": name}, name, HostPolicy(), ""))
-    return Chain(filters=filters, server_names=(name,), protocols=MESH_ALPN)
+def _direct_chain(frame: Frame, direct: _Direct) -> Chain:
+    name = direct.name
+    proxy = tcp_proxy(frame, {"cluster": name}, name, direct.rules, direct.subset, tunnels=False)
+    return Chain(filters=(*counted(name, direct.mongo), proxy), server_names=(name,), protocols=MESH_ALPN)
 
 
 def direct_clusters(
@@ -125,7 +142,8 @@ def direct_clusters(
 ) -> dict[str, Json]:
     """Clusters without TLS of their own: what comes is encrypted already."""
     result: dict[str, Json] = {}
-    for name, origin, _ in _direct(view, proxy, _ALL) if passes_mesh_tls(places) else ():
+    for direct in _direct(view, proxy, _ALL) if passes_mesh_tls(places) else ():
+        name, origin = direct.name, direct.origin
         cluster = clusters.get(origin, {})
         if cluster.get("type") == "EDS":
             result[name] = {
@@ -141,7 +159,8 @@ def direct_endpoints(
 ) -> dict[str, Json]:
     """Endpoints of those clusters: only such as take mutual TLS."""
     result: dict[str, Json] = {}
-    for name, origin, _ in _direct(view, proxy, _ALL) if passes_mesh_tls(places) else ():
+    for direct in _direct(view, proxy, _ALL) if passes_mesh_tls(places) else ():
+        name, origin = direct.name, direct.origin
         if origin in endpoints:
             localities = [
                 {**group, "lb_endpoints": [one for one in group["lb_endpoints"] if "metadata" in one]}

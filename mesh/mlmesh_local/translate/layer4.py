@@ -82,10 +82,15 @@ def layer4_services(view: View, proxy: ProxyNode, port: int) -> tuple[list[Catal
     """Services of a port whose connections are forwarded as they are, oldest first; and whether others speak HTTP.
 
     Where no protocol is declared both hold. A port that a Sidecar declares for requests takes them, whoever is there;
-    connections only to services that its other calls may go to, too: these have addresses of their own in Istio.
+    connections only to services that its other calls may go to, too: these have addresses of their own in Istio. A port
+    that it declares for connections takes requests only where its other calls may go to other services there.
     """
     found: list[CatalogService] = []
-    requests = declared = is_http(view.egress_protocol(proxy, port))
+    protocol = view.egress_protocol(proxy, port)
+    if protocol != "unknown" and not is_http(protocol):
+        found = [one for one in view.egress_services(proxy, port) if one.port(port) is not None]
+        return _by_age(view, found), _requested(view, proxy, port, {one.host for one in found})
+    requests = declared = is_http(protocol)
     others = {service.host for service in view.other_services(proxy)} if declared else set()
     for service in view.egress_services(proxy, port):
         described = service.port(port)
@@ -94,8 +99,17 @@ def layer4_services(view: View, proxy: ProxyNode, port: int) -> tuple[list[Catal
         requests = requests or is_http(described.protocol) or described.protocol == "unknown"
         if not is_http(described.protocol):
             found.append(service)
+    return _by_age(view, found), requests
+
+
+def _requested(view: View, proxy: ProxyNode, port: int, taken: set[str]) -> bool:
+    described = (one.port(port) for one in view.other_services(proxy) if one.host not in taken)
+    return any(one is not None and is_http(one.protocol) for one in described)
+
+
+def _by_age(view: View, found: list[CatalogService]) -> list[CatalogService]:
     ages = {host: age for age, host in enumerate(view.services_by_age())} if len(found) > 1 else {}
-    return sorted(found, key=lambda service: (ages.get(service.host, len(ages)), service.host)), requests
+    return sorted(found, key=lambda service: (ages.get(service.host, len(ages)), service.host))
 
 
 def outbound_chains(view: View, proxy: ProxyNode, port: int, services: list[CatalogService]) -> list[Chain]:
@@ -105,10 +119,12 @@ def outbound_chains(view: View, proxy: ProxyNode, port: int, services: list[Cata
     seen = {service.host: service for service in view.services_seen_by(proxy)}
     frame = Frame(view=view, proxy=proxy, gateway=MESH_GATEWAY, listener_port=port, tracing=None, services=seen)
     chains: list[Chain] = []
+    declared = view.egress_protocol(proxy, port)
     for service in services:
         own = [one for one in bound if any(hosts_overlap(host, service.host) for host in one.hosts)]
         described = service.port(port)
-        if described is not None and is_tls(described.protocol):
+        own_protocol = described.protocol if described is not None else "unknown"
+        if is_tls(own_protocol if declared == "unknown" or is_http(declared) else declared):
             chains += _tls_chains(frame, service, own, alone=len(services) == 1)
         else:
             chains += _tcp_chains(frame, service, own)
@@ -237,7 +253,15 @@ def counted(stat_prefix: str, mongo: bool) -> list[Json]:
     return [filter_of("envoy.filters.network.mongo_proxy", _MONGO, config)] if mongo else []
 
 
-def tcp_proxy(frame: Frame, target: Mapping[str, Json | str], stat_prefix: str, rules: HostPolicy, subset: str) -> Json:
+def tcp_proxy(
+    frame: Frame,
+    target: Mapping[str, Json | str],
+    stat_prefix: str,
+    rules: HostPolicy,
+    subset: str,
+    *,
+    tunnels: bool = True,
+) -> Json:
     """A TCP proxy with what the destination's rule says of connections: idle time, age, hashing, tunnel."""
     config: Json = {"stat_prefix": stat_prefix, **target}
     pool = rules.policy.connection_pool if rules.policy else None
@@ -249,7 +273,7 @@ def tcp_proxy(frame: Frame, target: Mapping[str, Json | str], stat_prefix: str, 
         config["hash_policy"] = [{"source_ip": {}}]
     chosen = rules.subset(subset) if subset else None
     policy: TrafficPolicy | None = chosen.policy if chosen else None if subset else rules.policy
-    if policy is not None and policy.tunnel is not None:
+    if tunnels and policy is not None and policy.tunnel is not None:
         target_host = f"{policy.tunnel.target_host}:{policy.tunnel.target_port}"
         config["tunneling_config"] = {"hostname": target_host, "use_post": policy.tunnel.protocol == "POST"}
     config |= network_logs(frame.view, frame.proxy, "gateway" if frame.proxy.kind == "gateway" else "outbound")
