@@ -22,6 +22,7 @@ from mlmesh_local.proxyless.bootstrap import bootstrap
 from mlmesh_local.proxyless.build import Client, client_of
 from mlmesh_local.proxyless.node import ProxylessNode
 from mlmesh_local.proxyless.status import ClientStatus, client_status
+from mlmesh_local.resources.catalog import all_services
 from mlmesh_local.resources.gateway_api.derive import derive
 from mlmesh_local.resources.gateway_api.serving import gateways_serving
 from mlmesh_local.resources.model import Deployment, Gateway, MeshConfig
@@ -30,6 +31,7 @@ from mlmesh_local.resources.resource_set import Applied, Change, ResourceSet
 from mlmesh_local.root_bundles import backend_bundles, client_bundles
 from mlmesh_local.snapshot import Snapshot, SnapshotBuilder
 from mlmesh_local.translate import View, service_endpoints
+from mlmesh_local.translate.gateway_servers import outside_port
 from mlmesh_local.translate.shadowed import shadowed
 from mlmesh_local.workloads import Workload, workload_of, workloads_of
 from mlmesh_local.xds import AdsServer, ConfigurationRejectedError, SentResource
@@ -260,7 +262,7 @@ class Configuration:
 
     def _proxy(self, plan: InstancePlan, resources: ResourceSet) -> ProxyNode:
         workload = plan.workload
-        return ProxyNode(
+        proxy = ProxyNode(
             id=plan.name,
             kind="gateway" if workload.is_gateway else "sidecar",
             namespace=workload.namespace,
@@ -270,17 +272,22 @@ class Configuration:
             application_address="" if workload.is_gateway else plan.addresses.application,
             outbound_address="" if workload.is_gateway else plan.addresses.outbound,
             container_ports=workload.ports,
-            extra_addresses=self._extra_addresses(plan, resources),
             access_log_path=str(self._logs / f"{plan.name}.access.log"),
             settings=workload.proxy,
         )
+        return dataclasses.replace(proxy, extra_addresses=self._extra_addresses(proxy, plan, resources))
 
-    def _extra_addresses(self, plan: InstancePlan, resources: ResourceSet) -> tuple[tuple[int, str], ...]:
+    def _extra_addresses(
+        self, proxy: ProxyNode, plan: InstancePlan, resources: ResourceSet
+    ) -> tuple[tuple[int, str], ...]:
         # One address outside the mesh can be bound once: the first replica of a gateway has it.
         if not self._gateway_address or not plan.workload.is_gateway or not plan.name.endswith("-0"):
             return ()
-        ports = sorted({server.port for gateway in gateways_of(resources, plan) for server in gateway.servers})
-        return ((ports[0], self._gateway_address),) if ports else ()
+        ports = {server.port for gateway in gateways_of(resources, plan) for server in gateway.servers}
+        services = all_services(resources) if len(ports) > 1 else []
+        outside = split_address(self._gateway_address, field="--gateway-address")[1]
+        chosen = outside_port(services, proxy, ports, outside)
+        return ((chosen, self._gateway_address),) if chosen else ()
 
     def _push(self, world: World, snapshots: Mapping[str, Snapshot]) -> None:
         self.world = world

@@ -15,6 +15,7 @@ What is changed, and nothing else:
 from __future__ import annotations
 
 import copy
+import dataclasses
 import ipaddress
 from typing import Any, Final
 
@@ -22,6 +23,7 @@ from mlmesh_local.envoy_types import CLUSTER, ENDPOINTS, EXTENSIONS, LISTENER, R
 from mlmesh_local.istiod.wire import OPAQUE
 from mlmesh_local.model import TRUST_SECRET, WORKLOAD_SECRET, ProxyNode, World
 from mlmesh_local.translate import View, reporting
+from mlmesh_local.translate.gateway_servers import listening_port
 from mlmesh_local.translate.names import ADS, CREDENTIALS_ADS
 from mlmesh_local.translate.tls import SYSTEM_ROOTS
 
@@ -67,6 +69,15 @@ def detoured(resources: Resources, world: World) -> Resources:
                 if address:
                     socket["address"] = address
     return resources
+
+
+def listening(proxy: ProxyNode, view: View) -> ProxyNode:
+    """The proxy with its addresses outside by the ports that it listens on: Istio's listeners have these."""
+    if not proxy.extra_addresses:
+        return proxy
+    services = view.services.values()
+    extra = tuple((listening_port(services, proxy, port), address) for port, address in proxy.extra_addresses)
+    return dataclasses.replace(proxy, extra_addresses=extra)
 
 
 def reported(resources: Resources, view: View, proxy: ProxyNode) -> Resources:

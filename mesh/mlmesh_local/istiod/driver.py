@@ -12,11 +12,11 @@ from typing import Any
 
 from mlmesh_local.backoff import Backoff
 from mlmesh_local.changes import Changes
-from mlmesh_local.istiod.adapt import adapt, detoured, reported
+from mlmesh_local.istiod.adapt import adapt, detoured, listening, reported
 from mlmesh_local.istiod.client import Subscription, channel_to, follow
 from mlmesh_local.istiod.marker import marker, take
-from mlmesh_local.istiod.nodes import Node
-from mlmesh_local.istiod.objects import ENVOY_FILTERS, OWNED, Pod, cluster, injected_labels
+from mlmesh_local.istiod.nodes import Node, default_config, node_of, pod_labels
+from mlmesh_local.istiod.objects import ENVOY_FILTERS, OWNED, Pod, cluster
 from mlmesh_local.istiod.process import Istiod
 from mlmesh_local.istiod.store import Object
 from mlmesh_local.istiod.surroundings import with_surroundings
@@ -60,7 +60,7 @@ class Driver:
         self._number = 0
         self._worlds: OrderedDict[int, _Round] = OrderedDict()
         self._followers: dict[str, asyncio.Task[None]] = {}
-        self._proxies: dict[str, ProxyNode] = {}
+        self._proxies: dict[str, tuple[ProxyNode, Node]] = {}
         self._reached: dict[str, int] = {}
         self._changes = Changes()
 
@@ -70,15 +70,16 @@ class Driver:
         objects = cluster(with_surroundings(_plain(resources), world), _pods(world))
         objects[ENVOY_FILTERS].append(first)
         self._istiod.store.replace(objects, OWNED)
-        wanted = {proxy.id: proxy for proxy in world.proxies}
-        for name in [name for name, proxy in self._proxies.items() if wanted.get(name) != proxy]:
+        defaults = default_config(resources)
+        wanted = {proxy.id: (proxy, node_of(proxy, _annotations(world, proxy), defaults)) for proxy in world.proxies}
+        for name in [name for name, known in self._proxies.items() if wanted.get(name) != known]:
             # Istio knows a proxy by what it said when it connected.
             self._followers.pop(name).cancel()
             del self._proxies[name]
             self._reached.pop(name, None)
         for name in wanted.keys() - self._proxies.keys():
             self._proxies[name] = wanted[name]
-            self._followers[name] = self._group.create_task(self._follow(wanted[name]))
+            self._followers[name] = self._group.create_task(self._follow(*wanted[name]))
 
     async def delivered(self, version: str, *, timeout_s: float) -> None:
         """Wait until every proxy was given what Istio makes of this version, or of a later one. Raises TimedOut."""
@@ -120,11 +121,11 @@ class Driver:
     def _late(self, number: int) -> list[str]:
         return sorted(name for name in self._proxies if self._reached.get(name, 0) < number)
 
-    async def _follow(self, proxy: ProxyNode) -> None:
+    async def _follow(self, proxy: ProxyNode, node: Node) -> None:
         backoff = Backoff(longest_s=2.0)
         while True:
             started = time.monotonic()
-            subscription = Subscription(_node(proxy))
+            subscription = Subscription(node)
             async with channel_to(self._istiod.address) as channel, asyncio.TaskGroup() as group:
                 taker = group.create_task(self._take(proxy, subscription))
                 await follow(channel, subscription)
@@ -148,7 +149,7 @@ class Driver:
             # Only the last round counts as acknowledged.
             version = found.world.version if found.is_last else f"{found.world.version}-first"
             try:
-                adapted = detoured(adapt(resources, proxy), found.world)
+                adapted = detoured(adapt(resources, listening(proxy, found.view)), found.world)
                 configuration: Any = reported(adapted, found.view, proxy)
                 self._deliver(proxy.id, pack(proxy.id, configuration, version))
             except MeshError as error:
@@ -168,7 +169,7 @@ def _pods(world: World) -> list[Pod]:
             name=proxy.id,
             namespace=proxy.namespace,
             address=proxy.pod_address,
-            labels=_labels(proxy),
+            labels=pod_labels(proxy),
             annotations=_annotations(world, proxy),
             service_account=proxy.service_account,
             ports=proxy.container_ports,
@@ -184,28 +185,16 @@ def _annotations(world: World, proxy: ProxyNode) -> dict[str, str]:
     return {**annotations, "sidecar.istio.io/status": "{}"}
 
 
-def _labels(proxy: ProxyNode) -> dict[str, str]:
-    return injected_labels(proxy.labels, proxy.id, sidecar=proxy.kind == "sidecar")
-
-
 def _plain(resources: ResourceSet) -> list[Object]:
     """Resources as they were written, dated so that Istio knows their order: one second for each apply."""
     documents = []
     for resource in resources:
+        if resource.kind == "Secret":
+            # Certificates come from the laptop's control plane: nobody else has keys.
+            continue
         metadata = dict(resource.plain.get("metadata") or {})
         metadata.setdefault("namespace", resource.spec.meta.namespace)
         born = min(resource.born, BORN_MAX)
         metadata.setdefault("creationTimestamp", f"2026-01-01T{born // 3600:02}:{born // 60 % 60:02}:{born % 60:02}Z")
         documents.append({**resource.plain, "metadata": metadata})
     return documents
-
-
-def _node(proxy: ProxyNode) -> Node:
-    return Node(
-        kind="gateway" if proxy.kind == "gateway" else "sidecar",
-        name=proxy.id,
-        namespace=proxy.namespace,
-        address=proxy.pod_address,
-        labels=_labels(proxy),
-        service_account=proxy.service_account,
-    )

@@ -115,6 +115,18 @@ def _bind(server: GatewayServer) -> str:
     return server.bind if server.bind.startswith((UNIX, "127.")) else ""
 
 
+def outside_port(
+    services: Iterable[CatalogService], proxy: ProxyNode, ports: Iterable[int], outside: int
+) -> int | None:
+    """Which of a gateway's ports an address outside of the mesh is for: that of its own number, else the lowest.
+
+    "443" of a Service that stands for 8443 is of both numbers.
+    """
+    known = sorted(set(ports))
+    alike = [port for port in known if outside in (port, listening_port(services, proxy, port))]
+    return next(iter(alike or known), None)
+
+
 def listening_port(services: Iterable[CatalogService], proxy: ProxyNode, port: int) -> int:
     """The port of the proxy behind a server's: a port of a Service of the proxy stands for its targetPort."""
     for service in services:

@@ -16,8 +16,10 @@ from mlmesh.local.v1 import local_pb2
 from mlmesh_local import process
 from mlmesh_local.options import Options
 from mlmesh_local.proxyless import bootstrap
-from tests.integration.local.conftest import HERE, RunningMesh, answer, start, stop
+from mlmesh_runtime.channel import ClientTls, open_channel
+from tests.integration.local.conftest import ECHO, HERE, RunningMesh, answer, start, stop
 from tests.support import tools
+from tests.support.echo import PROTOS, Text
 
 ROUTES = """
 apiVersion: networking.istio.io/v1
@@ -63,6 +65,21 @@ async def test_calls_go_where_the_resources_say(driven: RunningMesh) -> None:
     async with driven.echo() as stub:
         versions = {(await answer(stub))["pod"].rsplit("-", 1)[0] for _ in range(10)}
     assert versions == {"echo-v1"}
+
+
+async def test_the_gateway_s_own_settings_and_its_address_outside(driven: RunningMesh, tmp_path: Path) -> None:
+    """Its Service's 9443 stands for 8443, where Istio's listener is; its pod says what it calls itself."""
+    async with driven.control() as stub:
+        issued = await stub.IssueCertificate(local_pb2.IssueCertificateRequest(service_account="operator"))
+    files = {"cert": issued.certificate_chain_pem, "key": issued.private_key_pem, "ca": issued.trust_bundle_pem}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    tls = ClientTls(ca=tmp_path / "ca", cert=tmp_path / "cert", key=tmp_path / "key", server_name=ECHO)
+    async with open_channel(driven.gateway, tls=tls) as channel:
+        call = PROTOS.stub(channel).Unary(Text(), timeout=20)
+        headers = dict(await call.initial_metadata())
+        assert json.loads((await call).text)["identity"].endswith("/sa/ingressgateway")
+    assert headers["server"] == "way-in"
 
 
 CLIENT = """

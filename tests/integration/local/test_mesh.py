@@ -59,7 +59,7 @@ async def test_status_tells_everything(mesh: RunningMesh) -> None:
     assert (echo.workload, dict(echo.labels)) == ("echo-v1", {"app": "echo", "version": "v1"})
     assert psutil.Process(echo.application_pid).is_running()
     assert echo.application_address.endswith(":9000")
-    assert [listener.port for listener in echo.outbound_listeners] == [9000]
+    assert [listener.port for listener in echo.outbound_listeners] == [9000, 9443]
     gateway = next(item for item in status.instances if item.name == "ingressgateway-0")
     assert (gateway.application_pid, gateway.application_address) == (0, "")
     assert [(item.gateway, item.tls_mode) for item in status.gateways] == [("mlmesh/mlmesh", "MUTUAL")] * 2

@@ -11,16 +11,20 @@ from typing import Any
 import pytest
 
 from mlmesh_local.envoy_types import CLUSTER, ENDPOINTS, EXTENSIONS, LISTENER, ROUTES, build_bytes, typed
-from mlmesh_local.istiod.adapt import adapt
+from mlmesh_local.istiod.adapt import adapt, listening
 from mlmesh_local.istiod.api import KubernetesApi
 from mlmesh_local.istiod.defaults import defaulted
 from mlmesh_local.istiod.marker import cluster_name, marker, take
+from mlmesh_local.istiod.nodes import default_config, node_of
 from mlmesh_local.istiod.objects import KINDS, OWNED, PODS, SERVICES, SLICES, Pod, cluster
 from mlmesh_local.istiod.process import VARIABLE, find_program
 from mlmesh_local.istiod.store import ExpiredError, Resource, Store
 from mlmesh_local.istiod.wire import OPAQUE, decode
-from mlmesh_local.model import ProxyNode
+from mlmesh_local.model import ProxyNode, World
+from mlmesh_local.resources import Document, load_resources
 from mlmesh_local.snapshot import pack
+from mlmesh_local.translate import View
+from mlmesh_local.translate.gateway_servers import outside_port
 from mlmesh_runtime.errors import NotReady
 
 MANAGER = "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager"
@@ -257,3 +261,71 @@ def test_the_program_is_found_or_it_is_said_how_to_get_it(tmp_path: Path) -> Non
     assert find_program(os.path.relpath(program), {"PATH": ""}) == Path.cwd() / os.path.relpath(program)
     with pytest.raises(NotReady, match="is not a program"):
         find_program(str(tmp_path / "other"), {"PATH": ""})
+
+
+GATEWAY = ProxyNode(
+    id="edge-0",
+    kind="gateway",
+    namespace="mlmesh",
+    service_account="edge",
+    labels={"app": "edge"},
+    pod_address="127.64.1.1",
+    container_ports={"https": 8443, "http": 8080},
+    extra_addresses=((443, "127.0.0.1:9443"),),
+)
+EDGE = """
+apiVersion: v1
+kind: Service
+metadata: {name: edge}
+spec:
+  selector: {app: edge}
+  ports: [{name: http, port: 80, targetPort: http}, {name: tls, port: 443, targetPort: https}]
+---
+apiVersion: v1
+kind: ConfigMap
+metadata: {name: istio, namespace: istio-system}
+data: {mesh: "defaultConfig: {drainDuration: 5s, proxyHeaders: {server: {value: a}, requestId: {disabled: true}}}"}
+---
+"""
+
+
+def test_an_address_outside_is_of_the_port_that_istio_listens_on() -> None:
+    resources = load_resources([Document(source="it.yaml", text=EDGE)])
+    view = View(World(resources=resources, proxies=(GATEWAY,), endpoints=()))
+    listeners = {
+        f"0.0.0.0_{port}": {
+            "name": f"0.0.0.0_{port}",
+            "address": {"socket_address": {"address": "0.0.0.0", "port_value": port}},
+            "filter_chains": [],
+        }
+        for port in (8080, 8443)
+    }
+    given = {CLUSTER: {}, ENDPOINTS: {}, ROUTES: {}, EXTENSIONS: {}, LISTENER: listeners}
+    adapted = adapt(given, listening(GATEWAY, view))[LISTENER]
+    assert adapted["0.0.0.0_8080"]["additional_addresses"] == []
+    (outside,) = adapted["0.0.0.0_8443"]["additional_addresses"]
+    assert outside["address"]["socket_address"] == {"address": "127.0.0.1", "port_value": 9443}
+
+
+@pytest.mark.parametrize(
+    ("ports", "outside", "chosen"),
+    [((80, 443), 8443, 443), ((80, 443), 443, 443), ((443, 80), 9000, 80), ((80,), 443, 80), ((), 443, None)],
+)
+def test_an_address_outside_is_for_the_port_of_its_number(
+    ports: tuple[int, ...], outside: int, chosen: int | None
+) -> None:
+    resources = load_resources([Document(source="it.yaml", text=EDGE)])
+    services = View(World(resources=resources, proxies=(GATEWAY,), endpoints=())).services.values()
+    assert outside_port(services, GATEWAY, ports, outside) == chosen
+
+
+def test_a_pods_own_settings_come_before_those_of_the_mesh() -> None:
+    defaults = default_config(load_resources([Document(source="it.yaml", text=EDGE)]))
+    node = node_of(GATEWAY, {"proxy.istio.io/config": "proxyHeaders: {server: {value: b}}\nconcurrency: 1"}, defaults)
+    assert node.metadata["PROXY_CONFIG"] == {
+        "drainDuration": "5s",
+        "concurrency": 1,
+        "proxyHeaders": {"server": {"value": "b"}, "requestId": {"disabled": True}},
+    }
+    # Without any of its own Istio takes those of the mesh itself, also when they change.
+    assert "PROXY_CONFIG" not in node_of(GATEWAY, {}, defaults).metadata
