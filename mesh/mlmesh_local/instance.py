@@ -7,13 +7,14 @@ import enum
 import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlmesh_local import sidecar
-from mlmesh_local.instances import InstancePlan, inheritable
+from mlmesh_local.instances import InstancePlan, inheritable, resolved
 from mlmesh_local.pki import write_private
-from mlmesh_local.probes import HealthProbe
+from mlmesh_local.probes import Ask, asking
 from mlmesh_local.process import MARK, Child, Command
 from mlmesh_local.slot import Slot
 from mlmesh_local.workloads import Probe
@@ -245,12 +246,16 @@ class Instance:
             if workload.liveness:
                 group.create_task(self._watch_liveness(child, workload.liveness))
 
+    def _asking(self, probe: Probe) -> AbstractAsyncContextManager[Ask]:
+        known = replace(probe, command=resolved(probe.command))
+        return asking(known, self.plan.addresses.application, self.plan.environ)
+
     async def _pass_startup(self, child: Child, probe: Probe) -> bool:
         loop = asyncio.get_running_loop()
         await asyncio.sleep(probe.initial_delay_s)
         deadline = loop.time() + probe.period_s * probe.failures_max
-        async with HealthProbe(self.plan.addresses.application, probe.port) as health:
-            while problem := await health.check(probe.service, probe.timeout_s):
+        async with self._asking(probe) as ask:
+            while problem := await ask():
                 if loop.time() >= deadline:
                     await self._end(child, f"the startup probe failed: {problem}")
                     return False
@@ -262,9 +267,9 @@ class Instance:
         await asyncio.sleep(probe.initial_delay_s)
         successes = failures = 0
         eager = True
-        async with HealthProbe(self.plan.addresses.application, probe.port) as health:
+        async with self._asking(probe) as ask:
             while True:
-                problem = await health.check(probe.service, probe.timeout_s)
+                problem = await ask()
                 successes, failures = (0, failures + 1) if problem else (successes + 1, 0)
                 if successes >= probe.successes_min:
                     self._set_ready(True, "")
@@ -278,9 +283,9 @@ class Instance:
     async def _watch_liveness(self, child: Child, probe: Probe) -> None:
         await asyncio.sleep(probe.initial_delay_s)
         failures = 0
-        async with HealthProbe(self.plan.addresses.application, probe.port) as health:
+        async with self._asking(probe) as ask:
             while True:
-                problem = await health.check(probe.service, probe.timeout_s)
+                problem = await ask()
                 failures = failures + 1 if problem else 0
                 if failures >= probe.failures_max:
                     await self._end(child, f"the liveness probe failed: {problem}")

@@ -107,7 +107,7 @@ def plan(
         workload=workload,
         addresses=addresses,
         identity=spiffe_id(workload.service_account, workload.namespace),
-        argv=_resolve(tuple(expand(word, own) for word in workload.argv)),
+        argv=resolved(tuple(expand(word, own) for word in workload.argv)),
         environ=inheritable(inherited) | own | {process.MARK: str(folders.state)},
         log=folders.logs / f"{name}.log",
         sidecar_log=folders.logs / f"{name}.sidecar.log",
@@ -152,7 +152,7 @@ def _overrides(
     return result
 
 
-def _resolve(argv: tuple[str, ...]) -> tuple[str, ...]:
+def resolved(argv: tuple[str, ...]) -> tuple[str, ...]:
     """``python`` in a manifest is the image's; here it is the interpreter that runs the mesh, with its packages."""
     if argv and argv[0] in {"python", "python3"}:
         return (sys.executable, *argv[1:])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from mlmesh_local.resources.gateway_api.derive import derive
 from mlmesh_local.resources.mesh_config import ROOT_NAMESPACE, MeshConfig
@@ -21,13 +22,17 @@ REPLICAS_MAX = 100
 DRAIN_S = 45
 """Istio's drainDuration."""
 _CONTAINER = "spec.template.spec.containers[0]"
+_FIELDS = {"grpc": "grpc", "http": "httpGet", "tcp": "tcpSocket", "exec": "exec"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """A gRPC health probe; times in seconds."""
+    """How a pod is asked; times in seconds. ``service`` is of gRPC, ``path`` of HTTP; a command needs no port."""
 
-    port: int
+    how: Literal["grpc", "http", "tcp", "exec"] = "grpc"
+    port: int = 0
+    path: str = "/"
+    command: tuple[str, ...] = ()
     service: str = ""
     initial_delay_s: float = 0.0
     period_s: float = 10.0
@@ -174,13 +179,16 @@ def _environment(container: Container | None) -> tuple[EnvironmentEntry, ...]:
 def _probe(at: _Refusal, name: str, probe: ProbeSpec | None, ports: Mapping[str, int]) -> Probe | None:
     if probe is None:
         return None
-    if probe.how != "grpc":
-        raise at.refuse(f"{_CONTAINER}.{name}.{probe.how}", "only gRPC probes are supported by the laptop mesh")
+    if probe.how == "exec" and not probe.command:
+        raise at.refuse(f"{_CONTAINER}.{name}.exec.command", "is missing")
     port = ports.get(probe.port) if isinstance(probe.port, str) else probe.port
     if port is None:
-        raise at.refuse(f"{_CONTAINER}.{name}.grpc.port", f"no container port is named {probe.port!r}")
+        raise at.refuse(f"{_CONTAINER}.{name}.{_FIELDS[probe.how]}.port", f"no container port is named {probe.port!r}")
     return Probe(
+        how=probe.how,
         port=port,
+        path=probe.path if probe.path.startswith("/") else f"/{probe.path}",
+        command=probe.command,
         service=probe.grpc_service,
         initial_delay_s=probe.initial_delay_s,
         period_s=probe.period_s,

@@ -13,11 +13,12 @@ from mlmesh_local.resources.protocols import Protocol
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """How readiness or liveness is asked. ``port`` is a number or a port's name."""
+    """How readiness or liveness is asked. ``port`` is a number or a port's name, ``path`` of HTTP."""
 
     how: Literal["grpc", "http", "tcp", "exec"]
     port: int | str
     grpc_service: str
+    path: str
     command: tuple[str, ...]
     initial_delay_s: int
     period_s: int

@@ -205,7 +205,7 @@ def _probe(fields: Fields) -> Probe:
     with fields.message("httpGet") as http:
         http.unsupported("host", "httpHeaders")
         http.choice("scheme", ("HTTP",), "HTTP", unsupported=("HTTPS",))
-        http.text("path")
+        path = http.text("path")
         if how == "httpGet":
             port = port_or_name(http, "port")
     with fields.message("tcpSocket") as tcp:
@@ -219,6 +219,7 @@ def _probe(fields: Fields) -> Probe:
         how=kinds.get(how, "exec"),
         port=port,
         grpc_service=service,
+        path=path,
         command=command,
         initial_delay_s=fields.integer("initialDelaySeconds", high=86400) or 0,
         period_s=fields.integer("periodSeconds", low=1, high=86400) or 10,

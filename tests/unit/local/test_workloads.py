@@ -164,7 +164,11 @@ CONTAINER = "spec.template.spec.containers[0]"
     [
         ("spec.template.spec.containers", lambda d: containers(d).append({"name": "second", "command": ["true"]})),
         (f"{CONTAINER}.command", lambda d: container(d).pop("command")),
-        (f"{CONTAINER}.readinessProbe.http", lambda d: container(d).update(readinessProbe={"httpGet": {"port": 1}})),
+        (
+            f"{CONTAINER}.readinessProbe.httpGet.port",
+            lambda d: container(d).update(readinessProbe={"httpGet": {"port": "none"}}),
+        ),
+        (f"{CONTAINER}.livenessProbe.exec.command", lambda d: container(d).update(livenessProbe={"exec": {}})),
         (f"{CONTAINER}.command", lambda d: d["spec"]["template"]["metadata"].update(annotations=GATEWAY)),
     ],
 )
