@@ -77,7 +77,7 @@ $(TEST_VENV)/.installed: $(VENV)/.installed $(SOURCES)
 	@touch $@
 
 test: front $(TEST_VENV)/.installed ## Run the test suite against the built wheel
-	MLMESH_TEST_WHEEL=1 $(TEST_VENV)/bin/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder $(ARGS)
+	MLMESH_TEST_WHEEL=1 $(TEST_VENV)/bin/python -m pytest -n $(WORKERS) --no-loadscope-reorder $(ARGS)
 
 tools: ## Get the programs that some tests use: grpcurl, kustomize, istioctl, pilot-discovery, crdserver; PostgreSQL, etcd, Swift, MLflow
 	@tools/build.sh

@@ -6,6 +6,7 @@ import importlib.util
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -27,18 +28,16 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("mlmesh", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
 settings.load_profile("mlmesh")
 
-# Folders whose tests share what is started once a session; elsewhere a file is what one worker runs.
-TOGETHER = ("integration/local", "integration/platform")
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Not by marks of xdist's: they work by changing ids of tests, which has no effect with pytest 9.2."""
+    from tests.support.spreading import ByFile
+
+    return ByFile(config, log)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.pluginmanager.hasplugin("xdist"):
-        here = Path(__file__).parent
-        for item in items:
-            file = item.path.relative_to(here).as_posix()
-            group = next((folder for folder in TOGETHER if file.startswith(folder + "/")), file)
-            item.add_marker(pytest.mark.xdist_group(group))
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if Path("/dev/nvidiactl").exists():
         return
     for item in items:
