@@ -102,20 +102,28 @@ def subset_shares(
         # What has neither subsets nor traffic has nothing to tell.
         if host not in weighted and host not in totals:
             continue
-        count = counts.get((host, subset), Counts())
-        total = totals.get(host, 0)
-        result.append(
-            local_pb2.SubsetShare(
-                host=host,
-                subset=subset,
-                # A subset that only another rule names has no share of its own here.
-                configured_share=configured.get((host, subset), -1),
-                observed_share=count.requests / total if total else 0.0,
-                requests=count.requests,
-                failures=count.failures,
-            )
-        )
+        # A subset that only another rule names has no share of its own here.
+        result.append(_share(host, subset, configured, counts, totals.get(host, 0)))
     return result
+
+
+def _share(
+    host: str,
+    subset: str,
+    configured: Mapping[tuple[str, str], float],
+    counts: Mapping[tuple[str, str], Counts],
+    total: int,
+) -> local_pb2.SubsetShare:
+    """Of so many calls those that went to a subset, and the share that it should have; -1 where nothing says so."""
+    count = counts.get((host, subset), Counts())
+    return local_pb2.SubsetShare(
+        host=host,
+        subset=subset,
+        configured_share=configured.get((host, subset), -1),
+        observed_share=count.requests / total if total else 0.0,
+        requests=count.requests,
+        failures=count.failures,
+    )
 
 
 def route(item: Route, observed: Mapping[Sent, Counts]) -> local_pb2.Route:
@@ -124,16 +132,8 @@ def route(item: Route, observed: Mapping[Sent, Counts]) -> local_pb2.Route:
     counts = item.counts(observed)
     total = sum(count.requests for count in counts.values())
     destinations = [
-        local_pb2.SubsetShare(
-            host=host,
-            subset=subset,
-            configured_share=configured.get((host, subset), -1),
-            observed_share=count.requests / total if total else 0.0,
-            requests=count.requests,
-            failures=count.failures,
-        )
+        _share(host, subset, configured, counts, total)
         for host, subset in (*configured, *sorted(counts.keys() - configured.keys()))
-        for count in (counts.get((host, subset), Counts()),)
     ]
     return local_pb2.Route(
         virtual_service=item.virtual_service,
