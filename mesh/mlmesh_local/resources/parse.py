@@ -228,17 +228,13 @@ def defines_nothing(documents: Iterable[Document]) -> bool:
 
 def _named(root: Node, at: At, default_namespace: str, problems: Problems) -> tuple[str, str] | None:
     body = Fields(root, at, problems)
-    if not isinstance(root.value, dict):
+    known = _known(root, body)
+    if known is None:
         return None
-    kind, api_version = body.text("kind", required=True), body.text("apiVersion", required=True)
-    if kind in IGNORED_KINDS or not (kind and api_version):
-        return None
-    known = _known(kind, api_version, body)
-    metadata = root.value.get("metadata")
-    values = metadata.plain() if known and metadata and isinstance(metadata.value, dict) else {}
-    if known is None or not values.get("name"):
-        if known is not None:
-            problems.add(at.field("metadata.name"), "is missing")
+    metadata = body.raw("metadata")
+    values = metadata.plain() if metadata and isinstance(metadata.value, dict) else {}
+    if not values.get("name"):
+        problems.add(at.field("metadata.name"), "is missing")
         return None
     # What else is wrong with it is no reason to keep it.
     overlooked = Problems()
@@ -317,12 +313,7 @@ def _items(root: Node) -> list[Node]:
 def _resource(root: Node, tree: Tree, default_namespace: str, problems: Problems) -> Resource | None:
     at = At(source=tree.source, line=root.line)
     body = Fields(root, at, problems)
-    if not isinstance(root.value, dict):
-        return None
-    kind_name, api_version = body.text("kind", required=True), body.text("apiVersion", required=True)
-    if kind_name in IGNORED_KINDS or not (kind_name and api_version):
-        return None
-    known = _known(kind_name, api_version, body)
+    known = _known(root, body)
     if known is None:
         return None
     meta = _meta(known, body, at, default_namespace)
@@ -340,7 +331,13 @@ def _resource(root: Node, tree: Tree, default_namespace: str, problems: Problems
     return Resource(spec=spec, plain=root.plain(), text=tree.text)
 
 
-def _known(kind_name: str, api_version: str, body: Fields) -> _Kind | None:
+def _known(root: Node, body: Fields) -> _Kind | None:
+    """The kind of a document; None for what a mesh does not keep, and for what is refused."""
+    if not isinstance(root.value, dict):
+        return None
+    kind_name, api_version = body.text("kind", required=True), body.text("apiVersion", required=True)
+    if kind_name in IGNORED_KINDS or not (kind_name and api_version):
+        return None
     group, slash, version = api_version.rpartition("/")
     named = [kind for kind in _KINDS if kind.kind == kind_name]
     if not named:
